@@ -11,6 +11,7 @@ writes main memory once, and no temporary is ever the size of the model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ OK, COUNT, SCALE = range(3)
 CONTROL = 3
 
 
-def pieces(*lists: Sequence[Tensor] | None) -> Iterator[list[Tensor | None]]:
+def pieces(*lists: Sequence[Tensor] | None) -> Iterator[list[Any]]:
     """Walk lists of tensors side by side, in pieces that fit the cache where all are contiguous."""
     present = next(each for each in lists if each is not None)
     for index in range(len(present)):
@@ -65,7 +66,6 @@ def displace(
     if norm2 is not None:
         alpha = torch.where(norm2 > 0, alpha * norm2.rsqrt(), 0.0)
     for o, t, v in pieces(out, theta, d):
-        assert o is not None and t is not None and v is not None
         step = wide(v) * alpha
         if o.dtype == step.dtype:
             torch.sub(t, step, out=o)
@@ -116,7 +116,6 @@ def regularize(
     """
     total = torch.zeros((), dtype=torch.float64, device=hyper.device)
     for g, t, t0, f in pieces(grad, theta, theta0, fisher):
-        assert g is not None and t is not None
         gradient, value = penalty(wide(t), t0, f, hyper[WEIGHT_DECAY], hyper[L1], hyper[PROX])
         g.copy_(wide(g) + gradient)
         total += value
@@ -147,7 +146,6 @@ def meta_update(
     correction1 = 1 - beta1 ** control[COUNT]
     correction2 = 1 - beta2 ** control[COUNT]
     for t, x, y, m1, m2, t0, f, keep in pieces(theta, a, u, moment1, moment2, theta0, fisher, mask):
-        assert t is not None and x is not None and m1 is not None
         weight = wide(t)
         g = (wide(x) if y is None else wide(x) + wide(y)) * control[SCALE]
         g = g + penalty(weight, t0, f, decay if m2 is None else none, hyper[L1], hyper[PROX])[0]
@@ -190,7 +188,6 @@ def project(a: Sequence[Tensor], b: Sequence[Tensor], dots: Tensor, kind: str) -
     """
     s, t = projection(dots, kind)
     for x, y in pieces(a, b):
-        assert x is not None and y is not None
         left, right = wide(x), wide(y)
         moved = left + right * s if kind == "symmetric" else None
         y.copy_(right + left * t)
@@ -203,7 +200,6 @@ def extrapolate(
 ) -> None:
     """θ ← η((1 + α)θ₀ − αθ_mem) + (1 − η)θ; at η = 1 the θ given is not used."""
     for t, t0, m in pieces(theta, theta0, memorised):
-        assert t is not None and t0 is not None and m is not None
         away = wide(t0) * (1 + alpha) - wide(m) * alpha
         t.copy_(torch.where(eta == 1, away, away * eta + wide(t) * (1 - eta)))
 
@@ -211,7 +207,6 @@ def extrapolate(
 def saliency(out: Sequence[Tensor], grad: Sequence[Tensor], theta: Sequence[Tensor] | None) -> None:
     """out ← |g·θ|, or |g| without `theta`."""
     for o, g, t in pieces(out, grad, theta):
-        assert o is not None and g is not None
         o.copy_((wide(g) if t is None else wide(g) * wide(t)).abs())
 
 

@@ -1,1 +1,1 @@
-"""m"""
+"""The methods, one file each."""

@@ -1,1 +1,38 @@
-"""fastlur."""
+"""Make a trained PyTorch model forget some data and keep the rest: `unlearn(model, forget, retain)`."""
+
+from fastlur import methods
+from fastlur._version import __version__
+from fastlur.api import unlearn
+from fastlur.errors import (
+    ArgumentError,
+    CheckpointError,
+    DataError,
+    FastlurError,
+    ModelError,
+    NonFiniteError,
+)
+from fastlur.evaluate import Evaluation, evaluate
+from fastlur.info import info
+from fastlur.meta import meta_gradient
+from fastlur.methods.lur import LUR
+from fastlur.result import Result
+from fastlur.step import MetaStep
+
+__all__ = [
+    "LUR",
+    "ArgumentError",
+    "CheckpointError",
+    "DataError",
+    "Evaluation",
+    "FastlurError",
+    "MetaStep",
+    "ModelError",
+    "NonFiniteError",
+    "Result",
+    "__version__",
+    "evaluate",
+    "info",
+    "meta_gradient",
+    "methods",
+    "unlearn",
+]

@@ -1,0 +1,258 @@
+"""`unlearn`: validate, assemble, run, give back."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlur import checks, content, overlap
+from fastlur._version import __version__
+from fastlur.budget import RetainBudget
+from fastlur.checkpoint import Checkpointer, Checkpoints, model_digest
+from fastlur.data import Source, Stream, source, to_device
+from fastlur.errors import ArgumentError, DataError, ModelError
+from fastlur.history import History
+from fastlur.loop import Observer, run
+from fastlur.losses import cross_entropy
+from fastlur.methods import resolve
+from fastlur.methods.base import Method
+from fastlur.passes import Loss, Which
+from fastlur.result import Result
+from fastlur.space import Selection, select
+from fastlur.step import Step
+from fastlur.world import borrowed_random, derive, determinism, seed_loading
+
+STEPS = 150
+DEFAULT_LR = {"sgd": 0.03, "adamw": 1e-3}
+SCHEDULES: dict[str, Callable[[int, int], float]] = {
+    "linear": lambda step, steps: 1 - step / steps,
+    "constant": lambda step, steps: 1.0,
+}
+PROBES = 8  # retain batches that a retain budget is measured on
+SIDES: tuple[Which, Which] = ("forget", "retain")
+
+
+def unlearn(
+    model: nn.Module,
+    forget: Any,
+    retain: Any,
+    *,
+    method: str | Method = "lur",
+    task: str = "auto",
+    loss: Loss | None = None,
+    forget_loss: Loss | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch_size: int = 128,
+    lr: float | None = None,
+    schedule: str = "linear",
+    optimizer: str | torch.optim.Optimizer = "sgd",
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    max_grad_norm: float | None = None,
+    parameters: Selection = None,
+    precision: str = "fp32",
+    compile: bool = False,
+    memory_format: torch.memory_format | None = None,
+    deterministic: bool = False,
+    stop: Observer | Sequence[Observer] | None = None,
+    max_retain_loss_increase: float | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 50,
+    allow_overlap: bool = False,
+    progress: bool = True,
+    callbacks: Sequence[Observer] = (),
+) -> Result:
+    """Make a trained model forget some data and keep the rest, in place.
+
+    Example:
+        >>> result = fastlur.unlearn(model, forget, retain)               # doctest: +SKIP
+        >>> print(result.summary())                                       # doctest: +SKIP
+        >>> fastlur.evaluate(model, forget=forget, retain=retain, test=test)   # doctest: +SKIP
+
+    A step takes one batch of each side. Both are drawn without replacement and cycle independently, whatever their
+    lengths. An *epoch* is one pass over the longer of the two, counted in its batches; the shorter one comes round
+    several times meanwhile.
+
+    Args:
+        model: changed in place; comes back as it came otherwise (mode, requires_grad, ties, no gradients).
+        forget: what to forget: `(inputs, targets)` tensors, a dict of tensors, a `Dataset`, a `DataLoader` (its own
+            batches are used) or a re-iterable of batches.
+        retain: what to keep, likewise, without the forget items.
+        method: a name (see `fastlur.methods.available()`) or an instance such as `fastlur.LUR(gradient="secant")`.
+        task: "auto" or "classification"; gives the default losses.
+        loss: retain loss `(model, batch) -> scalar`; None: cross-entropy.
+        forget_loss: loss `(model, batch) -> scalar` that forgets when minimised; None: the method's own (for LUR
+            `fastlur.losses.BoundedForgetting`).
+        steps: how many steps; None (with `epochs` None too): 150.
+        epochs: the same in epochs; fractions are allowed.
+        batch_size: items of each side a step, for data that do not come in batches.
+        lr: learning rate; None: 0.03 for SGD, 1e-3 for AdamW.
+        schedule: "linear" (down to 0 at the end) or "constant".
+        optimizer: "sgd", "adamw", or a `torch.optim.Optimizer`, which keeps its own learning rate.
+        momentum: of SGD, in [0, 1).
+        weight_decay: L2 for SGD, decoupled for AdamW.
+        max_grad_norm: clip the direction to this norm.
+        parameters: None (all that require a gradient), globs such as "layer4.*", or `(name, parameter) -> bool`.
+        precision: "fp32", or "bf16" for autocast; parameters stay as they are.
+        compile: run forwards through `torch.compile`.
+        memory_format: `torch.channels_last` for convolutional models; weights come back in their own format.
+        deterministic: use deterministic algorithms on CUDA too (slower); the CPU is deterministic anyway.
+        stop: one or more stopping rules: callables that take a `fastlur.loop.StepEvent`; a true answer ends the run.
+        max_retain_loss_increase: end the run and roll back once the retain loss, in eval mode, has risen by more than
+            this; None: no such guard.
+        seed: fixes the order of the data and every random draw. Same seed, same machine: same result, bit for bit.
+        device: move the model there first; None: use it where it is. Batches follow the model.
+        checkpoint: a directory; an interrupted run goes on from it, bit for bit, when the same call is made again.
+            Removed at the end, since it still holds the old weights.
+        checkpoint_every: steps between two checkpoints.
+        allow_overlap: go on although retain contains forget items.
+        progress: show a bar on standard error.
+        callbacks: callables that take a `fastlur.loop.StepEvent` after every step; a true answer ends the run.
+
+    Returns:
+        The `Result`: the model, the history, seconds, peak memory, `summary()` and `save(path)`.
+
+    Raises:
+        ArgumentError: an argument out of range or of an unknown name.
+        ModelError: nothing to move, or a kind of parameter that cannot be moved.
+        DataError: data that are empty, overlap, are not finite, or do not fit the model or a loss.
+        CheckpointError: the checkpoint is of another run, damaged, or cannot be written.
+        NonFiniteError: a loss or gradient was not finite during the run; the model is as at the last good step.
+        The first three are raised before a parameter changes. All are `fastlur.FastlurError`.
+    """
+    began = time.perf_counter()
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model: a {type(model).__name__} is no torch.nn.Module")
+    if forget is retain:
+        raise DataError("retain: is the same object as forget; pass the data to keep, without those to forget")
+    method = resolve(method)
+    checks.length(steps, epochs)
+    checks.positive_int("batch_size", batch_size)
+    checks.positive_int("checkpoint_every", checkpoint_every)
+    checks.one_of("schedule", schedule, SCHEDULES)
+    if not isinstance(seed, int):
+        raise ArgumentError(f"seed={seed!r} must be a whole number")
+    select(model, parameters)
+    if device is not None:
+        model.to(device)
+    where = next(model.parameters()).device
+    sources: dict[Which, Source] = {"forget": source(forget, "forget", batch_size), "retain": source(retain, "retain", batch_size)}
+    with borrowed_random(where):
+        contents: dict[Which, content.Content] = {side: content.read(sources[side], side) for side in SIDES}
+        firsts: dict[Which, Any] = {side: next(sources[side].stream(seed, 0)) for side in SIDES}
+    if not allow_overlap:
+        overlap.check(forget, retain, contents["forget"], contents["retain"])
+    classifies: dict[Which, bool] = {"forget": forget_loss is None, "retain": loss is None}
+    kind = checks.task_of(task, firsts) if any(classifies.values()) else task
+    losses: dict[Which, Loss] = {"retain": loss or cross_entropy, "forget": forget_loss or method.default_forget_loss(kind)}
+    checks.trial(model, losses, firsts, contents, classifies=classifies, device=where, precision=precision)
+    total = steps or _length(sources, epochs)
+    base = (DEFAULT_LR.get(optimizer, 0.0) if isinstance(optimizer, str) else 0.0) if lr is None else lr
+
+    settings = {
+        "fastlur": __version__,
+        "torch": torch.__version__,
+        "method": {"name": getattr(method, "name", type(method).__name__), **method.settings()},
+        "steps": total,
+        "batch_size": batch_size,
+        "lr": base,
+        "schedule": schedule,
+        "optimizer": optimizer if isinstance(optimizer, str) else type(optimizer).__name__,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "precision": precision,
+        "max_retain_loss_increase": max_retain_loss_increase,
+        "seed": seed,
+        "device": str(where),
+    }
+    history = History()
+    with ExitStack() as stack:
+        stack.enter_context(determinism(deterministic))
+        if where.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(where)
+        step = stack.enter_context(
+            Step(
+                model,
+                method,
+                losses,
+                optimizer=optimizer,
+                lr=base,
+                momentum=momentum,
+                weight_decay=weight_decay,
+                max_grad_norm=max_grad_norm,
+                parameters=parameters,
+                precision=precision,
+                memory_format=memory_format,
+                compile=compile,
+                seed=seed,
+            )
+        )
+        observers = list(callbacks) + ([] if stop is None else [stop] if callable(stop) else list(stop))
+        budget = None
+        if max_retain_loss_increase is not None:
+            with borrowed_random(where):
+                seed_loading(derive(seed, "budget"))
+                probes = [to_device(batch, where, memory_format) for batch in islice(sources["retain"].once(), PROBES)]
+            budget = RetainBudget(step.space, losses["retain"], probes, max_retain_loss_increase, checkpoint_every)
+            observers.insert(0, budget)
+        checkpoints = None
+        if checkpoint is not None:
+            data = {f"{side} data": contents[side].digest for side in SIDES}
+            checkpoints = Checkpoints(checkpoint, settings | data | {"model": model_digest(model)})
+            found = checkpoints.load(step)
+            if found:
+                history.restore(found["history"])
+                if budget is not None:
+                    budget.resume(found["baseline"])
+            extra = lambda: {"history": history.columns(), "baseline": budget and budget.baseline}  # noqa: E731
+            observers.insert(1 if budget else 0, Checkpointer(checkpoints, step, checkpoint_every, extra))
+        streams = {side: Stream(sources[side], derive(seed, side), skip=step.step) for side in SIDES}
+        for stream in streams.values():
+            stack.callback(stream.close)
+        ended = run(
+            step,
+            streams["forget"],
+            streams["retain"],
+            steps=total,
+            lr=lambda t: base * SCHEDULES[schedule](t, total),
+            history=history,
+            observers=observers,
+            progress=progress,
+        )
+        step.finish()
+        if checkpoints is not None:
+            checkpoints.purge()
+    return Result(model, history, time.perf_counter() - began, _peak_memory(where), ended, settings)
+
+
+def _length(sources: dict[Which, Source], epochs: float | None) -> int:
+    if epochs is None:
+        return STEPS
+    counts = [source.per_epoch for source in sources.values()]
+    if None in counts:
+        raise ArgumentError(f"epochs={epochs!r}: the data do not tell their length; give steps= instead")
+    return max(1, math.ceil(epochs * max(count for count in counts if count is not None)))
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not on every platform
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

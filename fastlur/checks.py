@@ -1,0 +1,123 @@
+"""Everything that is refused before a parameter changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlur.content import Content
+from fastlur.data import to_device
+from fastlur.errors import ArgumentError, DataError, FastlurError, nearest
+from fastlur.losses import TARGETS, logits_and_targets, split
+from fastlur.passes import ARGUMENT, Loss, Which, scalar
+from fastlur.statistics import Statistics
+from fastlur.world import borrowed_random, passing
+
+TASKS = ("auto", "classification")
+IGNORED = -100  # cross-entropy's own mark for a target that does not count
+
+
+def positive_int(name: str, value: object) -> None:
+    """Refuse anything but a positive whole number.
+
+    Raises:
+        ArgumentError: it is not one.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ArgumentError(f"{name}={value!r} must be a positive whole number")
+
+
+def one_of(name: str, value: object, known: Iterable[str]) -> None:
+    """Refuse a name that is not known.
+
+    Raises:
+        ArgumentError: with the nearest one.
+    """
+    if value not in tuple(known):
+        raise ArgumentError(f"{name}={value!r} is unknown; {nearest(value, known)}")
+
+
+def length(steps: int | None, epochs: float | None) -> None:
+    """Refuse a length that is not positive, or given twice.
+
+    Raises:
+        ArgumentError: see above.
+    """
+    if steps is not None and epochs is not None:
+        raise ArgumentError(f"steps={steps!r} and epochs={epochs!r}: give one of them")
+    if steps is not None:
+        positive_int("steps", steps)
+    if epochs is not None and not (isinstance(epochs, int | float) and 0 < epochs < math.inf):
+        raise ArgumentError(f"epochs={epochs!r} must be a positive number")
+
+
+def trial(
+    model: nn.Module,
+    losses: dict[Which, Loss],
+    batches: dict[Which, Any],
+    contents: dict[Which, Content],
+    *,
+    classifies: dict[Which, bool],
+    device: torch.device,
+    precision: str,
+) -> None:
+    """Evaluate both losses once as a step would, leaving no trace: no gradient, no statistics, no random state.
+
+    Raises:
+        DataError: the model or a loss cannot take a batch, a label is outside the logits, a loss is not a finite
+            scalar, or batch norm cannot work with so small a batch.
+    """
+    with borrowed_random(device), passing(model, device, precision), Statistics(model).frozen():
+        for which in ("forget", "retain"):
+            batch = to_device(batches[which], device)
+            try:
+                if classifies[which]:
+                    _labels(model, batch, contents[which], which)
+                value = losses[which](model, batch)
+            except FastlurError:
+                raise
+            except Exception as error:
+                raise DataError(_why(error, which, batch)) from error
+            _value(value, which)
+
+
+def task_of(task: str, batches: dict[Which, Any]) -> str:
+    """The task, recognised from the batches where it is "auto".
+
+    Raises:
+        ArgumentError: unknown, or not to be told from the batches.
+    """
+    one_of("task", task, TASKS)
+    for side, batch in batches.items():
+        targets = split(batch)[1]
+        if task == "auto" and not (isinstance(targets, Tensor) and not targets.is_floating_point()):
+            raise ArgumentError(
+                f"task='auto': {side} batches do not look like classification ((inputs, integer targets) or a dict "
+                f"with {TARGETS[0]!r}); pass loss= and forget_loss="
+            )
+    return "classification"
+
+
+def _labels(model: nn.Module, batch: Any, content: Content, which: Which) -> None:
+    logits, targets = logits_and_targets(model, batch)
+    classes, low, high = logits.shape[-1], int(targets.min()), int(targets.max())
+    for label in (low, high, content.lowest, content.highest):
+        if label is not None and not (0 <= label < classes or label == IGNORED):
+            raise DataError(f"{which}: label {label} is outside the model's {classes} logits; labels go from 0 to {classes - 1}")
+
+
+def _value(value: Any, which: Which) -> None:
+    number = float(scalar(value, which).detach())
+    if not math.isfinite(number):
+        raise DataError(f"{ARGUMENT[which]}: is {number} on the first {which} batch; look for NaN in data, model or loss")
+
+
+def _why(error: Exception, which: Which, batch: Any) -> str:
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if "more than 1 value per channel" in said:
+        return f"{which}: batch norm needs more than one value a channel, but the batch has one item; add items or raise batch_size"
+    return f"{which}: the model or {ARGUMENT[which]} cannot take the first batch ({type(error).__name__}: {said})"

@@ -1,0 +1,143 @@
+"""What the data hold, read once before anything changes: hashes of the items, the range of the labels, no NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastlur.data import Indexed, Source
+from fastlur.errors import DataError
+from fastlur.losses import split
+
+FULL = 100_000  # items read of data that lie in memory
+SAMPLE = 5_000  # of data that may have to be decoded; beyond either, an evenly spaced sample stands for the rest
+
+
+@dataclass
+class Content:
+    """What was found: `hashes` of the items read and one over all in order, the range of the integer labels."""
+
+    hashes: set[bytes] = field(default_factory=set)
+    digest: str = ""
+    lowest: int | None = None
+    highest: int | None = None
+
+
+def read(source: Source, name: str) -> Content:
+    """Read the data called `name`, or a sample of them where there are many.
+
+    Raises:
+        DataError: a value is NaN or infinite.
+    """
+    content = Content()
+    whole = _tensors(source)
+    if whole is not None:
+        _note(content, whole, name, "")
+    over_all = blake2b(digest_size=16)
+    for number, item in _items(source):
+        one = fingerprint(item)
+        content.hashes.add(one)
+        over_all.update(one)
+        if whole is None:
+            _note(content, item, name, f" in item {number}")
+    content.digest = over_all.hexdigest()
+    return content
+
+
+def fingerprint(item: Any) -> bytes:
+    """A hash of one item's values; equal items have equal hashes whatever container they come in."""
+    digest = blake2b(digest_size=16)
+    for part in _flatten(item):
+        if isinstance(part, Tensor):
+            value = part.detach().cpu()
+            array = (value.double() if value.dtype in (torch.bfloat16, torch.float16) else value).numpy()
+        else:
+            array = np.asarray(part)
+        if array.ndim == 0 and array.dtype.kind in "iub":
+            array = np.asarray(int(array))  # a label is a label, as a number or as a tensor
+        digest.update(str(array.shape).encode())
+        digest.update(repr(part).encode() if array.dtype == object else np.ascontiguousarray(array).tobytes())
+    return digest.digest()
+
+
+def _items(source: Source) -> Iterator[tuple[int, Any]]:
+    if isinstance(source, Indexed):
+        limit = SAMPLE if _tensors(source) is None else FULL
+        for index in range(0, source.length, -(-source.length // limit)):
+            yield index, _one(source.items, index)
+        return
+    number = 0
+    limit = SAMPLE if isinstance(getattr(source, "batches", None), DataLoader) else FULL
+    for batch in source.once():
+        for row in _rows(batch):
+            if number >= limit:
+                return
+            yield number, row
+            number += 1
+
+
+def _rows(batch: Any) -> Iterator[Any]:
+    """The items of a batch, in its own shape of container."""
+    sizes = {len(t) for t in _flatten(batch) if isinstance(t, Tensor) and t.dim()}
+    if len(sizes) != 1:
+        yield batch
+        return
+    for index in range(sizes.pop()):
+        yield _row(batch, index)
+
+
+def _row(batch: Any, index: int) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[index] if batch.dim() else batch
+    if isinstance(batch, Mapping):
+        return {name: _row(value, index) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return [_row(value, index) for value in batch]
+    return batch
+
+
+def _one(items: Any, index: int) -> Any:
+    return _row(items, index) if isinstance(items, Mapping | tuple | Tensor) else items[index]
+
+
+def _tensors(source: Source) -> Any:
+    """The tensors behind data that are nothing but tensors, to be looked at as a whole."""
+    if not isinstance(source, Indexed):
+        return None
+    if isinstance(source.items, TensorDataset):
+        return tuple(source.items.tensors)
+    return source.items if isinstance(source.items, Mapping | tuple | Tensor) else None
+
+
+def _note(content: Content, item: Any, name: str, where: str) -> None:
+    for part in _flatten(item):
+        value = torch.from_numpy(part) if isinstance(part, np.ndarray) and part.dtype.kind == "f" else part
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise DataError(f"{name}: holds a NaN or infinite value{where}; clean or drop such items first")
+    _, targets = split(item)
+    if isinstance(targets, Tensor) and not targets.is_floating_point() and targets.numel():
+        low, high = int(targets.min()), int(targets.max())
+    elif isinstance(targets, int | np.integer):
+        low = high = int(targets)
+    else:
+        return
+    content.lowest = low if content.lowest is None else min(low, content.lowest)
+    content.highest = high if content.highest is None else max(high, content.highest)
+
+
+def _flatten(item: Any) -> Iterator[Any]:
+    if isinstance(item, Mapping):
+        for name in sorted(item, key=str):
+            yield from _flatten(item[name])
+    elif isinstance(item, tuple | list):
+        for part in item:
+            yield from _flatten(part)
+    else:
+        yield item

@@ -1,0 +1,231 @@
+"""From what a user calls data to an endless, seeded, resumable stream of batches.
+
+Taken as data: a tuple of tensors (inputs, targets, …) of one length, a dict of such tensors, a `Dataset`, a
+`DataLoader` (its batches, workers and sampler are respected), or any re-iterable of batches. A batch may be any nesting
+of tuples, lists and dicts of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
+
+from fastlur.errors import DataError
+from fastlur.world import derive, seed_loading
+
+
+def to_device(batch: Any, device: torch.device, memory_format: torch.memory_format | None = None) -> Any:
+    """The batch with every tensor on the device, four-dimensional ones in the memory format asked for."""
+    if isinstance(batch, Tensor):
+        if memory_format is not None and batch.dim() == 4:
+            return batch.to(device, non_blocking=True, memory_format=memory_format)
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {name: to_device(value, device, memory_format) for name, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device, memory_format) for value in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(to_device(value, device, memory_format) for value in batch)
+    return batch
+
+
+class Source(Protocol):
+    """Data of one kind, as batches."""
+
+    per_epoch: int | None
+
+    def stream(self, seed: int, skip: int) -> Iterator[Any]:
+        """Batches without end in an order that `seed` fixes, from number `skip` on."""
+        ...
+
+    def once(self) -> Iterator[Any]:
+        """Every item once, in order."""
+        ...
+
+
+class Indexed:
+    """Tensors or a map-style data set: batches of one size, drawn without replacement, epoch after epoch.
+
+    The permutations of all epochs are laid end to end and cut into batches, so that every item comes equally often and
+    no batch is short; a batch may hold the end of one epoch and the start of the next. Batch k depends on the seed and
+    k alone.
+    """
+
+    def __init__(self, items: Any, length: int, batch_size: int) -> None:
+        self.items, self.length = items, length
+        self.batch_size = min(batch_size, length)
+        self.per_epoch: int | None = -(-length // self.batch_size)
+
+    def stream(self, seed: int, skip: int) -> Iterator[Any]:
+        """See `Source`."""
+        number = skip
+        while True:
+            begin = number * self.batch_size
+            epochs = range(begin // self.length, (begin + self.batch_size - 1) // self.length + 1)
+            order = torch.cat([self._order(seed, epoch) for epoch in epochs])
+            within = begin - epochs[0] * self.length
+            seed_loading(derive(seed, "load", number))
+            yield self._take(order[within : within + self.batch_size])
+            number += 1
+
+    def once(self) -> Iterator[Any]:
+        """See `Source`."""
+        for begin in range(0, self.length, self.batch_size):
+            yield self._take(torch.arange(begin, min(begin + self.batch_size, self.length)))
+
+    def _order(self, seed: int, epoch: int) -> Tensor:
+        if getattr(self, "_cached", None) != (seed, epoch):
+            generator = torch.Generator().manual_seed(derive(seed, "order", epoch))
+            self._cached, self._permutation = (seed, epoch), torch.randperm(self.length, generator=generator)
+        return self._permutation
+
+    def _take(self, index: Tensor) -> Any:
+        if isinstance(self.items, Mapping):
+            return {name: _rows(value, index) for name, value in self.items.items()}
+        if isinstance(self.items, tuple):
+            return tuple(_rows(value, index) for value in self.items)
+        if isinstance(self.items, Tensor):
+            return _rows(self.items, index)
+        return default_collate([self.items[i] for i in index.tolist()])
+
+
+class Batches:
+    """A `DataLoader` or another re-iterable of batches, taken as they come, epoch after epoch.
+
+    What the iterable draws at random, a shuffling loader for one, comes from generators seeded for each epoch and
+    batch. Resuming replays the batches before the place to go on from.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = batches
+        try:
+            self.per_epoch: int | None = len(batches)  # type: ignore[arg-type]
+        except TypeError:
+            self.per_epoch = None
+
+    def stream(self, seed: int, skip: int) -> Iterator[Any]:
+        """See `Source`."""
+        epoch = number = 0
+        while True:
+            seed_loading(derive(seed, "epoch", epoch))
+            for generator in _generators(self.batches):
+                generator.manual_seed(derive(seed, "epoch", epoch))
+            iterator, begin = iter(self.batches), number
+            while True:
+                seed_loading(derive(seed, "load", number))
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    break
+                if number >= skip:
+                    yield batch
+                number += 1
+            if number == begin:
+                raise DataError(f"forget/retain: a {type(self.batches).__name__} gave no batch in epoch {epoch + 1}")
+            epoch += 1
+
+    def once(self) -> Iterator[Any]:
+        """See `Source`."""
+        yield from self.batches
+
+
+def source(data: Any, name: str, batch_size: int) -> Source:
+    """Recognise what the user passed as `name` ("forget" or "retain").
+
+    Raises:
+        DataError: it is empty, of unequal lengths, an iterator that can be read only once, or nothing known.
+    """
+    found = _source(data, name, batch_size)
+    if found.per_epoch == 0:
+        raise DataError(f"{name}: is empty; pass at least one {'batch' if isinstance(found, Batches) else 'item'}")
+    return found
+
+
+def _source(data: Any, name: str, batch_size: int) -> Source:
+    if isinstance(data, Tensor):
+        return _indexed(data, [data], name, batch_size)
+    if isinstance(data, Mapping):
+        return _indexed(dict(data), list(data.values()), name, batch_size)
+    if isinstance(data, tuple) or (isinstance(data, list) and len(data) == 2 and _tensors(data)):
+        return _indexed(tuple(data), list(data), name, batch_size)
+    if isinstance(data, DataLoader):
+        return Batches(data)
+    if isinstance(data, IterableDataset):
+        return Batches(DataLoader(data, batch_size=batch_size))
+    if isinstance(data, Dataset) or (
+        hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, list | str | bytes)
+    ):
+        try:
+            length = len(data)
+        except (TypeError, NotImplementedError) as error:
+            raise DataError(f"{name}: a {type(data).__name__} without a length; give it __len__, or wrap it") from error
+        return Indexed(data, length, batch_size) if length else Batches([])
+    if isinstance(data, Iterator):
+        raise DataError(f"{name}: a {type(data).__name__} can be read only once; pass list(…) or a DataLoader")
+    if isinstance(data, Iterable) and not isinstance(data, str | bytes):
+        return Batches(data)
+    raise DataError(
+        f"{name}: a {type(data).__name__} is no data; pass (inputs, targets), a Dataset, a DataLoader or a list of batches"
+    )
+
+
+def _indexed(items: Any, tensors: Sequence[Any], name: str, batch_size: int) -> Source:
+    if not tensors:
+        return Batches([])
+    if not _tensors(tensors):
+        kinds = ", ".join(type(value).__name__ for value in tensors)
+        raise DataError(f"{name}: holds {kinds}; every part must be a tensor with one row an item")
+    lengths = [len(value) if value.dim() else None for value in tensors]
+    if len(set(lengths)) > 1 or lengths[0] is None:
+        raise DataError(f"{name}: its tensors have {lengths} rows; inputs and targets must pair up")
+    return Indexed(items, lengths[0], batch_size) if lengths[0] else Batches([])
+
+
+def _tensors(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, Tensor) for value in values)
+
+
+def _rows(value: Tensor, index: Tensor) -> Tensor:
+    return value[index.to(value.device)]
+
+
+def _generators(batches: Iterable[Any]) -> list[torch.Generator]:
+    """The generators of the caller's that a loader draws its order from."""
+    if not isinstance(batches, DataLoader):
+        return []
+    sampler = batches.sampler
+    inner = batches.batch_sampler.sampler if isinstance(batches.batch_sampler, BatchSampler) else None
+    found = [batches.generator, *(getattr(s, "generator", None) for s in (sampler, inner))]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+class Stream:
+    """An endless stream of batches, and how many of it have been taken.
+
+    Random state that reading draws on is seeded batch by batch; run it inside `fastlur.world.borrowed_random`.
+    """
+
+    def __init__(self, source: Source, seed: int, skip: int = 0) -> None:
+        self.taken = skip
+        self._generators = _generators(getattr(source, "batches", ()))
+        self._before = [generator.get_state() for generator in self._generators]
+        self._batches = source.stream(seed, skip)
+
+    def __next__(self) -> Any:
+        batch = next(self._batches)
+        self.taken += 1
+        return batch
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def close(self) -> None:
+        """Put the caller's generators back."""
+        for generator, state in zip(self._generators, self._before, strict=True):
+            generator.set_state(state)
+
+

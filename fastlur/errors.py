@@ -1,0 +1,38 @@
+"""The errors of the package. Every one is a `FastlurError`; each message names the argument, the value, the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FastlurError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class ArgumentError(FastlurError, ValueError):
+    """An argument is of the wrong kind or out of its range; nothing was changed."""
+
+
+class ModelError(FastlurError, ValueError):
+    """The model cannot be used as asked: no trainable parameter, a pattern that matches nothing, …"""
+
+
+class DataError(FastlurError, ValueError):
+    """The forget or retain data are empty, overlap, are not finite, or do not fit the model or the loss."""
+
+
+class NonFiniteError(FastlurError, ArithmeticError):
+    """A loss or a gradient was not finite; the model is as it was after the last good step."""
+
+
+class CheckpointError(FastlurError, RuntimeError):
+    """A checkpoint cannot be written or read, or belongs to another run."""
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """'did you mean …' and the whole list, for a name that is not in it."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(names)}"

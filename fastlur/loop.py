@@ -1,0 +1,81 @@
+"""Batches → step → observers. No mathematics here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from fastlur.data import Stream
+from fastlur.history import History
+from fastlur.step import Step, StepStats
+from fastlur.world import borrowed_random
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """What a callback, a stopping rule or another observer gets after every step.
+
+    Attributes:
+        step: number of the step just done, from 1.
+        steps: how many are planned.
+        stats: its losses, cosine and norms, as 0-d tensors on the model's device; `float(event.stats.retain_loss)`
+            waits for the device, looking at nothing does not.
+        model: the model as it is now, undisplaced; evaluating it is fine, its mode is restored by the next step.
+    """
+
+    step: int
+    steps: int
+    stats: StepStats
+    model: nn.Module
+
+
+Observer = Callable[[StepEvent], Any]
+
+
+def run(
+    step: Step,
+    forget: Stream,
+    retain: Stream,
+    *,
+    steps: int,
+    lr: Callable[[int], float],
+    history: History,
+    observers: Sequence[Observer] = (),
+    progress: bool = True,
+) -> str:
+    """Step until `steps` are done or an observer answers with something true; returns why it ended.
+
+    Args:
+        step: the assembled step, perhaps resumed: its own counter says where to start.
+        forget: forget batches.
+        retain: retain batches.
+        steps: the last step's number.
+        lr: learning rate of step t = 0, 1, …; units of parameter per unit of direction.
+        history: filled on the way.
+        observers: called in order after every step; the first true answer ends the run, as text its reason.
+        progress: show a bar on standard error.
+    """
+    device = step.space.device
+    with tqdm(total=steps, initial=step.step, disable=not progress, desc="unlearn", unit="step") as bar:
+        while step.step < steps:
+            rate = lr(step.step)
+            step.update.set_lr(rate)
+            with borrowed_random(device):
+                batches = next(forget), next(retain)
+            stats = step(*batches)
+            if history.add(stats, rate) and progress:
+                last = {name: f"{history[name][-1]:.3f}" for name in ("forget_loss", "retain_loss", "cosine")}
+                bar.set_postfix(last, refresh=False)
+            bar.update()
+            event = StepEvent(step.step, steps, stats, step.space.model)
+            for observer in observers:
+                answer = observer(event)
+                if answer:
+                    history.flush()
+                    return answer if isinstance(answer, str) else "stopped by a callback or rule"
+    history.flush()
+    return "all steps done"

@@ -1,0 +1,104 @@
+"""Forget and retain losses: functions `(model, batch) -> scalar` to minimise.
+
+A batch is `(inputs, targets)`, or a dict whose "labels" (or "label", "targets", "target") are the targets and whose
+other items are the model's keyword arguments. The model returns logits, or an object with `.logits`; classes are the
+last dimension of logits for every target: shape (*targets.shape, classes).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastlur.errors import ArgumentError, DataError
+
+TARGETS = ("labels", "label", "targets", "target")
+
+
+def split(batch: Any) -> tuple[Any, Any]:
+    """The inputs and the targets of a batch; targets are None where the batch has none."""
+    if isinstance(batch, Mapping):
+        name = next((name for name in TARGETS if name in batch), None)
+        return {k: v for k, v in batch.items() if k != name}, None if name is None else batch[name]
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    return batch, None
+
+
+def logits_and_targets(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """Run the model: logits, shape (n, classes), and targets, shape (n,), one row a target.
+
+    Raises:
+        DataError: the batch has no integer targets, or logits and targets do not fit each other.
+    """
+    inputs, targets = split(batch)
+    if not isinstance(targets, Tensor) or targets.is_floating_point():
+        kind = type(batch).__name__ if targets is None else getattr(targets, "dtype", type(targets).__name__)
+        raise DataError(
+            f"forget/retain: batches must be (inputs, integer class targets) or a dict with {TARGETS[0]!r}, got {kind}; "
+            "for other data pass loss= and forget_loss="
+        )
+    output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != targets.shape:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise DataError(
+            f"model: returned {shape} for targets of shape {tuple(targets.shape)}; classification needs logits of "
+            "shape (*targets.shape, classes); for another model pass loss= and forget_loss="
+        )
+    return logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+
+
+def cross_entropy(model: Any, batch: Any) -> Tensor:
+    """Mean cross-entropy in nats, the default retain loss of classification."""
+    logits, targets = logits_and_targets(model, batch)
+    return functional.cross_entropy(logits.float() if logits.dtype in _HALF else logits, targets)
+
+
+def negative_cross_entropy(model: Any, batch: Any) -> Tensor:
+    """Plain gradient ascent, −cross_entropy: unbounded below.
+
+    It goes on pushing long after the data are forgotten, and then takes the rest of the model with it; use it with few
+    steps, or prefer `BoundedForgetting`.
+    """
+    return -cross_entropy(model, batch)
+
+
+class BoundedForgetting:
+    """Gradient ascent that stops when it has done its work: −min(cross-entropy of the batch, cap).
+
+    The default forget loss of classification. While the mean cross-entropy of the forget batch is below the cap this
+    is `negative_cross_entropy`; at the cap its gradient is 0 and only the retain loss acts, until forgotten items come
+    back below it. Plain ascent has no such end: its gradient does not vanish as the loss grows, and the retain accuracy
+    collapses with enough steps.
+
+    Args:
+        cap: nats, > 0. None: log(classes) + 2.7, a little worse than guessing at random (5.0 for ten classes).
+
+    Raises:
+        ArgumentError: cap is not a positive number.
+    """
+
+    def __init__(self, cap: float | None = None) -> None:
+        if cap is not None and not 0 < cap < math.inf:
+            raise ArgumentError(f"cap={cap!r} must be a positive number of nats, or None for log(classes) + 2.7")
+        self.cap = cap
+
+    def __call__(self, model: Any, batch: Any) -> Tensor:
+        """−min(mean cross-entropy, cap), shape ()."""
+        logits, targets = logits_and_targets(model, batch)
+        loss = functional.cross_entropy(logits.float() if logits.dtype in _HALF else logits, targets)
+        cap = math.log(logits.shape[-1]) + 2.7 if self.cap is None else self.cap
+        # not clamp(max=cap): that turns a NaN's gradient into 0 and hides it
+        return -torch.where(loss > cap, loss.new_full((), cap), loss)
+
+    def __repr__(self) -> str:
+        return f"BoundedForgetting(cap={self.cap})"
+
+
+_HALF = (torch.float16, torch.bfloat16)

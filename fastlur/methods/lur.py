@@ -1,0 +1,145 @@
+"""LUR: learning to unlearn while retaining."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastlur import meta, ops
+from fastlur.errors import ArgumentError, nearest
+from fastlur.losses import BoundedForgetting
+from fastlur.methods.base import Direction
+from fastlur.passes import Loss, Passes, Which
+from fastlur.space import Vector
+
+Order = Literal["retain_first", "forget_first"]
+RELATIVE_DEFAULT = 0.1
+
+
+@dataclass(frozen=True)
+class LUR:
+    """Minimise both losses along a meta-gradient that aligns the forgetting and the retaining one.
+
+    order="retain_first":  min L_r(θ) + λ L_f(θ − α∇L_r(θ))
+    order="forget_first":  min λ L_f(θ) + L_r(θ − α∇(λL_f)(θ))
+
+    Source: Patel & Qiu, "Learning to Unlearn while Retaining", arXiv 2503.06339; the objective is reconstructed (the
+    paper's own equation was not at hand), the four ways to its gradient are described in `fastlur.meta`.
+
+    Args:
+        inner_lr: the inner step α ≥ 0. None: a relative step of 0.1, which fits models of any scale; a number is an
+            absolute step (parameters per gradient) unless `relative_inner_lr` is set.
+        forget_weight: λ ≥ 0, the factor on the forget loss.
+        gradient: "optimistic" (two passes a step, and one gradient kept), "secant" (three), "exact" (two and a
+            Hessian-vector product) or "first_order" (two, half of the alignment).
+        order: which loss makes the inner step.
+        relative_inner_lr: the inner step has length `inner_lr` whatever the gradient's norm: α = inner_lr/‖∇‖.
+
+    Raises:
+        ArgumentError: a value out of range, or an unknown mode or order.
+    """
+
+    inner_lr: float | None = None
+    forget_weight: float = 0.1
+    gradient: meta.Gradient = "optimistic"
+    order: Order = "retain_first"
+    relative_inner_lr: bool = False
+
+    name: ClassVar[str] = "lur"
+
+    def __post_init__(self) -> None:
+        meta.check_gradient(self.gradient)
+        if self.inner_lr is not None:
+            meta.check_inner_lr(self.inner_lr)
+        if self.order not in get_args(Order):
+            raise ArgumentError(f"order={self.order!r} is no order; {nearest(self.order, get_args(Order))}")
+        if not 0 <= self.forget_weight < float("inf"):
+            raise ArgumentError(f"forget_weight={self.forget_weight!r} must be a finite number ≥ 0, such as 0.1")
+
+    def default_forget_loss(self, task: str) -> Loss:
+        """Bounded gradient ascent."""
+        return BoundedForgetting()
+
+    def prepare(self, passes: Passes) -> LURState:
+        """Allocate: the two gradients and the displaced point, a parameter-sized buffer each, whatever the mode."""
+        relative = self.relative_inner_lr or self.inner_lr is None
+        inner_lr = RELATIVE_DEFAULT if self.inner_lr is None else self.inner_lr
+        return LURState(passes, self.order, self.gradient, inner_lr, relative)
+
+    def direction(self, passes: Passes, state: LURState) -> Direction:
+        """The aligned inner gradient and the outer one."""
+        previous = state.inner_gradient if state.kept else None
+        inner, outer = meta.direction(state, self.gradient, previous)
+        state.kept = self.gradient == "optimistic"
+        return Direction(inner, outer) if self.order == "retain_first" else Direction(outer, inner)
+
+    def finish(self, passes: Passes, state: LURState) -> None:
+        """Nothing to do."""
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments."""
+        return asdict(self)
+
+
+class LURState:
+    """The arena of a rule over a module in flat storage, and the gradient that `optimistic` keeps.
+
+    Vectors beyond parameters and optimizer: `inner_gradient`, `outer_gradient` and `point`. Once displaced along, the
+    inner gradient is no longer needed and is overwritten by the next one.
+    """
+
+    def __init__(
+        self, passes: Passes, order: Order, gradient: meta.Gradient, inner_lr: float, relative: bool
+    ) -> None:
+        self.passes, self.relative = passes, relative
+        self.first: Which = "retain" if order == "retain_first" else "forget"
+        self.second: Which = "forget" if order == "retain_first" else "retain"
+        self.inner_gradient = passes.space.vector()
+        self.outer_gradient = passes.space.vector()
+        self.point = passes.space.vector()
+        self.kept = False
+        self._inner_lr = torch.tensor(inner_lr, dtype=torch.float64, device=passes.space.device)
+
+    def inner(self, at: Vector | None) -> Vector:
+        """∇A, into its own buffer."""
+        self.passes.gradient(self.first, self.inner_gradient, at)
+        return self.inner_gradient
+
+    def outer(self, at: Vector) -> Vector:
+        """∇B, into its own buffer."""
+        self.passes.gradient(self.second, self.outer_gradient, at)
+        return self.outer_gradient
+
+    def linearized(self) -> tuple[Vector, Callable[[Vector, Tensor | None], Vector]]:
+        """∇A, and the Hessian's part of the direction; the displaced point is free by then and holds the product."""
+        curvature = self.passes.linearize(self.first, self.inner_gradient)
+        a, product = self.inner_gradient, self.point
+
+        def aligned(v: Vector, norm2: Tensor | None) -> Vector:
+            curvature(v, product)
+            ops.displace(a.flats, a.flats, product.flats, self._inner_lr, norm2)
+            return a
+
+        return a, aligned
+
+    def norm2(self, along: Vector) -> Tensor | None:
+        """‖along‖² for a relative step."""
+        return ops.grad_dot(along.flats, along.flats)[0][0] if self.relative else None
+
+    def displaced(self, along: Vector, norm2: Tensor | None) -> Vector:
+        """θ − α · along, into the one displaced point."""
+        ops.displace(self.point.flats, self.passes.space.theta.flats, along.flats, self._inner_lr, norm2)
+        return self.point
+
+    def vectors(self) -> dict[str, Vector]:
+        """The kept gradient, if there is one."""
+        return {"inner_gradient": self.inner_gradient} if self.kept else {}
+
+    def resume(self, names: Sequence[str]) -> dict[str, Vector]:
+        """Take the kept gradient back, if there was one."""
+        self.kept = "inner_gradient" in names
+        return self.vectors()

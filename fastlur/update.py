@@ -1,0 +1,125 @@
+"""The update: from the two halves of a direction to moved weights, and the flag that stops a bad step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlur import ops
+from fastlur.errors import ArgumentError, nearest
+from fastlur.methods.base import Direction
+from fastlur.space import ParameterSpace, Vector
+
+OPTIMIZERS = ("sgd", "adamw")
+
+
+class Update:
+    """SGD with momentum, AdamW, or a torch optimizer of the caller's, over a parameter space.
+
+    Args:
+        space: what moves.
+        optimizer: "sgd", "adamw", or a `torch.optim.Optimizer` over (some of) the model's parameters, which then keeps
+            its own learning rate; it costs one wait for the device a step, since it cannot read the flag itself.
+        lr: learning rate, > 0.
+        momentum: of SGD (β₁ of AdamW stays 0.9).
+        weight_decay: L2 for SGD, decoupled for AdamW.
+        max_grad_norm: clip the direction to this norm; None: no clipping.
+    """
+
+    def __init__(
+        self,
+        space: ParameterSpace,
+        optimizer: str | torch.optim.Optimizer,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        self.space = space
+        self.custom = _custom(space, optimizer)
+        adamw = optimizer == "adamw"
+        self.first = None if self.custom else space.vector()
+        self.second = space.vector() if adamw else None
+        self._joint = space.vector() if self.custom else None
+        self.control = torch.zeros(ops.CONTROL, dtype=torch.float64, device=space.device)
+        self.control[ops.OK] = 1
+        hyper = [0.0] * ops.HYPER
+        hyper[ops.LR], hyper[ops.MOMENTUM] = lr, 0.9 if adamw else momentum
+        hyper[ops.BETA2], hyper[ops.EPS] = 0.999, 1e-8
+        hyper[ops.WEIGHT_DECAY], hyper[ops.CLIP] = weight_decay, max_grad_norm or 0.0
+        self.hyper = torch.tensor(hyper, dtype=torch.float64, device=space.device)
+        self._minus_one = torch.tensor(-1.0, dtype=torch.float64, device=space.device)
+
+    def set_lr(self, lr: float) -> None:
+        """Change the learning rate; a device scalar, so nothing waits. A custom optimizer keeps its own."""
+        self.hyper[ops.LR].fill_(lr)
+
+    def decide(self, direction: Direction, losses: list[Tensor]) -> Tensor:
+        """Set the control scalars from the gradients and the losses; returns (⟨r,f⟩, ‖r‖², ‖f‖²), shape (3,)."""
+        retain, forget = direction
+        dots = ops.grad_dot(retain.flats, (forget or retain).flats)[0]
+        if forget is None:
+            dots = dots * torch.tensor([0.0, 1.0, 0.0], dtype=dots.dtype, device=dots.device)
+        ops.step_control(self.control, dots, torch.stack([loss.double() for loss in losses]), self.hyper)
+        return dots
+
+    def apply(self, direction: Direction) -> None:
+        """Move the reached parameters along −direction, unless the flag is down."""
+        some = self.space.missed()
+        if self.custom is not None:
+            self._apply_custom(self.custom, direction)
+            return
+        assert self.first is not None
+        ops.meta_update(
+            self.space.theta.part(some),
+            direction.retain.part(some),
+            None if direction.forget is None else direction.forget.part(some),
+            self.first.part(some),
+            None if self.second is None else self.second.part(some),
+            None,
+            None,
+            None,
+            self.control,
+            self.hyper,
+        )
+
+    def moments(self) -> dict[str, Vector]:
+        """The optimizer's vectors by name."""
+        named = {"first_moment": self.first, "second_moment": self.second}
+        return {name: vector for name, vector in named.items() if vector is not None}
+
+    def _apply_custom(self, optimizer: torch.optim.Optimizer, direction: Direction) -> None:
+        if not bool(self.control[ops.OK]):  # waits for the device: a foreign optimizer cannot be told otherwise
+            return
+        joint = self._joint
+        assert joint is not None
+        if direction.forget is None:
+            torch._foreach_copy_(joint.flats, direction.retain.flats)
+        else:
+            ops.displace(joint.flats, direction.retain.flats, direction.forget.flats, self._minus_one)
+        torch._foreach_mul_(joint.flats, self.control[ops.SCALE])
+        try:
+            for index in self.space.reached:
+                for parameter in self.space.slots[index].parameters:
+                    parameter.grad = joint.views[index]
+            optimizer.step()
+        finally:
+            self.space.drop_gradients()
+
+
+def _custom(space: ParameterSpace, optimizer: str | torch.optim.Optimizer) -> torch.optim.Optimizer | None:
+    if isinstance(optimizer, str):
+        if optimizer not in OPTIMIZERS:
+            raise ArgumentError(f"optimizer={optimizer!r} is unknown; {nearest(optimizer, OPTIMIZERS)}")
+        return None
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        kind = type(optimizer).__name__
+        raise ArgumentError(f"optimizer: a {kind} is neither 'sgd', 'adamw' nor a torch.optim.Optimizer")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in held for p in space.leaves()):
+        raise ArgumentError("optimizer: holds none of the parameters that may move; make it from model.parameters()")
+    if any(len(slot.parameters) > 1 for slot in space.slots):
+        raise ArgumentError("optimizer: parameters tied as separate objects need 'sgd' or 'adamw'; make them one object")
+    return optimizer

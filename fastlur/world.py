@@ -1,0 +1,100 @@
+"""The caller's world, left as it was found: random state, grad mode, autocast, train/eval mode, determinism."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def derive(*parts: object) -> int:
+    """A 63-bit seed from any parts, the same on every machine."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seed the generators that passes draw from: the CPU's and the model's device's, and no other."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[_index(device)].manual_seed(seed)
+
+
+def seed_loading(seed: int) -> None:
+    """Seed what transforms of a data set may draw from on the host: torch, NumPy and Python."""
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (transforms that use the old global state are why this is here)
+    random.seed(seed)
+
+
+@contextmanager
+def borrowed_random(device: torch.device) -> Iterator[None]:
+    """Inside, the global random generators may be seeded at will; outside, nobody sees that they were."""
+    state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)
+
+
+@contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Inside, the whole model is in train (or eval) mode; afterwards every module is in its own again."""
+    modules = list(model.modules())
+    before = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = training
+        yield
+    finally:
+        for module, was in zip(modules, before, strict=True):
+            module.training = was
+
+
+@contextmanager
+def passing(model: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
+    """What every pass runs in: train mode, gradients on, the precision asked for and no other autocast.
+
+    The weight cache of autocast is off: it would go on serving the weights cast before a storage swap.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(mode(model, True))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(
+            torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+        )
+        yield
+
+
+@contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """Inside, torch uses deterministic algorithms only, if wanted (on CUDA they cost time; on the CPU they are usual)."""
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it makes its first handle
+    try:
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index

@@ -41,6 +41,7 @@ PROBES = 8  # retain batches that a retain budget is measured on
 SIDES: tuple[Which, Which] = ("forget", "retain")
 
 
+@torch.inference_mode(False)
 def unlearn(
     model: nn.Module,
     forget: Any,
@@ -148,7 +149,10 @@ def unlearn(
     if device is not None:
         model.to(device)
     where = next(model.parameters()).device
-    sources: dict[Which, Source] = {"forget": source(forget, "forget", batch_size), "retain": source(retain, "retain", batch_size)}
+    sources: dict[Which, Source] = {
+        "forget": source(forget, "forget", batch_size),
+        "retain": source(retain, "retain", batch_size),
+    }
     with borrowed_random(where):
         contents: dict[Which, content.Content] = {side: content.read(sources[side], side) for side in SIDES}
         firsts: dict[Which, Any] = {side: next(sources[side].stream(seed, 0)) for side in SIDES}
@@ -156,7 +160,10 @@ def unlearn(
         overlap.check(forget, retain, contents["forget"], contents["retain"])
     classifies: dict[Which, bool] = {"forget": forget_loss is None, "retain": loss is None}
     kind = checks.task_of(task, firsts) if any(classifies.values()) else task
-    losses: dict[Which, Loss] = {"retain": loss or cross_entropy, "forget": forget_loss or method.default_forget_loss(kind)}
+    losses: dict[Which, Loss] = {
+        "retain": loss or cross_entropy,
+        "forget": forget_loss or method.default_forget_loss(kind),
+    }
     checks.trial(model, losses, firsts, contents, classifies=classifies, device=where, precision=precision)
     total = steps or _length(sources, epochs)
     base = (DEFAULT_LR.get(optimizer, 0.0) if isinstance(optimizer, str) else 0.0) if lr is None else lr

@@ -96,7 +96,9 @@ class Checkpoints:
             self._restore(step, record, tensors)
             return record
         if faults:
-            raise CheckpointError(f"checkpoint: none in {str(self.directory)!r} is intact ({'; '.join(faults)}); remove it")
+            raise CheckpointError(
+                f"checkpoint: none in {str(self.directory)!r} is intact ({'; '.join(faults)}); remove it"
+            )
         return None
 
     def purge(self) -> None:
@@ -183,7 +185,7 @@ def model_digest(model: nn.Module) -> str:
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

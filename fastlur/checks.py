@@ -107,17 +107,21 @@ def _labels(model: nn.Module, batch: Any, content: Content, which: Which) -> Non
     classes, low, high = logits.shape[-1], int(targets.min()), int(targets.max())
     for label in (low, high, content.lowest, content.highest):
         if label is not None and not (0 <= label < classes or label == IGNORED):
-            raise DataError(f"{which}: label {label} is outside the model's {classes} logits; labels go from 0 to {classes - 1}")
+            raise DataError(
+                f"{which}: label {label} is outside the model's {classes} logits; labels go from 0 to {classes - 1}"
+            )
 
 
 def _value(value: Any, which: Which) -> None:
     number = float(scalar(value, which).detach())
     if not math.isfinite(number):
-        raise DataError(f"{ARGUMENT[which]}: is {number} on the first {which} batch; look for NaN in data, model or loss")
+        raise DataError(
+            f"{ARGUMENT[which]}: is {number} on the first {which} batch; look for NaN in data, model or loss"
+        )
 
 
 def _why(error: Exception, which: Which, batch: Any) -> str:
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
     if "more than 1 value per channel" in said:
-        return f"{which}: batch norm needs more than one value a channel, but the batch has one item; add items or raise batch_size"
+        return f"{which}: batch norm needs more than one item a batch here; give more items, or a larger batch_size"
     return f"{which}: the model or {ARGUMENT[which]} cannot take the first batch ({type(error).__name__}: {said})"

@@ -21,6 +21,8 @@ from fastlur.world import derive, seed_loading
 def to_device(batch: Any, device: torch.device, memory_format: torch.memory_format | None = None) -> Any:
     """The batch with every tensor on the device, four-dimensional ones in the memory format asked for."""
     if isinstance(batch, Tensor):
+        if batch.is_inference():  # made under inference_mode: autograd refuses it, a copy it takes
+            batch = batch.clone()
         if memory_format is not None and batch.dim() == 4:
             return batch.to(device, non_blocking=True, memory_format=memory_format)
         return batch.to(device, non_blocking=True)
@@ -160,7 +162,7 @@ def _source(data: Any, name: str, batch_size: int) -> Source:
         hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, list | str | bytes)
     ):
         try:
-            length = len(data)
+            length = len(data)  # type: ignore[arg-type]
         except (TypeError, NotImplementedError) as error:
             raise DataError(f"{name}: a {type(data).__name__} without a length; give it __len__, or wrap it") from error
         return Indexed(data, length, batch_size) if length else Batches([])
@@ -169,7 +171,7 @@ def _source(data: Any, name: str, batch_size: int) -> Source:
     if isinstance(data, Iterable) and not isinstance(data, str | bytes):
         return Batches(data)
     raise DataError(
-        f"{name}: a {type(data).__name__} is no data; pass (inputs, targets), a Dataset, a DataLoader or a list of batches"
+        f"{name}: a {type(data).__name__} is no data; pass (inputs, targets), a Dataset, a DataLoader or batches"
     )
 
 
@@ -227,5 +229,3 @@ class Stream:
         """Put the caller's generators back."""
         for generator, state in zip(self._generators, self._before, strict=True):
             generator.set_state(state)
-
-

@@ -15,7 +15,7 @@ class ArgumentError(FastlurError, ValueError):
 
 
 class ModelError(FastlurError, ValueError):
-    """The model cannot be used as asked: no trainable parameter, a pattern that matches nothing, …"""
+    """The model cannot be used as asked: nothing to move, a pattern without a match, no module."""
 
 
 class DataError(FastlurError, ValueError):
@@ -36,3 +36,10 @@ def nearest(name: object, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(names)}"
+
+
+def not_scalar(name: str, value: object) -> str:
+    """What is wrong with a loss that returned `value`."""
+    shape = getattr(value, "shape", None)
+    what = f"a {type(value).__name__}" if shape is None else f"a tensor of shape {tuple(shape)}"
+    return f"{name}: returned {what}, not a scalar; reduce it, for example with .mean()"

@@ -70,7 +70,9 @@ def evaluate(
 
     Args:
         model: the classifier; its output (or its `.logits`) is of shape (*targets.shape, classes).
-        forget, retain, test: data as `unlearn` takes them, labelled.
+        forget: what was to be forgotten, labelled data as `unlearn` takes them.
+        retain: what was to be kept, likewise.
+        test: data that no model was trained on, likewise.
         reference: a model retrained without the forget set, or its `Evaluation`; gives `gap`.
         batch_size: for data that do not come in batches.
 
@@ -95,7 +97,7 @@ def evaluate(
     if not isinstance(reference, Evaluation):
         raise ArgumentError(f"reference: a {type(reference).__name__} is neither a model nor an Evaluation")
     gap = sum(abs(getattr(result, name) - getattr(reference, name)) for name in GAP) / len(GAP)
-    return Evaluation(**{**result.as_dict(), "gap": gap})  # type: ignore[arg-type]
+    return Evaluation(**{**result.as_dict(), "gap": gap})
 
 
 def membership(member: np.ndarray, stranger: np.ndarray, asked: np.ndarray) -> float:

@@ -30,5 +30,5 @@ def info() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton,
         "device": torch.cuda.get_device_name() if cuda else f"cpu ({torch.get_num_threads()} threads)",
-        "operations": {name: "torch" for name in OPERATIONS},
+        "operations": dict.fromkeys(OPERATIONS, "torch"),
     }

@@ -40,8 +40,8 @@ def logits_and_targets(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
     if not isinstance(targets, Tensor) or targets.is_floating_point():
         kind = type(batch).__name__ if targets is None else getattr(targets, "dtype", type(targets).__name__)
         raise DataError(
-            f"forget/retain: batches must be (inputs, integer class targets) or a dict with {TARGETS[0]!r}, got {kind}; "
-            "for other data pass loss= and forget_loss="
+            f"forget/retain: batches must be (inputs, integer class targets) or a dict with {TARGETS[0]!r}, got {kind}"
+            "; for other data pass loss= and forget_loss="
         )
     output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     logits = getattr(output, "logits", output)

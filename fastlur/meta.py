@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fastlur import ops
-from fastlur.errors import ArgumentError, nearest
+from fastlur.errors import ArgumentError, DataError, nearest, not_scalar
 
 Gradient = Literal["exact", "secant", "first_order", "optimistic"]
 GRADIENTS: tuple[str, ...] = get_args(Gradient)
@@ -177,7 +177,8 @@ class _DictArena:
         relative: bool,
     ) -> None:
         self.theta, self.relative = theta, relative
-        self._inner, self._outer = torch.func.grad(loss_inner), torch.func.grad(loss_outer)
+        self._inner = torch.func.grad(_checked(loss_inner, "loss_inner"))
+        self._outer = torch.func.grad(_checked(loss_outer, "loss_outer"))
         device = next(iter(theta.values())).device
         self._inner_lr = torch.tensor(inner_lr, dtype=torch.float64, device=device)
 
@@ -188,7 +189,8 @@ class _DictArena:
         return self._detached(self._outer(at))
 
     def linearized(self) -> tuple[Params, Callable[[Params, Tensor | None], Params]]:
-        gradient, pull = torch.func.vjp(self._inner, self.theta)
+        found: Any = torch.func.vjp(self._inner, self.theta)
+        gradient, pull = found
         a = self._detached(gradient)
 
         def aligned(v: Params, norm2: Tensor | None) -> Params:
@@ -215,6 +217,16 @@ class _DictArena:
         return {name: value.detach() for name, value in gradient.items()}
 
 
+def _checked(loss: Callable[[Params], Tensor], name: str) -> Callable[[Params], Tensor]:
+    def checked(params: Params) -> Tensor:
+        value = loss(params)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise DataError(not_scalar(name, value))
+        return value.reshape(())
+
+    return checked
+
+
 def _check_params(params: Params, previous: Params | None) -> None:
     if not params:
         raise ArgumentError("params={} is empty; pass a dict of tensors, such as dict(model.named_parameters())")
@@ -225,4 +237,6 @@ def _check_params(params: Params, previous: Params | None) -> None:
     if previous:
         for name, value in params.items():
             if name not in previous or previous[name].shape != value.shape:
-                raise ArgumentError(f"previous: no tensor of shape {tuple(value.shape)} for {name!r}; pass {{}} at first")
+                raise ArgumentError(
+                    f"previous: no tensor of shape {tuple(value.shape)} for {name!r}; pass {{}} at first"
+                )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastlur.errors import DataError
+from fastlur.errors import DataError, not_scalar
 from fastlur.space import ParameterSpace, Vector
 from fastlur.statistics import Statistics
 from fastlur.world import derive, passing, seed_torch
@@ -97,9 +97,7 @@ class Passes:
         def value(parameters: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
             # statistics move in copies made in here: a transform must not write to tensors from outside it
             moved = {name: buffer.clone() for name, buffer in buffers.items()}
-            everywhere = {
-                f"model.{name}": parameters[slot.names[0]] for slot in space.slots for name in slot.names
-            }
+            everywhere = {f"model.{name}": parameters[slot.names[0]] for slot in space.slots for name in slot.names}
             state = everywhere | moved
             loss = self._evaluate(
                 which, lambda loss, batch: torch.func.functional_call(self._evaluator, state, (loss, batch))
@@ -108,7 +106,8 @@ class Passes:
 
         with sdpa_kernel(SDPBackend.MATH):
             here = dict(zip(names, space.theta.views, strict=True))
-            gradient, pull, (loss, moved) = torch.func.vjp(torch.func.grad(value, has_aux=True), here, has_aux=True)
+            found: Any = torch.func.vjp(torch.func.grad(value, has_aux=True), here, has_aux=True)
+            gradient, pull, (loss, moved) = found
         self.values.setdefault(which, loss.detach())
         with torch.no_grad():
             if self._first_retain(which):
@@ -158,8 +157,7 @@ def scalar(value: Any, which: Which) -> Tensor:
     """
     name = ARGUMENT[which]
     if not isinstance(value, Tensor) or value.numel() != 1:
-        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise DataError(f"{name}: returned {what}, not a scalar; reduce it, for example with .mean()")
+        raise DataError(not_scalar(name, value))
     if torch.is_grad_enabled() and not value.requires_grad:
         raise DataError(f"{name}: depends on no parameter that may move; check `parameters`, and detach() in the loss")
     return value.reshape(())

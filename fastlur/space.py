@@ -16,6 +16,7 @@ import fnmatch
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,8 @@ class ParameterSpace:
         for index, slot in enumerate(self.slots):
             for parameter in slot.parameters:
                 parameter.grad = None
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._note(index)))
+                hook = parameter.register_post_accumulate_grad_hook(self._note(index))  # type: ignore[no-untyped-call]
+                self._hooks.append(hook)
         self.closed = False
 
     @property
@@ -249,7 +251,7 @@ def _tied(
     still = [(name, p) for name, p in model.named_parameters() if id(p) not in chosen]
     first = [(names[key][0], objects[key][0]) for key in names]
     extents = sorted((*_extent(p), name, id(p) in chosen) for name, p in first + still if p.numel())
-    for (_, end, name, moves), (begin, _, other, too) in zip(extents, extents[1:], strict=False):
+    for (_, end, name, moves), (begin, _, other, too) in pairwise(extents):
         if begin < end and (moves or too):
             raise ModelError(
                 f"model: {name!r} and {other!r} share memory but are not one parameter that may move as a whole; "

@@ -70,6 +70,7 @@ FIELDS = ("forget_loss", "retain_loss", "cosine", "forget_norm", "retain_norm")
 class Step:
     """A method, an update and a model, stepping together; open from construction until `close`."""
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,
@@ -103,6 +104,7 @@ class Step:
         self.step = 0
         self._unread: list[StepStats] = []
 
+    @torch.inference_mode(False)
     def __call__(self, forget: Any, retain: Any) -> StepStats:
         """One step, update included.
 
@@ -127,8 +129,8 @@ class Step:
         passes.statistics.keep(self.update.control[ops.OK])
         self.step += 1
         nothing = torch.full((), math.nan, device=device)
-        losses = (passes.values.get(which, nothing) for which in ("forget", "retain"))
-        stats = StepStats(self.step, *losses, dots)
+        values = passes.values
+        stats = StepStats(self.step, values.get("forget", nothing), values.get("retain", nothing), dots)
         self._unread.append(stats)
         if device.type == "cpu" or len(self._unread) >= READ_EVERY:
             self.check()

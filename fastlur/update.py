@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -91,7 +89,7 @@ class Update:
         return {name: vector for name, vector in named.items() if vector is not None}
 
     def _apply_custom(self, optimizer: torch.optim.Optimizer, direction: Direction) -> None:
-        if not bool(self.control[ops.OK]):  # waits for the device: a foreign optimizer cannot be told otherwise
+        if self.control[ops.OK].item() == 0:  # waits for the device: a foreign optimizer cannot be told otherwise
             return
         joint = self._joint
         assert joint is not None
@@ -121,5 +119,7 @@ def _custom(space: ParameterSpace, optimizer: str | torch.optim.Optimizer) -> to
     if not any(id(p) in held for p in space.leaves()):
         raise ArgumentError("optimizer: holds none of the parameters that may move; make it from model.parameters()")
     if any(len(slot.parameters) > 1 for slot in space.slots):
-        raise ArgumentError("optimizer: parameters tied as separate objects need 'sgd' or 'adamw'; make them one object")
+        raise ArgumentError(
+            "optimizer: parameters tied as separate objects need 'sgd' or 'adamw'; make them one object"
+        )
     return optimizer

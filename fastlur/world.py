@@ -80,7 +80,7 @@ def passing(model: nn.Module, device: torch.device, precision: str) -> Iterator[
 
 @contextmanager
 def determinism(wanted: bool) -> Iterator[None]:
-    """Inside, torch uses deterministic algorithms only, if wanted (on CUDA they cost time; on the CPU they are usual)."""
+    """Inside, torch uses deterministic algorithms only, if wanted; on CUDA they cost time, on the CPU nothing."""
     if not wanted:
         yield
         return

@@ -40,7 +40,11 @@ class Method(Protocol):
     """
 
     name: ClassVar[str]
-    forget_weight: float
+
+    @property
+    def forget_weight(self) -> float:
+        """λ ≥ 0."""
+        ...
 
     def default_forget_loss(self, task: str) -> Loss:
         """The forget loss where the user gives none."""

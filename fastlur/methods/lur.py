@@ -92,9 +92,7 @@ class LURState:
     inner gradient is no longer needed and is overwritten by the next one.
     """
 
-    def __init__(
-        self, passes: Passes, order: Order, gradient: meta.Gradient, inner_lr: float, relative: bool
-    ) -> None:
+    def __init__(self, passes: Passes, order: Order, gradient: meta.Gradient, inner_lr: float, relative: bool) -> None:
         self.passes, self.relative = passes, relative
         self.first: Which = "retain" if order == "retain_first" else "forget"
         self.second: Which = "forget" if order == "retain_first" else "retain"

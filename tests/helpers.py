@@ -1,0 +1,73 @@
+"""Models and small tools that several test files use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fastlur
+
+
+class Point(nn.Module):
+    """A model that is nothing but its parameters; losses are functions of them."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = nn.Parameter(x.clone())
+
+    def forward(self) -> Tensor:
+        return self.x
+
+
+class Attention(nn.Module):
+    """A small transformer with fused attention over 6 tokens; its embedding is tied to its output layer."""
+
+    def __init__(self, words: int = 11, width: int = 16, classes: int | None = None) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(words, width)
+        self.mix = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, words, bias=False)
+        self.out.weight = self.embed.weight
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        q, k, v = self.mix(x).chunk(3, dim=-1)
+        split = [t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (q, k, v)]
+        y = functional.scaled_dot_product_attention(*split, is_causal=True)
+        return self.out(self.norm(x + y.transpose(1, 2).flatten(2)))
+
+
+def mlp(inputs: int = 6, classes: int = 4, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    layers = [nn.Linear(inputs, 12), nn.Tanh(), nn.Dropout(dropout), nn.Linear(12, classes)]
+    return nn.Sequential(*layers).to(dtype)
+
+
+def blobs(n: int, inputs: int = 6, classes: int = 4, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """n random items and labels."""
+    return torch.randn(n, inputs, dtype=dtype), torch.randint(0, classes, (n,))
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of everything in the model."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def direction(step: fastlur.MetaStep) -> dict[str, Tensor]:
+    """The whole direction of the step just done, by parameter name."""
+    inner, outer = step.state.inner_gradient, step.state.outer_gradient
+    return {n: (x + y).clone() for n, x, y in zip(step.space.names, inner.views, outer.views, strict=True)}
+
+
+def norm(vectors: dict[str, Tensor]) -> float:
+    return float(torch.cat([v.reshape(-1) for v in vectors.values()]).norm())
+
+
+def minus(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: a[name] - b[name] for name in a}

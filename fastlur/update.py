@@ -107,7 +107,7 @@ class Update:
             self.space.drop_gradients()
 
 
-def _custom(space: ParameterSpace, optimizer: str | torch.optim.Optimizer) -> torch.optim.Optimizer | None:
+def _custom(space: ParameterSpace, optimizer: object) -> torch.optim.Optimizer | None:
     if isinstance(optimizer, str):
         if optimizer not in OPTIMIZERS:
             raise ArgumentError(f"optimizer={optimizer!r} is unknown; {nearest(optimizer, OPTIMIZERS)}")

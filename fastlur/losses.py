@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from fastlur.errors import ArgumentError, DataError
 
+ABOVE_CHANCE = 10.0  # nats
 TARGETS = ("labels", "label", "targets", "target")
 
 
@@ -77,8 +78,12 @@ class BoundedForgetting:
     back below it. Plain ascent has no such end: its gradient does not vanish as the loss grows, and the retain accuracy
     collapses with enough steps.
 
+    The cap is meant to end a runaway, not to say when enough is forgotten; that is the retain loss's part. It must not
+    be tight: a batch of one class, normalised by its own statistics as in training, can have a cross-entropy of 5 nats
+    in a model that still knows every item of it (measured on digits), and a cap of 5 would then forget nothing.
+
     Args:
-        cap: nats, > 0. None: log(classes) + 2.7, a little worse than guessing at random (5.0 for ten classes).
+        cap: nats, > 0. None: log(classes) + 10, that is 10 nats above guessing at random (12.3 for ten classes).
 
     Raises:
         ArgumentError: cap is not a positive number.
@@ -86,15 +91,14 @@ class BoundedForgetting:
 
     def __init__(self, cap: float | None = None) -> None:
         if cap is not None and not 0 < cap < math.inf:
-            raise ArgumentError(f"cap={cap!r} must be a positive number of nats, or None for log(classes) + 2.7")
+            raise ArgumentError(f"cap={cap!r} must be a positive number of nats, or None for log(classes) + 10")
         self.cap = cap
 
     def __call__(self, model: Any, batch: Any) -> Tensor:
         """−min(mean cross-entropy, cap), shape ()."""
         logits, targets = logits_and_targets(model, batch)
         loss = functional.cross_entropy(logits.float() if logits.dtype in _HALF else logits, targets)
-        cap = math.log(logits.shape[-1]) + 2.7 if self.cap is None else self.cap
-        # not clamp(max=cap): that turns a NaN's gradient into 0 and hides it
+        cap = math.log(logits.shape[-1]) + ABOVE_CHANCE if self.cap is None else self.cap
         return -torch.where(loss > cap, loss.new_full((), cap), loss)
 
     def __repr__(self) -> str:

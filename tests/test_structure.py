@@ -1,0 +1,114 @@
+"""The plan of the house: imports run one way, files stay short, and nothing unpickles."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastlur
+
+ROOT = Path(fastlur.__file__).parent
+REPOSITORY = Path(__file__).parent.parent
+MODULES = {
+    str(path.relative_to(ROOT).with_suffix("")).replace("/", "."): path
+    for path in ROOT.rglob("*.py")
+    if path.name not in ("__init__.py",)
+} | {"methods": ROOT / "methods" / "__init__.py"}
+
+# From the ground up: a module may import only what stands on a lower floor than itself.
+FLOORS = [
+    {"_version", "errors", "reference"},
+    {"ops", "world"},
+    {"statistics", "space", "losses", "info"},
+    {"data", "passes", "meta"},
+    {"content", "evaluate", "methods.base"},
+    {"methods.lur", "overlap", "checks", "update"},
+    {"methods"},
+    {"step"},
+    {"history"},
+    {"loop", "result"},
+    {"budget", "checkpoint"},
+    {"api"},
+    {"demo"},
+    {"picture"},
+    {"__main__"},
+]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of the package that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fastlur":
+            base = node.module.removeprefix("fastlur").removeprefix(".")
+            for alias in node.names:
+                inner = f"{base}.{alias.name}" if base else alias.name
+                found.add(inner if inner in MODULES else base)
+        elif isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("fastlur.") for a in node.names if a.name.startswith("fastlur.")}
+    return found - {""}
+
+
+def test_every_module_stands_on_a_floor():
+    assert set(FLOOR) == set(MODULES)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_run_downwards(name):
+    upwards = {other for other in imported(MODULES[name]) if FLOOR[other] >= FLOOR[name]}
+    assert not upwards
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "kernels").glob("*.py")), ids=lambda p: p.name)
+def test_kernels_import_torch_triton_and_their_siblings_only(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert all(alias.name.split(".")[0] != "fastlur" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level > 0 or (node.module or "").split(".")[0] != "fastlur"
+
+
+def test_below_the_top_nothing_knows_a_file_format_or_a_plot():
+    known = {"json", "safetensors", "matplotlib", "pickle", "tqdm"}
+    top = {"api", "checkpoint", "result", "picture", "__main__", "demo", "loop"}
+    for name, path in MODULES.items():
+        if name not in top:
+            tree = ast.walk(ast.parse(path.read_text()))
+            roots = {a.name.split(".")[0] for n in tree if isinstance(n, ast.Import) for a in n.names}
+            assert not roots & known, name
+
+
+def test_nothing_is_ever_unpickled():
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                module = getattr(node, "module", None)
+                names = [alias.name for alias in node.names] if module is None else [module]
+                assert not {n.split(".")[0] for n in names} & {"pickle", "dill", "joblib", "shelve"}, name
+            elif isinstance(node, ast.Attribute) and node.attr == "load":
+                assert not (isinstance(node.value, ast.Name) and node.value.id in ("torch", "numpy", "np")), name
+
+
+@pytest.mark.parametrize("path", sorted(MODULES.values()), ids=lambda p: p.name)
+def test_a_file_is_read_in_one_sitting(path):
+    assert len(path.read_text().splitlines()) <= 320
+
+
+def test_the_public_names():
+    assert {"unlearn", "Result", "LUR", "MetaStep", "meta_gradient", "evaluate", "info"} <= set(fastlur.__all__)
+    assert set(fastlur.methods.available()) == {"lur"}
+    assert all(hasattr(fastlur, name) for name in fastlur.__all__)
+
+
+def test_kernels_refuse_to_be_imported_by_the_name_of_another_project():
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import kernels"
+    done = subprocess.run([sys.executable, "-c", code, str(REPOSITORY)], capture_output=True, text=True, cwd="/")
+    assert done.returncode != 0
+    assert "fastlur.kernels" in done.stderr
+    importlib.import_module("fastlur.kernels")

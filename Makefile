@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench report clean
 
 demo: $(STAMP)
 	$(BIN)/python -m fastlur demo --out demo
@@ -19,7 +19,11 @@ check: $(STAMP)
 	$(BIN)/python -m pytest
 
 bench: $(STAMP)
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m pytest bench/bench_*.py --benchmark-only -s
+
+# Figures in the README come from committed results through this, never from a hand.
+report: $(STAMP)
+	$(BIN)/python bench/report.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -67,4 +67,4 @@ def _bars(axes: Axes, outcome: Outcome) -> None:
     axes.set_xticks(range(len(FIGURES)), [name.upper() if name != "gap" else "gap" for name in FIGURES])
     axes.set_ylim(0, 118)
     axes.set_title("percent (gap: points)")
-    axes.legend(loc="upper right", fontsize=7)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=3, fontsize=8, frameon=False)

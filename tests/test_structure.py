@@ -112,3 +112,8 @@ def test_kernels_refuse_to_be_imported_by_the_name_of_another_project():
     assert done.returncode != 0
     assert "fastlur.kernels" in done.stderr
     importlib.import_module("fastlur.kernels")
+
+
+def test_the_figures_of_the_readme_are_those_of_the_committed_results():
+    done = subprocess.run([sys.executable, str(REPOSITORY / "bench" / "report.py"), "--check"], check=False)
+    assert done.returncode == 0, "run `make report`"

@@ -34,12 +34,14 @@ def dot_kernel(
     ab = tl.zeros((BLOCK,), COMPUTE)
     aa = tl.zeros((BLOCK,), COMPUTE)
     bb = tl.zeros((BLOCK,), COMPUTE)
-    for block in range(program, whole, step):
+    block = program
+    while block < whole:
         x = read(a, block * BLOCK + lanes, None, COMPUTE)
         y = read(b, block * BLOCK + lanes, None, COMPUTE)
         ab += x * y
         aa += x * x
         bb += y * y
+        block += step
     if whole % step == program:  # the blocks go round the programs, and the one that is not whole comes last
         offsets = whole * BLOCK + lanes
         x = read(a, offsets, offsets < size, COMPUTE)

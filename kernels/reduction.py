@@ -31,8 +31,10 @@ def finish_kernel(total, each, partials, ranges, tensors, programs, ADDED: tl.co
     partials += value * programs.to(tl.int64) + start
     lanes = tl.arange(0, ADDED)
     added = tl.zeros((ADDED,), tl.float64)
-    for at in range(0, count, ADDED):
+    at = count * 0
+    while at < count:
         added += tl.load(partials + at + lanes, at + lanes < count, other=0.0)
+        at += ADDED
     result = tl.sum(added)
     if tensor < tensors:
         tl.store(each + tensor * tl.num_programs(1) + value, result)

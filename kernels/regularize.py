@@ -64,8 +64,10 @@ def regularize_kernel(
     step = tl.minimum(tl.cdiv(size, BLOCK), PARTIALS)
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), COMPUTE)
-    for block in range(program, whole, step):
+    block = program
+    while block < whole:
         total += regularize_block(grad, theta, theta0, fisher, l2, l1, prox, block * BLOCK + lanes, None, COMPUTE)
+        block += step
     if whole % step == program:
         offsets = whole * BLOCK + lanes
         total += regularize_block(grad, theta, theta0, fisher, l2, l1, prox, offsets, offsets < size, COMPUTE)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeAlias
 
 import torch
@@ -141,7 +142,7 @@ def _plan(lists: Lists, block: int, limit: int | None, device: torch.device, cap
         sizes = [columns[place][0].numel() for place in places]
         counts = [min(limit or size, -(-size // block)) for size in sizes]
         rows = [[0] * len(places) if each is None else [each[place].data_ptr() for place in places] for each in lists]
-        first = [sum(counts[:at]) for at in range(len(counts))]
+        first = list(accumulate(counts, initial=0))[:-1]
         for place, start, count in zip(places, first, counts, strict=True):
             ranges[place] = [origin + start, count]
         many = len(places) > 1

@@ -39,7 +39,8 @@ def test_more_than_two_to_the_thirty_first_elements(others):
     kernels.project(theta, d, torch.tensor([-1.0, 2.0, 1.0], dtype=torch.float64, device=DEVICE), "one_sided")
     assert float(d[0][-1]) == 8.5 and int((d[0] == 1.0).sum()) == HUGE - 1
     out = full_of_nan(theta)
-    d[0].fill_(0.5)
+    for v in d:
+        v.fill_(0.5)
     d[0][-1] = 8.0
     kernels.displace(out, theta, d, number(2.0))
     assert float(out[0][-1]) == -15.0

@@ -46,8 +46,8 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return left.size() == right.size() && std::equal(left.begin(), left.end(), right.begin());
 }
 
-// One row for each place of the lists; the first list is always present.
-inline std::vector<Row> rows_of(std::initializer_list<List> lists) {
+// One row for each place of the lists, all on the device of `home`; the first list is always present.
+inline std::vector<Row> rows_of(const Tensor& home, std::initializer_list<List> lists) {
   const List& lead = *lists.begin();
   std::vector<Row> rows(lead.tensors->size());
   int column = 0;
@@ -56,7 +56,7 @@ inline std::vector<Row> rows_of(std::initializer_list<List> lists) {
       STD_TORCH_CHECK(list.tensors->size() == rows.size(), list.name, " has ", list.tensors->size(), " tensors, ",
                       lead.name, " has ", rows.size(), "; they go place by place");
       for (size_t i = 0; i < rows.size(); ++i) {
-        const Tensor &tensor = (*list.tensors)[i], &first = (*lead.tensors)[i], &home = lead.tensors->front();
+        const Tensor &tensor = (*list.tensors)[i], &first = (*lead.tensors)[i];
         const ScalarType dtype = tensor.scalar_type();
         if (column == 0) {
           STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
@@ -71,7 +71,7 @@ inline std::vector<Row> rows_of(std::initializer_list<List> lists) {
         STD_TORCH_CHECK(same_shape(tensor, first), list.name, "[", i, "] and ", lead.name, "[", i,
                         "] differ in shape");
         STD_TORCH_CHECK(tensor.is_cpu() == home.is_cpu() && tensor.get_device_index() == home.get_device_index(),
-                        list.name, "[", i, "] and ", lead.name, "[0] are on different devices");
+                        list.name, "[", i, "] is on another device than the tensors or hyper-parameters beside it");
         rows[i].at[column] = list.use == List::WRITTEN ? tensor.mutable_data_ptr()
                                                        : const_cast<void*>(tensor.const_data_ptr());
       }

@@ -31,7 +31,7 @@ FASTLUR_CLONES void dot_span(const T* a, const T* b, int64_t n, double* out) {
 }
 
 std::tuple<Tensor, Tensor> grad_dot(const Tensors& a, const Tensors& b) {
-  const auto rows = rows_of({{"a", a}, {"b", b}});
+  const auto rows = rows_of(a.front(), {{"a", a}, {"b", b}});
   const Plan plan(rows);
   std::vector<double> partial(3 * plan.spans().size());
   plan.run([&](int64_t index, const Span& span) {
@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> grad_dot(const Tensors& a, const Tensors& b) {
 
 double sum_of(const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous(), "losses must be contiguous and on the device of control");
-  const auto rows = rows_of({{"losses", Tensors{tensor}}});
+  const auto rows = rows_of(tensor, {{"losses", Tensors{tensor}}});
   double sum = 0;
   typed(rows[0].dtype, [&](auto zero) {
     const auto* p = static_cast<const decltype(zero)*>(rows[0].at[0]);

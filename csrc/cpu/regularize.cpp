@@ -44,7 +44,7 @@ FASTLUR_CLONES void regularize_span(T* grad, const T* theta, const T* theta0, co
 Tensor regularize(const Tensors& grad, const Tensors& theta, const MaybeTensors& theta0, const MaybeTensors& fisher,
                   const Tensor& hyper) {
   const double* h = numbers(hyper, "hyper", HYPER, true);
-  const auto rows = rows_of({{"grad", grad, List::WRITTEN}, {"theta", theta}, {"theta0", theta0}, {"fisher", fisher}});
+  const auto rows = rows_of(hyper, {{"grad", grad, List::WRITTEN}, {"theta", theta}, {"theta0", theta0}, {"fisher", fisher}});
   const Plan plan(rows);
   std::vector<double> partial(3 * plan.spans().size());
   plan.run([&](int64_t index, const Span& span) {

@@ -103,7 +103,7 @@ void meta_update(const Tensors& theta, const Tensors& a, const MaybeTensors& u, 
                  const MaybeTensors& moment2, const MaybeTensors& theta0, const MaybeTensors& fisher,
                  const MaybeTensors& mask, const Tensor& control, const Tensor& hyper) {
   const double *c = numbers(control, "control", CONTROL, true), *h = numbers(hyper, "hyper", HYPER, true);
-  const auto rows = rows_of({{"theta", theta, List::WRITTEN},
+  const auto rows = rows_of(hyper, {{"theta", theta, List::WRITTEN},
                              {"a", a},
                              {"u", u},
                              {"moment1", moment1, List::WRITTEN},

@@ -20,10 +20,18 @@ try:
     if WISH == "0":
         raise ImportError("FASTLUR_EXT=0")
     from torch.utils import cpp_extension
-except ImportError as error:  # build isolation hides torch: then there is nothing to build against
+except Exception as error:  # build isolation hides torch: then there is nothing to build against
     if WISH == "1":
         raise SystemExit(f"FASTLUR_EXT=1, but torch cannot be imported: {error}") from error
     cpp_extension = None
+
+
+def give_up(error: BaseException) -> None:
+    """One line in place of the extension; to be called while the error is handled."""
+    if WISH == "1":
+        raise error
+    reason = (str(error).strip() or repr(error)).splitlines()[0]
+    print(f"warning: fastlur is installed without its compiled extension: {reason}", file=sys.stderr)
 
 
 def with_cuda() -> bool:
@@ -71,7 +79,7 @@ def extension() -> Extension:
     )
 
 
-class build_ext(plain_build_ext if cpp_extension is None else cpp_extension.BuildExtension):  # noqa: N801
+class build_ext(plain_build_ext if cpp_extension is None else cpp_extension.BuildExtension):
     """Goes on without the extension when it cannot be built: setuptools' own `optional` misses torch's errors."""
 
     def run(self) -> None:
@@ -79,13 +87,7 @@ class build_ext(plain_build_ext if cpp_extension is None else cpp_extension.Buil
         try:
             super().run()
         except (Exception, SystemExit) as error:
-            if WISH == "1":
-                raise
-            reason = str(error).strip().splitlines()
-            print(
-                f"warning: fastlur is installed without its compiled extension: {reason[0] if reason else error!r}",
-                file=sys.stderr,
-            )
+            give_up(error)
             self.extensions = []
 
     def get_outputs(self) -> list[str]:
@@ -93,5 +95,15 @@ class build_ext(plain_build_ext if cpp_extension is None else cpp_extension.Buil
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
-wanted = cpp_extension is not None and platform.system() != "Windows"
-setup(ext_modules=[extension()] if wanted else [], cmdclass={"build_ext": build_ext})
+def extensions() -> list[Extension]:
+    """The extension, or nothing where it was not asked for or cannot be had."""
+    if cpp_extension is None or platform.system() == "Windows":
+        return []
+    try:
+        return [extension()]
+    except Exception as error:
+        give_up(error)
+        return []
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": build_ext})

@@ -11,7 +11,7 @@ from torch.utils.cpp_extension import include_paths
 
 ARCHES = ("80", "90")
 HERE = Path(__file__).parent
-FLAGS = ["-std=c++20", "-O3", "--fmad=false", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020A000000000000ULL"]
+FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020A000000000000ULL"]
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")

@@ -37,7 +37,7 @@ def load(path: str | os.PathLike[str] | None = None) -> str | None:
         _failure = "it was not built; with a C++ compiler, `make ext` builds it"
         return _failure
     try:
-        torch.ops.load_library(str(found[0]))
+        torch.ops.load_library(str(found[0]))  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:  # a missing file or symbol; a library made for another machine or torch
         _failure = f"{found[0]} cannot be loaded: {error}"
         return _failure
@@ -97,9 +97,7 @@ def step_control(control: Tensor, dots: Tensor, losses: Tensor, hyper: Tensor) -
     increment_version(control)
 
 
-def regularize(
-    grad: Tensors, theta: Tensors, theta0: Tensors | None, fisher: Tensors | None, hyper: Tensor
-) -> Tensor:
+def regularize(grad: Tensors, theta: Tensors, theta0: Tensors | None, fisher: Tensors | None, hyper: Tensor) -> Tensor:
     """grad ← grad + ∇P(θ); returns P(θ), shape (), float64."""
     with _written(grad) as (g,):
         value: Tensor = torch.ops.fastlur_ext.regularize(g, _read(theta), _maybe(theta0), _maybe(fisher), hyper)

@@ -20,14 +20,19 @@ ROOT = Path(__file__).parent.parent
 BUILT = ROOT / "build" / "tests"
 COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0])
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SIZES = [0, 1, 63, 1023, 1025, 2**20 + 3]
+SIZES = [0, 1, 63, 1023, 1025]
+LARGE = 2**20 + 3  # some dozens of blocks and a tail
 GUARD = 64  # elements on either side of an output that must not change
 
 
 def build(root, *arguments, **environment):
     """Runs setup.py's build_ext, as an installer would, with the environment given."""
     command = [sys.executable, "setup.py", "build_ext", *arguments]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **environment}
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        **environment,
+    }
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -38,7 +43,7 @@ def _loaded():
         return
     if COMPILER is None:
         pytest.skip("no C++ compiler")
-    done = build(ROOT, f"--build-lib={BUILT}/lib", f"--build-temp={BUILT}/temp", FASTLUR_EXT="1", CUDA_HOME="")
+    done = build(ROOT, f"--build-lib={BUILT}/lib", f"--build-temp={BUILT}/temp", FASTLUR_EXT="1")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     (library,) = (BUILT / "lib" / "fastlur").glob("_native*.so")
     assert extension.load(library) is None
@@ -87,7 +92,8 @@ class Lists:
 
 
 def double(tensors):
-    return None if tensors is None else [tensor.double() for tensor in tensors]
+    """Copies, even of what is float64 already: truth and trial must not share memory."""
+    return None if tensors is None else [tensor.to(torch.float64, copy=True) for tensor in tensors]
 
 
 def assert_close(actual, truth, scale, roundings):
@@ -106,10 +112,11 @@ def magnitudes(*terms):
 
 CASES = [
     *(pytest.param([(size,)], dtype, True, id=f"{size}-{dtype}") for size in SIZES for dtype in DTYPES),
+    *(pytest.param([(LARGE,)], dtype, True, id=f"{LARGE}-{dtype}") for dtype in (torch.float32, torch.bfloat16)),
     *(pytest.param([(7, 5), (3,), (2, 3, 4)], dtype, False, id=f"strided-{dtype}") for dtype in DTYPES),
     pytest.param([(1025,)], torch.float32, False, id="strided-1025"),
-    pytest.param([(2**20,)] + [(k % 5,) for k in range(300)], torch.float32, True, id="huge-and-tiny"),
-    pytest.param([(k % 7, 3) for k in range(3000)], torch.bfloat16, True, id="all-tiny"),
+    pytest.param([(2**20,)] + [(k % 5,) for k in range(100)], torch.float32, True, id="huge-and-tiny"),
+    pytest.param([(k % 7, 3) for k in range(600)], torch.bfloat16, True, id="all-tiny"),
     pytest.param([(), (1, 1), (0, 4), (33,)], torch.float32, True, id="scalars"),
 ]
 everywhere = pytest.mark.parametrize(("shapes", "dtype", "contiguous"), CASES)
@@ -154,7 +161,8 @@ def test_grad_dot_has_one_bit_pattern():
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             patterns |= {
-                tuple(part.numpy().tobytes() for part in extension.grad_dot(*lists)) for _ in range(1000 if count == 2 else 20)
+                tuple(part.numpy().tobytes() for part in extension.grad_dot(*lists))
+                for _ in range(1000 if count == 2 else 20)
             }
             value = extension.regularize([a.clone()], [b], None, None, hyper(decay=0.5, l1=0.1))
             patterns.add(value.numpy().tobytes())
@@ -164,15 +172,14 @@ def test_grad_dot_has_one_bit_pattern():
 
 
 @everywhere
-@pytest.mark.parametrize("relative", [False, True])
-def test_displace(shapes, dtype, contiguous, relative):
+def test_displace(shapes, dtype, contiguous):
     lists = Lists(shapes, dtype, contiguous)
     out, theta, d = lists.new(written=True, poisoned=True), lists.new(), lists.new()
-    alpha, norm2 = numbers(10.0), numbers(3.0) if relative else None
-    truth = [torch.empty_like(x, dtype=torch.float64) for x in out]
-    reference.displace(truth, double(theta), double(d), alpha, norm2)
-    extension.displace(out, theta, d, alpha, norm2)
-    assert_close(out, truth, magnitudes(double(theta), [10 * x for x in double(d)]), 3)
+    for norm2 in (None, numbers(3.0)):
+        truth = [torch.empty_like(x, dtype=torch.float64) for x in out]
+        reference.displace(truth, double(theta), double(d), numbers(10.0), norm2)
+        extension.displace(out, theta, d, numbers(10.0), norm2)
+        assert_close(out, truth, magnitudes(double(theta), [10 * x for x in double(d)]), 3)
     lists.check()
 
 
@@ -211,8 +218,17 @@ def test_step_control(loss, dots, dtype):
 
 
 @everywhere
-@pytest.mark.parametrize("terms", ["norms", "proximal", "fisher"])
-def test_regularize(shapes, dtype, contiguous, terms):
+def test_regularize(shapes, dtype, contiguous):
+    check_regularize(shapes, dtype, contiguous, "fisher")
+
+
+@a_few
+@pytest.mark.parametrize("terms", ["norms", "proximal"])
+def test_regularize_with_fewer_terms(shapes, dtype, contiguous, terms):
+    check_regularize(shapes, dtype, contiguous, terms)
+
+
+def check_regularize(shapes, dtype, contiguous, terms):
     lists = Lists(shapes, dtype, contiguous)
     grad, theta = lists.new(written=True), lists.new()
     theta0 = None if terms == "norms" else lists.new()
@@ -231,8 +247,30 @@ def test_regularize(shapes, dtype, contiguous, terms):
     lists.check()
 
 
+def step_scales(theta, m1, m2, a, u, theta0, fisher, c, h):
+    """For each output the sum of the terms that enter it, all positive: what rounding errors are relative to."""
+    scales = [], [], []
+    for i, weight in enumerate(theta):
+        g = (a[i].abs() + (0 if u is None else u[i].abs())) * c[reference.SCALE]
+        g = g + weight.abs() * h[reference.WEIGHT_DECAY] + h[reference.L1]
+        if theta0 is not None:
+            g = g + (weight.abs() + theta0[i].abs()) * (1 if fisher is None else fisher[i]) * h[reference.PROX]
+        first = m1[i].abs() + g
+        scales[1].append(first)
+        if m2 is None:
+            scales[0].append(weight.abs() + h[reference.LR] * first)
+            continue
+        fresh = g.square() * (1 - h[reference.BETA2])
+        second = m2[i] * h[reference.BETA2]
+        scales[2].append(second + fresh)
+        one, two = (1 - h[k] ** c[reference.COUNT] for k in (reference.MOMENTUM, reference.BETA2))
+        away = first / one / (second / two).sqrt() * (1 + fresh / second)
+        scales[0].append(weight.abs() * (1 + h[reference.LR] * h[reference.WEIGHT_DECAY]) + h[reference.LR] * away)
+    return scales
+
+
 def run_update(shapes, dtype, contiguous, h, c, adam=False, both=True, terms="none", masked=False):
-    """One step by the extension and by the truth; returns the outputs, the truth and the tensors before."""
+    """One step by the extension, held against the truth; returns what is written, after and before, and the mask."""
     lists = Lists(shapes, dtype, contiguous)
     theta, m1 = lists.new(written=True), lists.new(written=True)
     m2 = lists.new(written=True, positive=True) if adam else None
@@ -242,39 +280,34 @@ def run_update(shapes, dtype, contiguous, h, c, adam=False, both=True, terms="no
     mask = [torch.rand(x.shape, generator=lists.random) < 0.5 for x in theta] if masked else None
     written = [theta, m1, *([m2] if adam else [])]
     before = [[x.clone() for x in each] for each in written]
-    truth = [double(each) for each in written]
-    reference.meta_update(
-        truth[0], double(a), double(u), truth[1], truth[2] if adam else None, double(theta0), double(fisher), mask, c, h
-    )
+    truth = [double(each) for each in (theta, m1, m2)]
+    rest = [double(each) for each in (theta0, fisher)]
+    scales = step_scales(*truth, double(a), double(u), *rest, c, h)
+    reference.meta_update(truth[0], double(a), double(u), truth[1], truth[2], *rest, mask, c, h)
     extension.meta_update(theta, a, u, m1, m2, theta0, fisher, mask, c, h)
+    if c[reference.OK] > 0:
+        for each, expected, scale in zip(written, truth, scales, strict=False):
+            assert_close(each, expected, scale, 24)
     after = [[x.clone() for x in each] for each in written]
     lists.check()
-    return after, truth, before, mask
-
-
-def assert_updated(after, truth, before, lr):
-    # the largest terms of g, and what lr makes of it, bound the error of a step
-    largest = [max((x.abs().max().item() for x in each if x.numel()), default=0.0) for each in truth]
-    bound = 20.0 + sum(largest)
-    for each, expected, scale in zip(after, truth, (1 + lr, 1.0, bound), strict=False):
-        assert_close(each, expected, [torch.full_like(x, bound * scale, dtype=torch.float64) for x in each], 16)
+    return after, before, mask
 
 
 @everywhere
 @pytest.mark.parametrize("adam", [False, True], ids=["sgd", "adamw"])
 def test_meta_update(shapes, dtype, contiguous, adam):
-    after, truth, before, _ = run_update(shapes, dtype, contiguous, hyper(decay=0.5), control(), adam)
-    assert_updated(after, truth, before, 0.1)
+    run_update(shapes, dtype, contiguous, hyper(decay=0.5), control(), adam)
 
 
 @a_few
 @pytest.mark.parametrize("adam", [False, True], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("lr", [10.0, 1e-6])
-@pytest.mark.parametrize(("both", "terms", "masked"), [(False, "none", True), (True, "prox", False), (True, "fisher", True)])
+@pytest.mark.parametrize(
+    ("both", "terms", "masked"), [(False, "none", True), (True, "prox", False), (True, "fisher", True)]
+)
 def test_meta_update_with_every_operand(shapes, dtype, contiguous, adam, lr, both, terms, masked):
     h = hyper(lr=lr, decay=0.5, l1=0.1, prox=0.3)
-    after, truth, before, mask = run_update(shapes, dtype, contiguous, h, control(), adam, both, terms, masked)
-    assert_updated(after, truth, before, lr)
+    after, before, mask = run_update(shapes, dtype, contiguous, h, control(), adam, both, terms, masked)
     for now, then in zip(after, before, strict=True):
         for i, (x, y) in enumerate(zip(now, then, strict=True)):
             if masked:
@@ -294,15 +327,29 @@ def test_a_small_step_is_not_lost_in_the_tolerance():
 @a_few
 @pytest.mark.parametrize("adam", [False, True], ids=["sgd", "adamw"])
 def test_nothing_is_written_when_the_flag_is_down(shapes, dtype, contiguous, adam):
-    after, _, before, _ = run_update(shapes, dtype, contiguous, hyper(lr=torch.nan), control(ok=0.0), adam)
+    after, before, _ = run_update(shapes, dtype, contiguous, hyper(lr=torch.nan), control(ok=0.0), adam)
     for now, then in zip(after, before, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(now, then, strict=True))
 
 
+KINDS = pytest.mark.parametrize("kind", ["one_sided", "symmetric", "scissorhands"])
+
+
 @everywhere
-@pytest.mark.parametrize("kind", ["one_sided", "symmetric", "scissorhands"])
+@KINDS
 def test_project(shapes, dtype, contiguous, kind):
-    for dots in (numbers(-2.0, 4.0, 1.0), numbers(-1.0, 0.0, 0.0), numbers(2.0, 4.0, 1.0), numbers(-9.0, 4.0, 1.0)):
+    check_project(shapes, dtype, contiguous, kind, [numbers(-2.0, 4.0, 1.0)])
+
+
+@a_few
+@KINDS
+def test_project_by_every_factor(shapes, dtype, contiguous, kind):
+    no_conflict, zero, large = numbers(2.0, 4.0, 1.0), numbers(-1.0, 0.0, 0.0), numbers(-9.0, 4.0, 1.0)
+    check_project(shapes, dtype, contiguous, kind, [no_conflict, zero, large])
+
+
+def check_project(shapes, dtype, contiguous, kind, cases):
+    for dots in cases:
         lists = Lists(shapes, dtype, contiguous)
         a, b = lists.new(written=kind == "symmetric"), lists.new(written=True)
         truth_a, truth_b = double(a), double(b)
@@ -336,15 +383,14 @@ def test_extrapolate(shapes, dtype, contiguous, eta):
 
 
 @everywhere
-@pytest.mark.parametrize("weighted", [False, True])
-def test_saliency(shapes, dtype, contiguous, weighted):
+def test_saliency(shapes, dtype, contiguous):
     lists = Lists(shapes, dtype, contiguous)
-    out, grad = lists.new(written=True, poisoned=True), lists.new()
-    theta = lists.new() if weighted else None
-    truth = [torch.empty_like(x, dtype=torch.float64) for x in out]
-    reference.saliency(truth, double(grad), double(theta))
-    extension.saliency(out, grad, theta)
-    assert_close(out, truth, truth, 1)
+    out, grad, weights = lists.new(written=True, poisoned=True), lists.new(), lists.new()
+    for theta in (weights, None):
+        truth = [torch.empty_like(x, dtype=torch.float64) for x in out]
+        reference.saliency(truth, double(grad), double(theta))
+        extension.saliency(out, grad, theta)
+        assert_close(out, truth, truth, 1)
     lists.check()
 
 
@@ -389,7 +435,10 @@ def test_places_may_differ_in_dtype():
         (lambda x: extension.grad_dot([x], [x.double()]), "dtype"),
         (lambda x: extension.grad_dot([x.int()], [x.int()]), "float32"),
         (lambda x: extension.displace([x], [x], [x], torch.tensor(1.0)), "float64"),
-        (lambda x: extension.meta_update([x], [x], None, [x], None, None, None, None, numbers(1.0), hyper()), "control"),
+        (
+            lambda x: extension.meta_update([x], [x], None, [x], None, None, None, None, numbers(1.0), hyper()),
+            "control",
+        ),
     ],
 )
 def test_errors_name_what_is_wrong(call, message):
@@ -420,16 +469,9 @@ def test_the_layout_is_that_of_the_reference():
 def test_a_library_that_cannot_be_loaded_says_why(tmp_path):
     (tmp_path / "broken.so").write_text("no library")
     code = "from fastlur import _extension as e; print(e.load()); print(e.missing())"
-    for path, reason in ((tmp_path / "broken.so", "cannot be loaded"), (tmp_path / "none.so", "cannot be loaded")):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env={**os.environ, "FASTLUR_EXT_PATH": str(path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert all(reason in line for line in done.stdout.strip().splitlines()[:1])
+    environment = {**os.environ, "FASTLUR_EXT_PATH": str(tmp_path / "broken.so")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("broken.so cannot be loaded") == 2
 
 
 @pytest.mark.skipif(os.environ.get("FASTLUR_SANITIZE") == "1", reason="says nothing about memory")

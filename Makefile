@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench report clean
+.PHONY: demo test check bench report ext cuda-compile sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/python -m fastlur demo --out demo
@@ -24,6 +24,24 @@ bench: $(STAMP)
 # Figures in the README come from committed results through this, never from a hand.
 report: $(STAMP)
 	$(BIN)/python bench/report.py
+
+# The optional compiled extension, built in place; a build that fails is an error here.
+ext: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" FASTLUR_EXT=1 $(BIN)/python setup.py build_ext --inplace
+
+# Compiles the CUDA sources without needing a GPU, and reports registers and spills.
+cuda-compile: $(STAMP)
+	$(BIN)/python csrc/check_cuda.py
+
+# The extension's tests under the address and undefined-behaviour sanitizers. Python itself is not built for them, so
+# their library goes in first, with the C++ library whose exceptions it watches; what Python keeps is no leak of ours.
+SANITIZED := build/sanitize
+sanitize: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" FASTLUR_EXT=1 FASTLUR_SANITIZE=1 $(BIN)/python setup.py build_ext \
+		--build-lib=$(SANITIZED)/lib --build-temp=$(SANITIZED)/temp
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 FASTLUR_SANITIZE=1 \
+		FASTLUR_EXT_PATH="$$(echo $(SANITIZED)/lib/fastlur/_native*.so)" $(BIN)/python -m pytest tests/test_extension.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,83 @@
+// grad_dot and step_control on the CPU.
+#include "numbers.h"
+#include "plan.h"
+
+namespace fastlur {
+namespace {
+
+constexpr int64_t SHORT = 256;  // elements summed in the wide type before double takes over
+
+template <class T>
+FASTLUR_CLONES void dot_span(const T* a, const T* b, int64_t n, double* out) {
+  using W = Wide<T>;
+  double total_ab = 0, total_aa = 0, total_bb = 0;
+  for (int64_t from = 0; from < n; from += SHORT) {
+    const int64_t to = from + SHORT < n ? from + SHORT : n;
+    W ab = 0, aa = 0, bb = 0;
+#pragma omp simd reduction(+ : ab, aa, bb)
+    for (int64_t i = from; i < to; ++i) {
+      const W x = load(a + i), y = load(b + i);
+      ab += x * y;
+      aa += x * x;
+      bb += y * y;
+    }
+    total_ab += ab;
+    total_aa += aa;
+    total_bb += bb;
+  }
+  out[0] = total_ab;
+  out[1] = total_aa;
+  out[2] = total_bb;
+}
+
+std::tuple<Tensor, Tensor> grad_dot(const Tensors& a, const Tensors& b) {
+  const auto rows = rows_of(a.front(), {{"a", a}, {"b", b}});
+  const Plan plan(rows);
+  std::vector<double> partial(3 * plan.spans().size());
+  plan.run([&](int64_t index, const Span& span) {
+    const Row& row = rows[span.row];
+    typed(row.dtype, [&](auto zero) {
+      using T = decltype(zero);
+      dot_span(part<const T>(row, 0, span.start), part<const T>(row, 1, span.start), span.count, &partial[3 * index]);
+    });
+  });
+
+  // no tensors at all: the dispatcher would not have come here
+  Tensor total = new_numbers({3}, a.front()), each = new_numbers({int64_t(rows.size()), 3}, a.front());
+  auto* sum = static_cast<double*>(total.mutable_data_ptr());
+  auto* by_row = static_cast<double*>(each.mutable_data_ptr());
+  std::fill_n(sum, 3, 0.0);
+  std::fill_n(by_row, 3 * rows.size(), 0.0);
+  for (size_t i = 0; i < plan.spans().size(); ++i)
+    for (int k = 0; k < 3; ++k) by_row[3 * plan.spans()[i].row + k] += partial[3 * i + k];
+  for (size_t i = 0; i < rows.size(); ++i)
+    for (int k = 0; k < 3; ++k) sum[k] += by_row[3 * i + k];
+  return {total, each};
+}
+
+double sum_of(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous(), "losses must be contiguous and on the device of control");
+  const auto rows = rows_of(tensor, {{"losses", Tensors{tensor}}});
+  double sum = 0;
+  typed(rows[0].dtype, [&](auto zero) {
+    const auto* p = static_cast<const decltype(zero)*>(rows[0].at[0]);
+    for (int64_t i = 0; i < rows[0].numel; ++i) sum += load(p + i);
+  });
+  return sum;
+}
+
+void step_control(const Tensor& control, const Tensor& dots, const Tensor& losses, const Tensor& hyper) {
+  numbers(control, "control", CONTROL, true);
+  numbers(dots, "dots", 3, true);
+  control_step(static_cast<double*>(control.mutable_data_ptr()), numbers(dots, "dots", 3, true),
+               sum_of(dots) + sum_of(losses), numbers(hyper, "hyper", HYPER, true));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastlur_ext, CPU, m) {
+  m.impl("grad_dot", TORCH_BOX(&grad_dot));
+  m.impl("step_control", TORCH_BOX(&step_control));
+}
+
+}  // namespace fastlur

@@ -1,0 +1,148 @@
+"""The compiled extension: found and loaded on demand, with the signatures of `fastlur.reference`.
+
+The extension is optional. `load` says in words why it is not there; nothing else may be called before it has succeeded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+NAMESPACE = "fastlur_ext"
+KINDS = ("one_sided", "symmetric", "scissorhands")
+
+Tensors = Sequence[Tensor]
+
+_failure: str | None = "not loaded yet"
+
+
+def load(path: str | os.PathLike[str] | None = None) -> str | None:
+    """Load the shared library once; None when it is there, otherwise the reason why not.
+
+    Args:
+        path: The library to load. By default the one that FASTLUR_EXT_PATH names, else the one beside this file.
+    """
+    global _failure
+    if _failure is None:
+        return None
+    named = path or os.environ.get("FASTLUR_EXT_PATH")
+    found = [Path(named)] if named else sorted(Path(__file__).parent.glob("_native*.so"))
+    if not found:
+        _failure = "it was not built; with a C++ compiler, `make ext` builds it"
+        return _failure
+    try:
+        torch.ops.load_library(str(found[0]))  # type: ignore[no-untyped-call]
+    except (OSError, RuntimeError) as error:  # a missing file or symbol; a library made for another machine or torch
+        _failure = f"{found[0]} cannot be loaded: {error}"
+        return _failure
+    _failure = None
+    return None
+
+
+def missing(device: str = "cpu") -> str | None:
+    """Why the extension cannot serve tensors on `device` ("cpu" or "cuda"); None when it can."""
+    failure = load()
+    if failure is not None:
+        return failure
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+    if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::grad_dot", key):
+        return f"it was built without {device} kernels"
+    return None
+
+
+def _read(tensors: Tensors) -> list[Tensor]:
+    return [tensor.detach().contiguous() for tensor in tensors]
+
+
+def _maybe(tensors: Tensors | None) -> list[Tensor] | None:
+    return None if tensors is None else _read(tensors)
+
+
+@contextmanager
+def _written(*lists: Tensors | None) -> Iterator[list[list[Tensor] | None]]:
+    """The lists as contiguous tensors; what is written there reaches the tensors given, and autograd is told."""
+    held = [_maybe(tensors) for tensors in lists]
+    yield held
+    for tensors, copies in zip(lists, held, strict=True):
+        for tensor, copy in zip(tensors or (), copies or (), strict=True):
+            if not tensor.is_contiguous():
+                tensor.detach().copy_(copy)
+    # a graph that saved one of these values must fail at its backward, as after any in-place operation of torch
+    increment_version([t for tensors in lists for t in tensors or () if not t.is_inference()])
+
+
+def grad_dot(a: Tensors, b: Tensors) -> tuple[Tensor, Tensor]:
+    """⟨a,b⟩, ‖a‖² and ‖b‖²: in total, shape (3,), and per tensor, shape (len(a), 3), both float64."""
+    if not a and not b:
+        return torch.zeros(3, dtype=torch.float64), torch.zeros(0, 3, dtype=torch.float64)
+    total, each = torch.ops.fastlur_ext.grad_dot(_read(a), _read(b))
+    return total, each
+
+
+def displace(out: Tensors, theta: Tensors, d: Tensors, alpha: Tensor, norm2: Tensor | None = None) -> None:
+    """out ← θ − αd; with `norm2` = ‖v‖² of some v, α is divided by ‖v‖, and is 0 where that norm is 0."""
+    with _written(out) as (o,):
+        torch.ops.fastlur_ext.displace(o, _read(theta), _read(d), alpha, norm2)
+
+
+def step_control(control: Tensor, dots: Tensor, losses: Tensor, hyper: Tensor) -> None:
+    """Decide, on the device, whether and how far a step goes; `control` is changed in place."""
+    torch.ops.fastlur_ext.step_control(control, dots, losses.detach().contiguous(), hyper)
+    increment_version(control)
+
+
+def regularize(grad: Tensors, theta: Tensors, theta0: Tensors | None, fisher: Tensors | None, hyper: Tensor) -> Tensor:
+    """grad ← grad + ∇P(θ); returns P(θ), shape (), float64."""
+    with _written(grad) as (g,):
+        value: Tensor = torch.ops.fastlur_ext.regularize(g, _read(theta), _maybe(theta0), _maybe(fisher), hyper)
+    return value
+
+
+def meta_update(
+    theta: Tensors,
+    a: Tensors,
+    u: Tensors | None,
+    moment1: Tensors,
+    moment2: Tensors | None,
+    theta0: Tensors | None,
+    fisher: Tensors | None,
+    mask: Tensors | None,
+    control: Tensor,
+    hyper: Tensor,
+) -> None:
+    """One optimizer step along a + u: clip, regularise, mask, then SGD with momentum or AdamW, in place."""
+    keep = None if mask is None else [each.bool() for each in mask]
+    with _written(theta, moment1, moment2) as (t, m1, m2):
+        torch.ops.fastlur_ext.meta_update(
+            t, _read(a), _maybe(u), m1, m2, _maybe(theta0), _maybe(fisher), _maybe(keep), control, hyper
+        )
+
+
+def project(a: Tensors, b: Tensors, dots: Tensor, kind: str) -> None:
+    """Remove the conflict between a and b, in place: a ← a + s·b and b ← b + t·a, both from the values given."""
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is no projection; use 'one_sided', 'symmetric' or 'scissorhands'")
+    if not a and not b:
+        return
+    with _written(a, b) as (x, y):
+        torch.ops.fastlur_ext.project(x, y, dots, kind)
+
+
+def extrapolate(theta: Tensors, theta0: Tensors, memorised: Tensors, alpha: Tensor, eta: Tensor) -> None:
+    """θ ← η((1 + α)θ₀ − αθ_mem) + (1 − η)θ; at η = 1 the θ given is not used."""
+    with _written(theta) as (t,):
+        torch.ops.fastlur_ext.extrapolate(t, _read(theta0), _read(memorised), alpha, eta)
+
+
+def saliency(out: Tensors, grad: Tensors, theta: Tensors | None) -> None:
+    """out ← |g·θ|, or |g| without `theta`."""
+    if not out and not grad:
+        return
+    with _written(out) as (o,):
+        torch.ops.fastlur_ext.saliency(o, _read(grad), _maybe(theta))

@@ -16,6 +16,7 @@ from torch import nn
 
 from fastlur import checks, content, overlap
 from fastlur._version import __version__
+from fastlur.backends import serving
 from fastlur.budget import RetainBudget
 from fastlur.checkpoint import Checkpointer, Checkpoints, model_digest
 from fastlur.data import Source, Stream, source, to_device
@@ -184,6 +185,7 @@ def unlearn(
         "max_retain_loss_increase": max_retain_loss_increase,
         "seed": seed,
         "device": str(where),
+        "backend": serving(where.type),
     }
     history = History()
     with ExitStack() as stack:

@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
+from fastlur import backends
 from fastlur._version import __version__
-
-OPERATIONS = ("grad_dot", "displace", "step_control", "meta_update")
 
 
 def info() -> dict[str, Any]:
-    """Versions, the device, and which backend serves each operation.
+    """Versions, the device, and which backend serves the vector operations.
 
     Returns:
-        A dict of plain values: "fastlur", "python", "torch", "triton" (None where absent), "device", "operations".
+        A dict of plain values: "fastlur", "python", "torch", "triton" (None where absent), "device", "operations" (for
+        each operation and device type the backend in service, what its code has been through, and why each of the
+        others is not in service).
     """
     try:
         triton: str | None = importlib.metadata.version("triton")
@@ -30,5 +31,5 @@ def info() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton,
         "device": torch.cuda.get_device_name() if cuda else f"cpu ({torch.get_num_threads()} threads)",
-        "operations": dict.fromkeys(OPERATIONS, "torch"),
+        "operations": {name: backends.describe() for name in backends.OPERATIONS},
     }

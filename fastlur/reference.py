@@ -1,8 +1,8 @@
 """The vector operations of a step in plain torch: the truth for every other backend, and the default one.
 
 All operations take lists of tensors (a flat buffer is a list of one). Tensors at the same place of two lists have the
-same shape, dtype and device; different places may differ in all three. Hyper-parameters arrive as float64 tensors on
-the device of the data, so that nothing here ever waits for it.
+same shape and dtype (a mask is bool); different places may differ. All are on one device, and so are the
+hyper-parameters, float64 tensors, so that nothing here ever waits for it.
 
 Contiguous tensors are worked on in pieces that stay in the cache: a chain of elementwise operations then reads and
 writes main memory once, and no temporary is ever the size of the model.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 PIECE = 1 << 17  # elements; half a mebibyte of float32, several of which fit a core's second-level cache
+DOT_PIECE = 1 << 15  # shorter, since float32 sums lose a digit with every factor of a hundred or so
 PIECE_GPU = 1 << 25
 
 # Places in the vector of hyper-parameters that `meta_update` and `regularize` read.
@@ -28,7 +29,7 @@ OK, COUNT, SCALE = range(3)
 CONTROL = 3
 
 
-def pieces(*lists: Sequence[Tensor] | None) -> Iterator[list[Any]]:
+def pieces(*lists: Sequence[Tensor] | None, piece: int = PIECE) -> Iterator[list[Any]]:
     """Walk lists of tensors side by side, in pieces that fit the cache where all are contiguous."""
     present = next(each for each in lists if each is not None)
     for index in range(len(present)):
@@ -37,7 +38,7 @@ def pieces(*lists: Sequence[Tensor] | None) -> Iterator[list[Any]]:
         if not all(tensor.is_contiguous() for tensor in held):
             yield tensors
             continue
-        size = PIECE if held[0].device.type == "cpu" else PIECE_GPU
+        size = piece if held[0].device.type == "cpu" else PIECE_GPU
         flat = [None if tensor is None else tensor.view(-1) for tensor in tensors]
         for start in range(0, held[0].numel(), size):
             yield [None if tensor is None else tensor[start : start + size] for tensor in flat]
@@ -50,12 +51,15 @@ def wide(tensor: Tensor) -> Tensor:
 
 def grad_dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """⟨a,b⟩, ‖a‖² and ‖b‖²: in total, shape (3,), and per tensor, shape (len(a), 3), both float64."""
-    rows = []
-    for x, y in zip(a, b, strict=True):
-        x, y = wide(x.reshape(-1)), wide(y.reshape(-1))
-        rows.append(torch.stack((torch.dot(x, y), torch.dot(x, x), torch.dot(y, y))).double())
     device = a[0].device if len(a) else None
-    each = torch.stack(rows) if rows else torch.zeros(0, 3, dtype=torch.float64, device=device)
+    each = torch.zeros(len(a), 3, dtype=torch.float64, device=device)
+    for row, x, y in zip(each, a, b, strict=True):
+        parts = []
+        for left, right in pieces([x], [y], piece=DOT_PIECE):
+            left, right = wide(left.reshape(-1)), wide(right.reshape(-1))
+            parts += [torch.dot(left, right), torch.dot(left, left), torch.dot(right, right)]
+        if parts:
+            torch.sum(torch.stack(parts).view(-1, 3), 0, dtype=torch.float64, out=row)
     return each.sum(0), each
 
 
@@ -79,7 +83,7 @@ def step_control(control: Tensor, dots: Tensor, losses: Tensor, hyper: Tensor) -
     control[OK] falls to 0 for good once a loss or a norm is not finite; control[COUNT] counts the steps taken;
     control[SCALE] is the factor that brings ‖a + u‖ down to the clipping norm (1 where the clip is 0, meaning none).
     """
-    finite = torch.isfinite(dots.sum() + losses.sum())
+    finite = torch.isfinite(dots.sum() + losses.double().sum())
     control[OK].mul_(finite)
     control[COUNT].add_(control[OK])
     # ‖a + u‖² from the three numbers at hand; rounding may leave it below zero where a and −u nearly cancel
@@ -88,18 +92,26 @@ def step_control(control: Tensor, dots: Tensor, losses: Tensor, hyper: Tensor) -
     control[SCALE].copy_(torch.where((clip > 0) & (norm > clip), clip / norm, 1.0))
 
 
+def penalty_gradient(
+    theta: Tensor, theta0: Tensor | None, fisher: Tensor | None, l2: Tensor, l1: Tensor, prox: Tensor
+) -> Tensor:
+    """Gradient, elementwise, of ½·l2‖θ‖² + l1‖θ‖₁ + ½·prox·Σ F (θ − θ₀)²."""
+    gradient = theta * l2 + theta.sign() * l1
+    if theta0 is None:
+        return gradient
+    pull = (theta - wide(theta0)) * prox
+    return gradient + (pull if fisher is None else pull * wide(fisher))
+
+
 def penalty(
     theta: Tensor, theta0: Tensor | None, fisher: Tensor | None, l2: Tensor, l1: Tensor, prox: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradient, elementwise, and value, float64, of ½·l2‖θ‖² + l1‖θ‖₁ + ½·prox·Σ F (θ − θ₀)²."""
-    gradient = theta * l2 + theta.sign() * l1
+) -> Tensor:
+    """Value, float64, shape (), of the same."""
     value = 0.5 * l2 * theta.square().sum(dtype=torch.float64) + l1 * theta.abs().sum(dtype=torch.float64)
-    if theta0 is not None:
-        away = theta - wide(theta0)
-        pull = away if fisher is None else away * wide(fisher)
-        gradient = gradient + pull * prox
-        value = value + 0.5 * prox * (pull * away).sum(dtype=torch.float64)
-    return gradient, value
+    if theta0 is None:
+        return value
+    away = (theta - wide(theta0)).square()
+    return value + 0.5 * prox * (away if fisher is None else away * wide(fisher)).sum(dtype=torch.float64)
 
 
 def regularize(
@@ -116,9 +128,9 @@ def regularize(
     """
     total = torch.zeros((), dtype=torch.float64, device=hyper.device)
     for g, t, t0, f in pieces(grad, theta, theta0, fisher):
-        gradient, value = penalty(wide(t), t0, f, hyper[WEIGHT_DECAY], hyper[L1], hyper[PROX])
-        g.copy_(wide(g) + gradient)
-        total += value
+        terms = wide(t), t0, f, hyper[WEIGHT_DECAY], hyper[L1], hyper[PROX]
+        g.copy_(wide(g) + penalty_gradient(*terms))
+        total += penalty(*terms)
     return total
 
 
@@ -140,29 +152,45 @@ def meta_update(
     decay beside the gradient, bias correction from control[COUNT]). Where `mask` is False, and everywhere when
     control[OK] is 0, neither weights nor moments change. The L1 and the proximal term join g, unclipped.
     """
-    ok = control[OK] > 0
-    lr, beta1, beta2, eps = hyper[LR], hyper[MOMENTUM], hyper[BETA2], hyper[EPS]
-    decay, none = hyper[WEIGHT_DECAY], torch.zeros_like(hyper[LR])
+    decay, l1, prox = hyper[WEIGHT_DECAY], hyper[L1], hyper[PROX]
+    lr, beta1, beta2, eps, scale = hyper[LR], hyper[MOMENTUM], hyper[BETA2], hyper[EPS], control[SCALE]
+    l2 = decay if moment2 is None else torch.zeros_like(decay)
     correction1 = 1 - beta1 ** control[COUNT]
     correction2 = 1 - beta2 ** control[COUNT]
+    penalised = not (known(l2, 0) and known(l1, 0) and (theta0 is None or known(prox, 0)))
+    clipped = not known(scale, 1)
+    always = known(control[OK], 1)
+    if known(control[OK], 0):
+        return
     for t, x, y, m1, m2, t0, f, keep in pieces(theta, a, u, moment1, moment2, theta0, fisher, mask):
-        weight = wide(t)
-        g = (wide(x) if y is None else wide(x) + wide(y)) * control[SCALE]
-        g = g + penalty(weight, t0, f, decay if m2 is None else none, hyper[L1], hyper[PROX])[0]
-        first = wide(m1)
+        weight, first = wide(t), wide(m1)
+        g = wide(x) if y is None else wide(x) + wide(y)
+        if clipped:
+            g = g * scale
+        if penalised:
+            g = g + penalty_gradient(weight, t0, f, l2, l1, prox)
         if m2 is None:
-            first = first * beta1 + g
-            moved = weight - first * lr
+            new1, new2 = first * beta1 + g, None
+            moved = weight - new1 * lr
         else:
-            first = first * beta1 + g * (1 - beta1)
-            second = wide(m2) * beta2 + g.square() * (1 - beta2)
-            away = (first / correction1) / ((second / correction2).sqrt() + eps)
+            new1 = first * beta1 + g * (1 - beta1)
+            new2 = wide(m2) * beta2 + g.square() * (1 - beta2)
+            away = (new1 / correction1) / ((new2 / correction2).sqrt() + eps)
             moved = weight * (1 - lr * decay) - away * lr
-        write = ok if keep is None else ok & keep.bool()
-        t.copy_(torch.where(write, moved, weight))
-        m1.copy_(torch.where(write, first, wide(m1)))
-        if m2 is not None:
-            m2.copy_(torch.where(write, second, wide(m2)))
+        for old, new in ((t, moved), (m1, new1), (m2, new2)):
+            if old is None or new is None:
+                continue
+            if keep is not None:
+                new = torch.where(keep, new, wide(old))
+            old.copy_(new if always else torch.where(control[OK] > 0, new, wide(old)))
+
+
+def known(value: Tensor, wanted: float) -> bool:
+    """Whether a scalar is known to have this value: looked at only on the CPU, where looking waits for nothing."""
+    return value.device.type == "cpu" and float(value) == wanted
+
+
+PROJECTIONS = ("one_sided", "symmetric", "scissorhands")
 
 
 def projection(dots: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -189,8 +217,8 @@ def project(a: Sequence[Tensor], b: Sequence[Tensor], dots: Tensor, kind: str) -
     s, t = projection(dots, kind)
     for x, y in pieces(a, b):
         left, right = wide(x), wide(y)
-        moved = left + right * s if kind == "symmetric" else None
-        y.copy_(right + left * t)
+        moved = torch.where(s != 0, left + right * s, left) if kind == "symmetric" else None
+        y.copy_(torch.where(t != 0, right + left * t, right))  # not + 0: nothing changes, infinite or not
         if moved is not None:
             x.copy_(moved)
 

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlur import meta, ops
+from fastlur import meta
 from fastlur.data import to_device
 from fastlur.errors import ArgumentError, CheckpointError, NonFiniteError
 from fastlur.losses import BoundedForgetting, cross_entropy
 from fastlur.methods.base import Method
 from fastlur.methods.lur import LUR, Order
 from fastlur.passes import Loss, Passes, Which
+from fastlur.reference import OK
 from fastlur.space import ParameterSpace, Selection, Vector
 from fastlur.update import Update
 from fastlur.world import borrowed_random
@@ -126,7 +127,7 @@ class Step:
         except BaseException:
             passes.statistics.keep(torch.zeros((), device=device))
             raise
-        passes.statistics.keep(self.update.control[ops.OK])
+        passes.statistics.keep(self.update.control[OK])
         self.step += 1
         nothing = torch.full((), math.nan, device=device)
         values = passes.values
@@ -143,7 +144,7 @@ class Step:
             NonFiniteError: it is down.
         """
         unread, self._unread = self._unread, []
-        if bool(self.update.control[ops.OK]):
+        if bool(self.update.control[OK]):
             return
         bad = next((s for s in unread if not bool(torch.isfinite(s.numbers()).all())), None)
         if bad is None:

@@ -8,6 +8,8 @@ from torch import Tensor
 from fastlur import ops
 from fastlur.errors import ArgumentError, nearest
 from fastlur.methods.base import Direction
+from fastlur.operands import control_scalars, hyper_parameters
+from fastlur.reference import LR, OK, SCALE
 from fastlur.space import ParameterSpace, Vector
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -41,18 +43,18 @@ class Update:
         self.first = None if self.custom else space.vector()
         self.second = space.vector() if adamw else None
         self._joint = space.vector() if self.custom else None
-        self.control = torch.zeros(ops.CONTROL, dtype=torch.float64, device=space.device)
-        self.control[ops.OK] = 1
-        hyper = [0.0] * ops.HYPER
-        hyper[ops.LR], hyper[ops.MOMENTUM] = lr, 0.9 if adamw else momentum
-        hyper[ops.BETA2], hyper[ops.EPS] = 0.999, 1e-8
-        hyper[ops.WEIGHT_DECAY], hyper[ops.CLIP] = weight_decay, max_grad_norm or 0.0
-        self.hyper = torch.tensor(hyper, dtype=torch.float64, device=space.device)
-        self._minus_one = torch.tensor(-1.0, dtype=torch.float64, device=space.device)
+        self.control = control_scalars(space.device)
+        self.hyper = hyper_parameters(
+            space.device,
+            lr=lr,
+            momentum=0.9 if adamw else momentum,
+            weight_decay=weight_decay,
+            clip=max_grad_norm or 0.0,
+        )
 
     def set_lr(self, lr: float) -> None:
         """Change the learning rate; a device scalar, so nothing waits. A custom optimizer keeps its own."""
-        self.hyper[ops.LR].fill_(lr)
+        self.hyper[LR].fill_(lr)
 
     def decide(self, direction: Direction, losses: list[Tensor]) -> Tensor:
         """Set the control scalars from the gradients and the losses; returns (⟨r,f⟩, ‖r‖², ‖f‖²), shape (3,)."""
@@ -76,11 +78,8 @@ class Update:
             None if direction.forget is None else direction.forget.part(some),
             self.first.part(some),
             None if self.second is None else self.second.part(some),
-            None,
-            None,
-            None,
-            self.control,
-            self.hyper,
+            control=self.control,
+            hyper=self.hyper,
         )
 
     def moments(self) -> dict[str, Vector]:
@@ -89,15 +88,15 @@ class Update:
         return {name: vector for name, vector in named.items() if vector is not None}
 
     def _apply_custom(self, optimizer: torch.optim.Optimizer, direction: Direction) -> None:
-        if self.control[ops.OK].item() == 0:  # waits for the device: a foreign optimizer cannot be told otherwise
+        if self.control[OK].item() == 0:  # waits for the device: a foreign optimizer cannot be told otherwise
             return
         joint = self._joint
         assert joint is not None
         if direction.forget is None:
             torch._foreach_copy_(joint.flats, direction.retain.flats)
         else:
-            ops.displace(joint.flats, direction.retain.flats, direction.forget.flats, self._minus_one)
-        torch._foreach_mul_(joint.flats, self.control[ops.SCALE])
+            ops.displace(joint.flats, direction.retain.flats, direction.forget.flats, -1.0)
+        torch._foreach_mul_(joint.flats, self.control[SCALE])
         try:
             for index in self.space.reached:
                 for parameter in self.space.slots[index].parameters:

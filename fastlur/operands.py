@@ -1,0 +1,92 @@
+"""What the vector operations take: vectors that fit each other, and hyper-parameters as device scalars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlur.errors import ArgumentError
+from fastlur.reference import BETA2, CLIP, CONTROL, EPS, HYPER, L1, LR, MOMENTUM, OK, PROX, SCALE, WEIGHT_DECAY
+
+Vector = Tensor | Sequence[Tensor]
+Number = float | Tensor
+
+
+def control_scalars(device: torch.device | str) -> Tensor:
+    """The control scalars before the first step: the flag up, no step taken."""
+    values = [0.0] * CONTROL
+    values[OK] = values[SCALE] = 1.0
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def hyper_parameters(
+    device: torch.device | str,
+    *,
+    lr: Number = 0.0,
+    momentum: Number = 0.0,
+    beta2: Number = 0.999,
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
+    l1: Number = 0.0,
+    prox: Number = 0.0,
+    clip: Number = 0.0,
+) -> Tensor:
+    """The hyper-parameters of `meta_update` as one device vector, float64; keep it and change entries in place.
+
+    Args:
+        device: of the data.
+        lr: learning rate.
+        momentum: of SGD; β₁ of AdamW.
+        beta2: of AdamW.
+        eps: of AdamW.
+        weight_decay: L2 for SGD and `regularize`, decoupled for AdamW.
+        l1: factor of ‖θ‖₁.
+        prox: factor of the proximal term.
+        clip: largest norm of a + u; 0 for no clipping.
+    """
+    named = {LR: lr, MOMENTUM: momentum, BETA2: beta2, EPS: eps, WEIGHT_DECAY: weight_decay}
+    named |= {L1: l1, PROX: prox, CLIP: clip}
+    ordered = [named[place] for place in range(HYPER)]
+    if any(isinstance(value, Tensor) for value in ordered):
+        return torch.stack([scalar(value, torch.device(device)) for value in ordered])
+    return torch.tensor(ordered, dtype=torch.float64, device=device)
+
+
+def scalar(value: Number, device: torch.device) -> Tensor:
+    """A number as a 0-d float64 tensor on the device, without waiting for it.
+
+    Raises:
+        ArgumentError: a tensor with more than one element.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ArgumentError(f"a tensor of shape {tuple(value.shape)} is no hyper-parameter; pass a number")
+        return value.detach().reshape(()).to(device, torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def fit(**vectors: Vector | None) -> Any:
+    """The vectors as lists, after a look at lengths, shapes, dtypes and devices."""
+    lists = {n: None if v is None else [v] if isinstance(v, Tensor) else list(v) for n, v in vectors.items()}
+    (first_name, first), *others = [(name, each) for name, each in lists.items() if each is not None]
+    for index, tensor in enumerate(first):
+        if not tensor.is_floating_point() or tensor.is_complex():
+            raise ArgumentError(f"{first_name}[{index}] is {tensor.dtype}; vectors are of a floating-point dtype")
+        if tensor.device != first[0].device:
+            raise ArgumentError(f"{first_name}[{index}] is on {tensor.device}, {first_name}[0] on {first[0].device}")
+    for name, each in others:
+        if len(each) != len(first):
+            raise ArgumentError(f"{name} has {len(each)} tensors, {first_name} has {len(first)}")
+        for index, (tensor, like) in enumerate(zip(each, first, strict=True)):
+            if tensor.shape != like.shape:
+                shapes = f"{tuple(tensor.shape)}, {first_name}[{index}] {tuple(like.shape)}"
+                raise ArgumentError(f"{name}[{index}] has shape {shapes}")
+            wanted = torch.bool if name == "mask" else like.dtype
+            if tensor.dtype != wanted:
+                raise ArgumentError(f"{name}[{index}] is {tensor.dtype}; it must be {wanted}")
+            if tensor.device != like.device:
+                raise ArgumentError(f"{name}[{index}] is on {tensor.device}, {first_name}[{index}] on {like.device}")
+    return list(lists.values())

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench report ext cuda-compile sanitize clean
+.PHONY: demo test check bench bench-full report ext cuda-compile sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/python -m fastlur demo --out demo
@@ -20,6 +20,11 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench/bench_*.py --benchmark-only -s
+
+# Everything, 1e8 elements too, kept in bench/results with the machine in it.
+bench-full: $(STAMP) ext
+	FASTLUR_BENCH_FULL=1 $(BIN)/python -m pytest bench/bench_ops.py --benchmark-only --record cpu-ops
+	$(BIN)/python bench/report.py
 
 # Figures in the README come from committed results through this, never from a hand.
 report: $(STAMP)

@@ -28,7 +28,32 @@ def demo() -> str:
     return "\n".join(lines)
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"demo": demo}
+def operations() -> str:
+    """The vector operations against torch, from every `*-ops.json` in bench/results."""
+    lines = []
+    for path in sorted((ROOT / "bench" / "results").glob("*-ops.json")):
+        kept = json.loads(path.read_text())
+        made, rows = kept["machine"], kept["rows"]
+        where = made["gpu"] or f"{made['cpu']}, {made['threads']} threads"
+        lines += [
+            f"{where}, torch {made['torch']}, served by `{rows[0]['backend']}`:",
+            "",
+            "| operation | layout | × best torch spelling | × `_foreach` | × plain backend | GB/s (copy) |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            seconds = row["seconds"]
+            plain = f"{seconds['plain'] / seconds['ours']:.2f}" if "plain" in seconds else "1"
+            lines.append(
+                f"| {row['operation']} | {row['layout']} | {row['times_as_fast_as_best_torch']:.2f} "
+                f"({row['best_torch']}) | {row['times_as_fast_as_foreach']:.2f} | {plain} | "
+                f"{row['gigabytes_per_second']:.1f} ({row['copy_gigabytes_per_second']:.1f}) |"
+            )
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "operations": operations}
 
 
 def filled(text: str) -> str:

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PIECE = 1 << 17  # elements; half a mebibyte of float32, several of which fit a core's second-level cache
-DOT_PIECE = 1 << 15  # shorter, since float32 sums lose a digit with every factor of a hundred or so
+# Elements a piece. On the CPU: few enough for several pieces to stay in a core's cache, for a float32 sum to keep its
+# digits, and for torch to work on each without waking other threads: hundreds of short parallel regions are a little
+# faster on an idle machine, and hundreds of times slower on a busy one, where each waits for a thread to be scheduled.
+PIECE = 1 << 15
 PIECE_GPU = 1 << 25
 
 # Places in the vector of hyper-parameters that `meta_update` and `regularize` read.
@@ -29,7 +31,7 @@ OK, COUNT, SCALE = range(3)
 CONTROL = 3
 
 
-def pieces(*lists: Sequence[Tensor] | None, piece: int = PIECE) -> Iterator[list[Any]]:
+def pieces(*lists: Sequence[Tensor] | None) -> Iterator[list[Any]]:
     """Walk lists of tensors side by side, in pieces that fit the cache where all are contiguous."""
     present = next(each for each in lists if each is not None)
     for index in range(len(present)):
@@ -38,7 +40,7 @@ def pieces(*lists: Sequence[Tensor] | None, piece: int = PIECE) -> Iterator[list
         if not all(tensor.is_contiguous() for tensor in held):
             yield tensors
             continue
-        size = piece if held[0].device.type == "cpu" else PIECE_GPU
+        size = PIECE if held[0].device.type == "cpu" else PIECE_GPU
         flat = [None if tensor is None else tensor.view(-1) for tensor in tensors]
         for start in range(0, held[0].numel(), size):
             yield [None if tensor is None else tensor[start : start + size] for tensor in flat]
@@ -55,7 +57,7 @@ def grad_dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     each = torch.zeros(len(a), 3, dtype=torch.float64, device=device)
     for row, x, y in zip(each, a, b, strict=True):
         parts = []
-        for left, right in pieces([x], [y], piece=DOT_PIECE):
+        for left, right in pieces([x], [y]):
             left, right = wide(left.reshape(-1)), wide(right.reshape(-1))
             parts += [torch.dot(left, right), torch.dot(left, left), torch.dot(right, right)]
         if parts:

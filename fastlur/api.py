@@ -18,7 +18,7 @@ from fastlur import checks, content, overlap
 from fastlur._version import __version__
 from fastlur.backends import serving
 from fastlur.budget import RetainBudget
-from fastlur.checkpoint import Checkpointer, Checkpoints, model_digest
+from fastlur.checkpoint import Checkpointer, model_digest
 from fastlur.data import Source, Stream, source, to_device
 from fastlur.errors import ArgumentError, DataError, ModelError
 from fastlur.history import History
@@ -150,13 +150,7 @@ def unlearn(
     if device is not None:
         model.to(device)
     where = next(model.parameters()).device
-    sources: dict[Which, Source] = {
-        "forget": source(forget, "forget", batch_size),
-        "retain": source(retain, "retain", batch_size),
-    }
-    with borrowed_random(where):
-        contents: dict[Which, content.Content] = {side: content.read(sources[side], side) for side in SIDES}
-        firsts: dict[Which, Any] = {side: next(sources[side].stream(seed, 0)) for side in SIDES}
+    sources, contents, firsts = _look_at_data(forget, retain, batch_size, seed, where)
     if not allow_overlap:
         overlap.check(forget, retain, contents["forget"], contents["retain"])
     classifies: dict[Which, bool] = {"forget": forget_loss is None, "retain": loss is None}
@@ -188,6 +182,8 @@ def unlearn(
         "backend": serving(where.type),
     }
     history = History()
+    budget: RetainBudget | None = None
+    kept: Checkpointer | None = None
     with ExitStack() as stack:
         stack.enter_context(determinism(deterministic))
         if where.type == "cuda":
@@ -209,25 +205,17 @@ def unlearn(
                 seed=seed,
             )
         )
-        observers = list(callbacks) + ([] if stop is None else [stop] if callable(stop) else list(stop))
-        budget = None
+        rules: list[Observer] = [stop] if callable(stop) else list(stop or ())
+        guards: list[Observer] = []
         if max_retain_loss_increase is not None:
-            with borrowed_random(where):
-                seed_loading(derive(seed, "budget"))
-                probes = [to_device(batch, where, memory_format) for batch in islice(sources["retain"].once(), PROBES)]
+            probes = _probes(sources["retain"], seed, where, memory_format)
             budget = RetainBudget(step.space, losses["retain"], probes, max_retain_loss_increase, checkpoint_every)
-            observers.insert(0, budget)
-        checkpoints = None
+            guards.append(budget)
         if checkpoint is not None:
-            data = {f"{side} data": contents[side].digest for side in SIDES}
-            checkpoints = Checkpoints(checkpoint, settings | data | {"model": model_digest(model)})
-            found = checkpoints.load(step)
-            if found:
-                history.restore(found["history"])
-                if budget is not None:
-                    budget.resume(found["baseline"])
-            extra = lambda: {"history": history.columns(), "baseline": budget and budget.baseline}  # noqa: E731
-            observers.insert(1 if budget else 0, Checkpointer(checkpoints, step, checkpoint_every, extra))
+            identity: dict[str, Any] = {f"{side} data": contents[side].digest for side in SIDES}
+            identity |= {"model": model_digest(model), "moving parameters": step.space.names}
+            kept = Checkpointer(checkpoint, settings | identity, step, history, budget, checkpoint_every)
+            guards.append(kept)
         streams = {side: Stream(sources[side], derive(seed, side), skip=step.step) for side in SIDES}
         for stream in streams.values():
             stack.callback(stream.close)
@@ -238,13 +226,42 @@ def unlearn(
             steps=total,
             lr=lambda t: base * SCHEDULES[schedule](t, total),
             history=history,
-            observers=observers,
+            observers=[*guards, *callbacks, *rules],
             progress=progress,
         )
         step.finish()
-        if checkpoints is not None:
-            checkpoints.purge()
+        if kept is not None:
+            kept.purge()
     return Result(model, history, time.perf_counter() - began, _peak_memory(where), ended, settings)
+
+
+Looked = tuple[dict[Which, Source], dict[Which, content.Content], dict[Which, Any]]
+
+
+def _look_at_data(forget: Any, retain: Any, batch_size: int, seed: int, device: torch.device) -> Looked:
+    """Both sides as sources, what they hold, and the first batch of each."""
+    sources: dict[Which, Source] = {
+        "forget": source(forget, "forget", batch_size),
+        "retain": source(retain, "retain", batch_size),
+    }
+    contents: dict[Which, content.Content] = {}
+    firsts: dict[Which, Any] = {}
+    with borrowed_random(device):
+        for side in SIDES:
+            contents[side] = content.read(sources[side], side)
+            stream = Stream(sources[side], derive(seed, side))
+            try:
+                firsts[side] = next(stream)
+            finally:
+                stream.close()
+    return sources, contents, firsts
+
+
+def _probes(retain: Source, seed: int, device: torch.device, memory_format: torch.memory_format | None) -> list[Any]:
+    """The fixed retain batches that a retain budget is measured on."""
+    with borrowed_random(device):
+        seed_loading(derive(seed, "budget"))
+        return [to_device(batch, device, memory_format) for batch in islice(retain.once(), PROBES)]
 
 
 def _length(sources: dict[Which, Source], epochs: float | None) -> int:

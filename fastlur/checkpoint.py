@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fastlur.budget import RetainBudget
 from fastlur.errors import CheckpointError
+from fastlur.history import History
 from fastlur.loop import StepEvent
 from fastlur.step import Step
 
@@ -167,16 +168,44 @@ class Checkpoints:
 
 
 class Checkpointer:
-    """An observer that saves every so many steps."""
+    """An observer that saves every so many steps; when made, it first brings the run to where it was interrupted.
 
-    def __init__(self, checkpoints: Checkpoints, step: Step, every: int, extra: Callable[[], dict[str, Any]]) -> None:
-        self.checkpoints, self.step, self.every, self.extra = checkpoints, step, every, extra
+    Args:
+        directory: of the checkpoints.
+        settings: what determines the run.
+        step: the step, which goes on from the newest checkpoint if there is one.
+        history: likewise.
+        budget: the retain budget, whose baseline is that of the interrupted run.
+        every: steps between two checkpoints.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        settings: dict[str, Any],
+        step: Step,
+        history: History,
+        budget: RetainBudget | None,
+        every: int,
+    ) -> None:
+        self.checkpoints = Checkpoints(directory, settings)
+        self.step, self.history, self.budget, self.every = step, history, budget, every
+        found = self.checkpoints.load(step)
+        if found is not None:
+            history.restore(found["history"])
+            if budget is not None:
+                budget.resume(found["baseline"])
 
     def __call__(self, event: StepEvent) -> None:
         """Save, if it is time to; only a state whose losses and gradients were finite is saved."""
         if event.step % self.every == 0 and event.step < event.steps:
             self.step.check()
-            self.checkpoints.save(self.step, self.extra())
+            baseline = None if self.budget is None else self.budget.baseline
+            self.checkpoints.save(self.step, {"history": self.history.columns(), "baseline": baseline})
+
+    def purge(self) -> None:
+        """Remove the checkpoints of a run that is over."""
+        self.checkpoints.purge()
 
 
 def model_digest(model: nn.Module) -> str:

@@ -132,7 +132,12 @@ class Batches:
 
     def once(self) -> Iterator[Any]:
         """See `Source`."""
-        yield from self.batches
+        before = [(generator, generator.get_state()) for generator in _generators(self.batches)]
+        try:
+            yield from self.batches
+        finally:
+            for generator, state in before:
+                generator.set_state(state)
 
 
 def source(data: Any, name: str, batch_size: int) -> Source:

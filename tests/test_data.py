@@ -107,6 +107,15 @@ def test_a_generator_of_the_callers_is_put_back():
     assert torch.equal(loader.generator.get_state(), before)
 
 
+def test_a_run_leaves_the_callers_generator_where_it_was():
+    loader = KINDS["seeded loader"]()
+    before = loader.generator.get_state()
+    retain = TensorDataset(torch.randn(30, 6), torch.randint(0, 4, (30,)))
+    fastlur.unlearn(mlp(), loader, retain, steps=3, progress=False)
+    fastlur.evaluate(mlp(), forget=loader, retain=retain, test=loader)
+    assert torch.equal(loader.generator.get_state(), before)
+
+
 def test_transforms_that_draw_random_numbers_are_seeded_too():
     class Noisy(Squares):
         def __getitem__(self, i):

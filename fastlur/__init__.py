@@ -14,9 +14,9 @@ from fastlur.errors import (
 from fastlur.evaluate import Evaluation, evaluate
 from fastlur.info import info
 from fastlur.meta import meta_gradient
+from fastlur.meta_step import MetaStep
 from fastlur.methods.lur import LUR
 from fastlur.result import Result
-from fastlur.step import MetaStep
 
 __all__ = [
     "LUR",

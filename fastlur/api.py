@@ -30,7 +30,7 @@ from fastlur.passes import Loss, Which
 from fastlur.result import Result
 from fastlur.space import Selection, select
 from fastlur.step import Step
-from fastlur.world import borrowed_random, derive, determinism, seed_loading
+from fastlur.world import borrowed_random, derive, determinism, kept_modes, seed_loading
 
 STEPS = 150
 DEFAULT_LR = {"sgd": 0.03, "adamw": 1e-3}
@@ -147,8 +147,11 @@ def unlearn(
     if not isinstance(seed, int):
         raise ArgumentError(f"seed={seed!r} must be a whole number")
     select(model, parameters)
+    rules: list[Observer] = [stop] if callable(stop) else list(checks.callables("stop", stop))
+    callbacks = checks.callables("callbacks", callbacks)
+    checks.path("checkpoint", checkpoint)
     if device is not None:
-        model.to(device)
+        checks.move(model, device)
     where = next(model.parameters()).device
     sources, contents, firsts = _look_at_data(forget, retain, batch_size, seed, where)
     if not allow_overlap:
@@ -161,7 +164,9 @@ def unlearn(
     }
     checks.trial(model, losses, firsts, contents, classifies=classifies, device=where, precision=precision)
     total = steps or _length(sources, epochs)
-    base = (DEFAULT_LR.get(optimizer, 0.0) if isinstance(optimizer, str) else 0.0) if lr is None else lr
+    if lr is not None and not isinstance(optimizer, str):
+        raise ArgumentError(f"lr={lr!r}: the optimizer that was passed keeps its own; set it there")
+    base = lr if lr is not None else DEFAULT_LR.get(str(optimizer), 0.0)
 
     settings = {
         "fastlur": __version__,
@@ -180,11 +185,17 @@ def unlearn(
         "seed": seed,
         "device": str(where),
         "backend": serving(where.type),
+        "loss": _name(losses["retain"]),
+        "forget_loss": _name(losses["forget"]),
+        "memory_format": str(memory_format),
+        "compile": compile,
+        "deterministic": deterministic,
     }
     history = History()
     budget: RetainBudget | None = None
     kept: Checkpointer | None = None
     with ExitStack() as stack:
+        stack.enter_context(kept_modes(model))
         stack.enter_context(determinism(deterministic))
         if where.type == "cuda":
             torch.cuda.reset_peak_memory_stats(where)
@@ -205,7 +216,6 @@ def unlearn(
                 seed=seed,
             )
         )
-        rules: list[Observer] = [stop] if callable(stop) else list(stop or ())
         guards: list[Observer] = []
         if max_retain_loss_increase is not None:
             probes = _probes(sources["retain"], seed, where, memory_format)
@@ -248,7 +258,7 @@ def _look_at_data(forget: Any, retain: Any, batch_size: int, seed: int, device: 
     firsts: dict[Which, Any] = {}
     with borrowed_random(device):
         for side in SIDES:
-            contents[side] = content.read(sources[side], side)
+            contents[side] = content.read(sources[side], side, derive(seed, "look", side))
             stream = Stream(sources[side], derive(seed, side))
             try:
                 firsts[side] = next(stream)
@@ -262,6 +272,14 @@ def _probes(retain: Source, seed: int, device: torch.device, memory_format: torc
     with borrowed_random(device):
         seed_loading(derive(seed, "budget"))
         return [to_device(batch, device, memory_format) for batch in islice(retain.once(), PROBES)]
+
+
+def _name(loss: Loss) -> str:
+    """What tells a loss from another in a record: its settings where it shows them, else where it was defined."""
+    if not hasattr(loss, "__qualname__") and "__repr__" in vars(type(loss)):
+        return repr(loss)
+    owner: Any = loss if hasattr(loss, "__qualname__") else type(loss)
+    return f"{owner.__module__}.{owner.__qualname__}"
 
 
 def _length(sources: dict[Which, Source], epochs: float | None) -> int:

@@ -25,6 +25,7 @@ from fastlur.loop import StepEvent
 from fastlur.step import Step
 
 KEPT = 2
+OURS = re.compile(r"\.?step-\d{8}\.(json|safetensors)(\.writing)?")
 NAME = re.compile(r"step-(\d{8})\.json")
 
 
@@ -66,6 +67,7 @@ class Checkpoints:
         record = {
             "settings": self.settings,
             "step": state["step"],
+            "method": state["method"],
             "vectors": sorted(state["vectors"]),
             "optimizer": optimizer,
             "checksum": blake2b(payload, digest_size=32).hexdigest(),
@@ -104,8 +106,9 @@ class Checkpoints:
 
     def purge(self) -> None:
         """Remove every checkpoint: they still hold the weights that were to be forgotten."""
-        for number in self._steps():
-            self._remove(number)
+        for file in self.directory.iterdir():
+            if OURS.fullmatch(file.name):
+                file.unlink(missing_ok=True)
 
     def _read(self, number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         stem = self.directory / f"step-{number:08d}"
@@ -124,7 +127,8 @@ class Checkpoints:
             if mine.get(key) != theirs.get(key):
                 raise CheckpointError(
                     f"checkpoint={str(self.directory)!r} is of another run: {key} was {theirs.get(key)!r}, now "
-                    f"{mine.get(key)!r}; use another directory, or remove it to start afresh"
+                    f"{mine.get(key)!r}; {'pass the model as it was at the start, or ' if key == 'model' else ''}"
+                    "use another directory, or remove it to start afresh"
                 )
 
     @staticmethod
@@ -139,9 +143,8 @@ class Checkpoints:
             for vector in record["vectors"]
         }
         optimizer = _unpack(record["optimizer"], tensors)
-        step.load_state_dict(
-            {"step": record["step"], "control": tensors["control"], "vectors": vectors, "optimizer": optimizer}
-        )
+        plain = {"step": record["step"], "method": record["method"]}
+        step.load_state_dict(plain | {"control": tensors["control"], "vectors": vectors, "optimizer": optimizer})
 
     def _steps(self) -> list[int]:
         found = (NAME.fullmatch(path.name) for path in self.directory.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,6 +30,41 @@ def positive_int(name: str, value: object) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ArgumentError(f"{name}={value!r} must be a positive whole number")
+
+
+def callables(name: str, values: object) -> list[Any]:
+    """The callables in a list, or none for None.
+
+    Raises:
+        ArgumentError: it is not a list of callables.
+    """
+    found = [] if values is None else list(values) if isinstance(values, Iterable) else [values]
+    for value in found:
+        if not callable(value):
+            raise ArgumentError(f"{name}: {value!r} cannot be called; it must take a fastlur.loop.StepEvent")
+    return found
+
+
+def path(name: str, value: object) -> None:
+    """Refuse what is no path.
+
+    Raises:
+        ArgumentError: it is neither None, a string nor a path.
+    """
+    if value is not None and not isinstance(value, str | os.PathLike):
+        raise ArgumentError(f"{name}={value!r} must be a directory's path, or None")
+
+
+def move(model: nn.Module, device: Any) -> None:
+    """Move the model to a device.
+
+    Raises:
+        ArgumentError: there is no such device.
+    """
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(f"device={device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def one_of(name: str, value: object, known: Iterable[str]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -10,28 +11,31 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from fastlur.data import Indexed, Source
+from fastlur.data import Indexed, Source, loader_indices
 from fastlur.errors import DataError
 from fastlur.losses import split
+from fastlur.world import seed_loading
 
-FULL = 100_000  # items read of data that lie in memory
-SAMPLE = 5_000  # of data that may have to be decoded; beyond either, an evenly spaced sample stands for the rest
+SAMPLE = 5_000  # items read of data that may have to be decoded; beyond that a random sample stands for the rest
 
 
 @dataclass
 class Content:
-    """What was found: `hashes` of the items read and one over all in order, the range of the integer labels."""
+    """What was found: hashes of the items read and one over all in order, how many were not read, the label range."""
 
     hashes: set[bytes] = field(default_factory=set)
     digest: str = ""
+    left_out: int = 0
     lowest: int | None = None
     highest: int | None = None
 
 
-def read(source: Source, name: str) -> Content:
-    """Read the data called `name`, or a sample of them where there are many.
+def read(source: Source, name: str, seed: int) -> Content:
+    """Read the data called `name`: all where they are tensors in memory, else a sample if they are many.
+
+    What reading draws at random (an order, augmentation) is fixed by `seed`, so that the same data read the same.
 
     Raises:
         DataError: a value is NaN or infinite.
@@ -41,7 +45,7 @@ def read(source: Source, name: str) -> Content:
     if whole is not None:
         _note(content, whole, name, "")
     over_all = blake2b(digest_size=16)
-    for number, item in _items(source):
+    for number, item in _items(source, content, seed):
         one = fingerprint(item)
         content.hashes.add(one)
         over_all.update(one)
@@ -67,20 +71,36 @@ def fingerprint(item: Any) -> bytes:
     return digest.digest()
 
 
-def _items(source: Source) -> Iterator[tuple[int, Any]]:
-    if isinstance(source, Indexed):
-        limit = SAMPLE if _tensors(source) is None else FULL
-        for index in range(0, source.length, -(-source.length // limit)):
-            yield index, _one(source.items, index)
+def _items(source: Source, content: Content, seed: int) -> Iterator[tuple[int, Any]]:
+    data, indices = _by_index(source)
+    if data is None:
+        number = 0
+        for batch in source.once(seed):
+            for row in _rows(batch):
+                yield number, row
+                number += 1
         return
-    number = 0
-    limit = SAMPLE if isinstance(getattr(source, "batches", None), DataLoader) else FULL
-    for batch in source.once():
-        for row in _rows(batch):
-            if number >= limit:
-                return
-            yield number, row
-            number += 1
+    if len(indices) > SAMPLE and not _in_memory(data):
+        content.left_out = len(indices) - SAMPLE
+        indices = sorted(random.Random(seed).sample(indices, SAMPLE))
+    seed_loading(seed)
+    for index in indices:
+        yield index, _one(data, index)
+
+
+def _by_index(source: Source) -> tuple[Any, Sequence[int]]:
+    """The data set and the indices of it that are served, or None where only iterating tells what the items are."""
+    if isinstance(source, Indexed):
+        return source.items, range(source.length)
+    loader = getattr(source, "batches", None)
+    served = loader_indices(loader) if isinstance(loader, DataLoader) else None
+    return (None, ()) if loader is None or served is None else (loader.dataset, served)
+
+
+def _in_memory(data: Any) -> bool:
+    while isinstance(data, Subset):
+        data = data.dataset
+    return isinstance(data, Mapping | tuple | Tensor | TensorDataset)
 
 
 def _rows(batch: Any) -> Iterator[Any]:
@@ -119,6 +139,8 @@ def _tensors(source: Source) -> Any:
 def _note(content: Content, item: Any, name: str, where: str) -> None:
     for part in _flatten(item):
         value = torch.from_numpy(part) if isinstance(part, np.ndarray) and part.dtype.kind == "f" else part
+        if isinstance(value, Tensor) and isinstance(item, Mapping):
+            value = value[value != -torch.inf]  # a mask that is added to attention scores is full of them
         if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise DataError(f"{name}: holds a NaN or infinite value{where}; clean or drop such items first")
     _, targets = split(item)

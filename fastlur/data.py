@@ -12,7 +12,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    default_collate,
+)
 
 from fastlur.errors import DataError
 from fastlur.world import derive, seed_loading
@@ -44,8 +53,8 @@ class Source(Protocol):
         """Batches without end in an order that `seed` fixes, from number `skip` on."""
         ...
 
-    def once(self) -> Iterator[Any]:
-        """Every item once, in order."""
+    def once(self, seed: int | None = None) -> Iterator[Any]:
+        """Every item once; what is drawn at random on the way is fixed by `seed`, if there is one."""
         ...
 
 
@@ -74,8 +83,10 @@ class Indexed:
             yield self._take(order[within : within + self.batch_size])
             number += 1
 
-    def once(self) -> Iterator[Any]:
+    def once(self, seed: int | None = None) -> Iterator[Any]:
         """See `Source`."""
+        if seed is not None:
+            seed_loading(seed)
         for begin in range(0, self.length, self.batch_size):
             yield self._take(torch.arange(begin, min(begin + self.batch_size, self.length)))
 
@@ -113,9 +124,7 @@ class Batches:
         """See `Source`."""
         epoch = number = 0
         while True:
-            seed_loading(derive(seed, "epoch", epoch))
-            for generator in _generators(self.batches):
-                generator.manual_seed(derive(seed, "epoch", epoch))
+            _seed(self.batches, derive(seed, "epoch", epoch))
             iterator, begin = iter(self.batches), number
             while True:
                 seed_loading(derive(seed, "load", number))
@@ -130,10 +139,12 @@ class Batches:
                 raise DataError(f"forget/retain: a {type(self.batches).__name__} gave no batch in epoch {epoch + 1}")
             epoch += 1
 
-    def once(self) -> Iterator[Any]:
+    def once(self, seed: int | None = None) -> Iterator[Any]:
         """See `Source`."""
         before = [(generator, generator.get_state()) for generator in _generators(self.batches)]
         try:
+            if seed is not None:
+                _seed(self.batches, seed)
             yield from self.batches
         finally:
             for generator, state in before:
@@ -204,10 +215,30 @@ def _generators(batches: Iterable[Any]) -> list[torch.Generator]:
     """The generators of the caller's that a loader draws its order from."""
     if not isinstance(batches, DataLoader):
         return []
-    sampler = batches.sampler
-    inner = batches.batch_sampler.sampler if isinstance(batches.batch_sampler, BatchSampler) else None
-    found = [batches.generator, *(getattr(s, "generator", None) for s in (sampler, inner))]
+    drawing = batches.sampler, batches.batch_sampler, getattr(batches.batch_sampler, "sampler", None)
+    found = [batches.generator, *(getattr(each, "generator", None) for each in drawing)]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def _seed(batches: Iterable[Any], seed: int) -> None:
+    seed_loading(seed)
+    for generator in _generators(batches):
+        generator.manual_seed(seed)
+
+
+def loader_indices(loader: DataLoader[Any]) -> list[int] | None:
+    """The indices of its data set that a loader serves, where its samplers are torch's own and tell; else None."""
+    if not hasattr(loader.dataset, "__len__") or not hasattr(loader.dataset, "__getitem__"):
+        return None
+    batches: Any = loader.batch_sampler
+    if batches is not None and type(batches) is not BatchSampler:
+        return None
+    sampler: Any = loader.sampler if batches is None else batches.sampler
+    if type(sampler) is SubsetRandomSampler:
+        return [int(index) for index in sampler.indices]
+    if type(sampler) in (SequentialSampler, RandomSampler):
+        return list(range(len(loader.dataset)))
+    return None
 
 
 class Stream:

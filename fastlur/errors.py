@@ -30,6 +30,11 @@ class CheckpointError(FastlurError, RuntimeError):
     """A checkpoint cannot be written or read, or belongs to another run."""
 
 
+def number(value: object) -> bool:
+    """Whether the value is a finite number ≥ 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
     """'did you mean …' and the whole list, for a name that is not in it."""
     names = sorted(known)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlur.step import FIELDS, READ_EVERY, StepStats
+from fastlur.stats import FIELDS, StepStats
+from fastlur.step import READ_EVERY
 
 COLUMNS = ("step", "lr", *FIELDS)
 

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from fastlur.data import Stream
 from fastlur.history import History
-from fastlur.step import Step, StepStats
+from fastlur.stats import StepStats
+from fastlur.step import Step
 from fastlur.world import borrowed_random
 
 
@@ -24,7 +25,8 @@ class StepEvent:
         steps: how many are planned.
         stats: its losses, cosine and norms, as 0-d tensors on the model's device; `float(event.stats.retain_loss)`
             waits for the device, looking at nothing does not.
-        model: the model as it is now, undisplaced; evaluating it is fine, its mode is restored by the next step.
+        model: the model as it is now, undisplaced; evaluating it is fine; every pass runs in train mode
+            whatever mode it is left in, and at the end of the run each module is in the mode it began in.
     """
 
     step: int
@@ -67,7 +69,8 @@ def run(
             with borrowed_random(device):
                 batches = next(forget), next(retain)
             stats = step(*batches)
-            if history.add(stats, rate) and progress:
+            used = step.update.lr
+            if history.add(stats, rate if used is None else used) and progress:
                 last = {name: f"{history[name][-1]:.3f}" for name in ("forget_loss", "retain_loss", "cosine")}
                 bar.set_postfix(last, refresh=False)
             bar.update()

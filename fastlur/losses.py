@@ -57,8 +57,7 @@ def logits_and_targets(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
 
 def cross_entropy(model: Any, batch: Any) -> Tensor:
     """Mean cross-entropy in nats, the default retain loss of classification."""
-    logits, targets = logits_and_targets(model, batch)
-    return functional.cross_entropy(logits.float() if logits.dtype in _HALF else logits, targets)
+    return _mean_cross_entropy(*logits_and_targets(model, batch))
 
 
 def negative_cross_entropy(model: Any, batch: Any) -> Tensor:
@@ -97,12 +96,19 @@ class BoundedForgetting:
     def __call__(self, model: Any, batch: Any) -> Tensor:
         """−min(mean cross-entropy, cap), shape ()."""
         logits, targets = logits_and_targets(model, batch)
-        loss = functional.cross_entropy(logits.float() if logits.dtype in _HALF else logits, targets)
+        loss = _mean_cross_entropy(logits, targets)
         cap = math.log(logits.shape[-1]) + ABOVE_CHANCE if self.cap is None else self.cap
         return -torch.where(loss > cap, loss.new_full((), cap), loss)
 
     def __repr__(self) -> str:
         return f"BoundedForgetting(cap={self.cap})"
+
+
+def _mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    try:
+        return functional.cross_entropy(logits.float() if logits.dtype in _HALF else logits, targets)
+    except IndexError as error:  # the CPU's; what could be checked beforehand was
+        raise DataError(f"a target is outside the model's {logits.shape[-1]} logits: {error}") from error
 
 
 _HALF = (torch.float16, torch.bfloat16)

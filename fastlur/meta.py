@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fastlur import ops
-from fastlur.errors import ArgumentError, DataError, nearest, not_scalar
+from fastlur.errors import ArgumentError, DataError, nearest, not_scalar, number
 
 Gradient = Literal["exact", "secant", "first_order", "optimistic"]
 GRADIENTS: tuple[str, ...] = get_args(Gradient)
@@ -114,7 +114,7 @@ def check_inner_lr(inner_lr: float) -> None:
     Raises:
         ArgumentError: it is not.
     """
-    if not (isinstance(inner_lr, int | float) and 0 <= inner_lr < float("inf")):
+    if not number(inner_lr):
         raise ArgumentError(f"inner_lr={inner_lr!r} must be a finite number ≥ 0, such as 0.01")
 
 
@@ -228,6 +228,8 @@ def _checked(loss: Callable[[Params], Tensor], name: str) -> Callable[[Params], 
 
 
 def _check_params(params: Params, previous: Params | None) -> None:
+    if not isinstance(params, dict):
+        raise ArgumentError(f"params: a {type(params).__name__} is no dict of tensors, as named parameters are")
     if not params:
         raise ArgumentError("params={} is empty; pass a dict of tensors, such as dict(model.named_parameters())")
     for name, value in params.items():

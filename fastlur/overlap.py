@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, SubsetRandomSampler
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from fastlur.content import Content
+from fastlur.data import loader_indices
 from fastlur.errors import DataError
 
 REMEDY = "take them out of retain (or pass allow_overlap=True if that is meant)"
@@ -15,7 +17,8 @@ REMEDY = "take them out of retain (or pass allow_overlap=True if that is meant)"
 def check(forget: Any, retain: Any, forget_content: Content, retain_content: Content) -> None:
     """Refuse retain data that hold forget items.
 
-    Two subsets of one data set are compared by index, anything else by hashes of the items that were read.
+    Two subsets of one data set are compared by index, anything else by hashes of the items that were read: all of them,
+    or a sample where they may have to be decoded and are many, of which a warning tells.
 
     Raises:
         DataError: they share items.
@@ -26,6 +29,13 @@ def check(forget: Any, retain: Any, forget_content: Content, retain_content: Con
     else:
         shared = len(forget_content.hashes & retain_content.hashes)
         asked = len(forget_content.hashes)
+        for name, content in (("forget", forget_content), ("retain", retain_content)):
+            if content.left_out and not shared:
+                warnings.warn(
+                    f"{name}: only {len(content.hashes)} items, drawn at random, were compared to see whether retain "
+                    f"contains forget items; {content.left_out} were not",
+                    stacklevel=3,
+                )
     if shared:
         raise DataError(f"retain: contains {shared} of {asked} forget items; {REMEDY}")
 
@@ -33,11 +43,8 @@ def check(forget: Any, retain: Any, forget_content: Content, retain_content: Con
 def _indices(data: Any) -> tuple[object, list[int]] | None:
     """The data set at the bottom and the indices taken of it, where that can be told without reading."""
     if isinstance(data, DataLoader):
-        below = _indices(data.dataset)
-        sampler: Any = data.batch_sampler.sampler if isinstance(data.batch_sampler, BatchSampler) else data.sampler
-        if below is None or not isinstance(sampler, SubsetRandomSampler):
-            return below
-        return below[0], [below[1][i] for i in sampler.indices]
+        below, served = _indices(data.dataset), loader_indices(data)
+        return None if below is None or served is None else (below[0], [below[1][i] for i in served])
     if isinstance(data, Subset):
         below = _indices(data.dataset)
         return None if below is None else (below[0], [below[1][i] for i in data.indices])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastlur.errors import DataError, not_scalar
+from fastlur.errors import DataError, ModelError, not_scalar
 from fastlur.space import ParameterSpace, Vector
 from fastlur.statistics import Statistics
 from fastlur.world import derive, passing, seed_torch
@@ -106,13 +106,17 @@ class Passes:
 
         with sdpa_kernel(SDPBackend.MATH):
             here = dict(zip(names, space.theta.views, strict=True))
-            found: Any = torch.func.vjp(torch.func.grad(value, has_aux=True), here, has_aux=True)
+            try:
+                found: Any = torch.func.vjp(torch.func.grad(value, has_aux=True), here, has_aux=True)
+            except (RuntimeError, NotImplementedError) as error:
+                said = str(error).splitlines()[0]
+                what = f"gradient='exact' cannot differentiate this model twice ({said}); use 'secant'"
+                raise ModelError(what) from error
             gradient, pull, (loss, moved) = found
         self.values.setdefault(which, loss.detach())
         with torch.no_grad():
             if self._first_retain(which):
-                for name, buffer in buffers.items():
-                    buffer.copy_(moved[name])
+                self.statistics.take({name.removeprefix("model."): buffer for name, buffer in moved.items()})
             torch._foreach_copy_(out.views, [gradient[name].detach() for name in names])
         space.reached |= self._reach(which)
 

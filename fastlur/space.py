@@ -13,6 +13,7 @@ build and free their graph inside one swap.
 from __future__ import annotations
 
 import fnmatch
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from fastlur.errors import ModelError
 
 Selection = None | str | Sequence[str] | Callable[[str, nn.Parameter], bool]
+
+_open: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules whose parameters are in flat storage now
 
 ALIGN = 64  # bytes; what torch's own CPU allocations have, and a multiple of the 16 that GPU kernels want
 
@@ -81,6 +84,8 @@ class ParameterSpace:
     def __init__(
         self, model: nn.Module, parameters: Selection = None, memory_format: torch.memory_format | None = None
     ) -> None:
+        if model in _open:
+            raise ModelError("model: is open in another step, whose close() would undo this one; close that first")
         groups = _tied(model, select(model, parameters))
         self.model = model
         self.slots, sizes = _layout(groups, memory_format)
@@ -103,6 +108,7 @@ class ParameterSpace:
                 hook = parameter.register_post_accumulate_grad_hook(self._note(index))  # type: ignore[no-untyped-call]
                 self._hooks.append(hook)
         self.closed = False
+        _open.add(model)
 
     @property
     def names(self) -> list[str]:
@@ -186,6 +192,7 @@ class ParameterSpace:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self.closed = True
+        _open.discard(self.model)
 
     def _point_at(self, point: Vector) -> None:
         for slot, view in zip(self.slots, point.views, strict=True):
@@ -203,6 +210,8 @@ def select(model: nn.Module, parameters: Selection) -> list[tuple[str, nn.Parame
         ModelError: there are none, or a pattern matches no parameter at all.
     """
     named = list(model.named_parameters(remove_duplicate=False))
+    if not (parameters is None or callable(parameters) or _patterns(parameters)):
+        raise ModelError(f"parameters={parameters!r} must be None, a glob, several, or a predicate (name, parameter)")
     patterns = [parameters] if isinstance(parameters, str) else parameters
     if patterns is None:
         chosen = {id(p) for _, p in named}
@@ -231,6 +240,12 @@ def select(model: nn.Module, parameters: Selection) -> list[tuple[str, nn.Parame
     return moving
 
 
+def _patterns(value: object) -> bool:
+    if isinstance(value, str):
+        return True
+    return isinstance(value, Sequence) and bool(value) and all(isinstance(each, str) for each in value)
+
+
 def _plain(parameter: nn.Parameter) -> bool:
     return type(parameter.data) is Tensor
 
@@ -248,8 +263,9 @@ def _tied(
         if not any(p is other for other in held):
             held.append(p)
     chosen = {id(p) for _, p in moving}
-    still = [(name, p) for name, p in model.named_parameters() if id(p) not in chosen]
-    first = [(names[key][0], objects[key][0]) for key in names]
+    still: list[tuple[str, Tensor]] = [(name, p) for name, p in model.named_parameters() if id(p) not in chosen]
+    still += list(model.named_buffers())
+    first: list[tuple[str, Tensor]] = [(names[key][0], objects[key][0]) for key in names]
     extents = sorted((*_extent(p), name, id(p) in chosen) for name, p in first + still if p.numel())
     for (_, end, name, moves), (begin, _, other, too) in pairwise(extents):
         if begin < end and (moves or too):
@@ -264,7 +280,7 @@ def _place(p: nn.Parameter) -> object:
     return (p.data_ptr(), p.shape, p.stride(), p.dtype) if p.numel() else id(p)
 
 
-def _extent(p: nn.Parameter) -> tuple[int, int]:
+def _extent(p: Tensor) -> tuple[int, int]:
     last = sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
     return p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size()
 

@@ -15,10 +15,11 @@ class Statistics:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        modules = list(model.modules())
+        self._norms = [m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats]
         ours = {id(m) for m in self._norms}
-        self._others = [(m, name) for m in model.modules() if id(m) not in ours for name in m._buffers]
-        self._saved: list[Tensor] = []
+        self._others = [m for m in modules if id(m) not in ours]
+        self._saved: list[Saved] = []
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -27,7 +28,7 @@ class Statistics:
         Batch norm is told not to track, which costs nothing; buffers of any other module (running instance norms,
         power iterations, averages) are put back.
         """
-        before = [(m, name, _clone(m._buffers[name])) for m, name in self._others]
+        before = _copies(self._others)
         for norm in self._norms:
             norm.track_running_stats = False
         try:
@@ -35,26 +36,52 @@ class Statistics:
         finally:
             for norm in self._norms:
                 norm.track_running_stats = True
-            with torch.no_grad():
-                for module, name, value in before:
-                    now = module._buffers[name]
-                    if isinstance(now, Tensor) and value is not None and now.shape == value.shape:
-                        now.copy_(value)
-                    else:
-                        module._buffers[name] = value
+            known = {(id(module), name) for module, name, _ in before}
+            for module in self._others:
+                for name in [n for n in module._buffers if (id(module), n) not in known]:
+                    del module._buffers[name]
+            for module, name, value in before:
+                _put(module, name, value)
+
+    def take(self, values: dict[str, Tensor]) -> None:
+        """Give the buffers these values, by their names in the model."""
+        for name, value in values.items():
+            owner, _, last = name.rpartition(".")
+            _put(self.model.get_submodule(owner), last, value.detach())
 
     def save(self) -> None:
         """Remember the buffers as they are, before the passes of a step."""
-        with torch.no_grad():
-            self._saved = [buffer.detach().clone() for buffer in self.model.buffers()]
+        self._saved = _copies([*self._norms, *self._others])
 
     def keep(self, ok: Tensor) -> None:
         """Keep what has moved since `save` where the flag `ok`, a 0-d tensor, is up; put it back where it is down."""
-        with torch.no_grad():
-            for buffer, before in zip(self.model.buffers(), self._saved, strict=True):
-                buffer.copy_(torch.where(ok > 0, buffer, before))
+        for module, name, before in self._saved:
+            now = module._buffers.get(name)
+            if now is None or before is None or now.shape != before.shape:
+                if not bool(ok):  # waits for the device, but only for buffers that come, go or grow
+                    _put(module, name, before)
+                continue
+            with torch.no_grad():
+                now.copy_(torch.where(ok > 0, now, before))
         self._saved = []
 
 
-def _clone(buffer: Tensor | None) -> Tensor | None:
-    return None if buffer is None else buffer.detach().clone()
+Saved = tuple[nn.Module, str, Tensor | None]
+
+
+def _copies(modules: list[nn.Module]) -> list[Saved]:
+    return [
+        (module, name, None if buffer is None else buffer.detach().clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+    ]
+
+
+def _put(module: nn.Module, name: str, value: Tensor | None) -> None:
+    """Give a buffer a value, in place where it can be: others may hold it."""
+    now = module._buffers.get(name)
+    if now is None or value is None or now.shape != value.shape:
+        module._buffers[name] = value
+    else:
+        with torch.no_grad():
+            now.copy_(value)

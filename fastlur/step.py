@@ -1,71 +1,26 @@
-"""One whole step: passes, direction, decision, update. `MetaStep` is that step for a loop of one's own."""
+"""One whole step: passes, direction, decision, update."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastlur import meta
 from fastlur.data import to_device
-from fastlur.errors import ArgumentError, CheckpointError, NonFiniteError
-from fastlur.losses import BoundedForgetting, cross_entropy
+from fastlur.errors import ArgumentError, CheckpointError, ModelError, NonFiniteError, number
 from fastlur.methods.base import Method
-from fastlur.methods.lur import LUR, Order
 from fastlur.passes import Loss, Passes, Which
 from fastlur.reference import OK
 from fastlur.space import ParameterSpace, Selection, Vector
-from fastlur.update import Update
+from fastlur.stats import FIELDS, StepStats
+from fastlur.update import Update, check_optimizer
 from fastlur.world import borrowed_random
 
 READ_EVERY = 32  # steps between two looks of the host at the flag, where looking means waiting for a device
 PRECISIONS = ("fp32", "bf16")
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """What a step saw, as 0-d tensors on the model's device: `float(...)` of one waits for it.
-
-    Attributes:
-        step: its number, from 1.
-        forget_loss: unweighted, where the rule first evaluated it in this step (at the displaced point for
-            "retain_first").
-        retain_loss: unweighted, likewise (at θ, but displaced for "optimistic", whose only retain pass is there).
-        dots: (⟨r,f⟩, ‖r‖², ‖f‖²) of the retaining half r and the forgetting half f of the direction, float64.
-    """
-
-    step: int
-    forget_loss: Tensor
-    retain_loss: Tensor
-    dots: Tensor
-
-    @property
-    def cosine(self) -> Tensor:
-        """Cosine between the two halves of the direction, in [−1, 1]; 0 where one of them vanishes."""
-        scale = (self.dots[1] * self.dots[2]).sqrt()
-        return torch.where(scale > 0, self.dots[0] / scale, torch.zeros_like(scale)).clamp(-1, 1)
-
-    @property
-    def retain_norm(self) -> Tensor:
-        """Norm of the retaining half."""
-        return self.dots[1].sqrt()
-
-    @property
-    def forget_norm(self) -> Tensor:
-        """Norm of the forgetting half, the forget weight included."""
-        return self.dots[2].sqrt()
-
-    def numbers(self) -> Tensor:
-        """[forget_loss, retain_loss, cosine, forget_norm, retain_norm], float64, still on the device."""
-        losses = self.forget_loss.double(), self.retain_loss.double()
-        return torch.stack((*losses, self.cosine, self.forget_norm, self.retain_norm))
-
-
-FIELDS = ("forget_loss", "retain_loss", "cosine", "forget_norm", "retain_norm")
 
 
 class Step:
@@ -89,7 +44,10 @@ class Step:
         compile: bool = False,
         seed: int = 0,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"model: a {type(model).__name__} is no torch.nn.Module")
         _check_numbers(lr, momentum, weight_decay, max_grad_norm, precision)
+        check_optimizer(optimizer)
         self.space = ParameterSpace(model, parameters, memory_format)
         try:
             self.method = method
@@ -161,14 +119,21 @@ class Step:
         vectors = self.update.moments() | {f"method.{k}": v for k, v in self.state.vectors().items()}
         named = {k: {n: t.clone() for n, t in zip(self.space.names, v.views, strict=True)} for k, v in vectors.items()}
         custom = None if self.update.custom is None else self.update.custom.state_dict()
-        return {"step": self.step, "control": self.update.control.clone(), "vectors": named, "optimizer": custom}
+        plain = {"step": self.step, "method": self.method.settings()}
+        return plain | {"control": self.update.control.clone(), "vectors": named, "optimizer": custom}
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; the model's own state is the caller's to load.
 
         Raises:
             CheckpointError: it was taken from another optimizer, method or set of parameters.
         """
+        missing = {"step", "method", "control", "vectors", "optimizer"} - set(state)
+        if missing:
+            raise CheckpointError(f"state: has no {', '.join(sorted(missing))}; pass what state_dict() returned")
+        if state["method"] != self.method.settings():
+            raise CheckpointError(f"state: was taken with {state['method']}, but this is {self.method.settings()}")
         saved = state["vectors"]
         prefix = "method."
         theirs = self.state.resume([name.removeprefix(prefix) for name in saved if name.startswith(prefix)])
@@ -186,11 +151,21 @@ class Step:
         self._unread = []
 
     def finish(self) -> None:
-        """The method's last word, after the last step."""
+        """The method's last word, after the last step.
+
+        Raises:
+            NonFiniteError: the last steps' losses or gradients were not finite, or a weight overflowed in the update.
+        """
         self.check()
+        if not all(bool(torch.isfinite(flat).all()) for flat in self.space.theta.flats):
+            raise NonFiniteError(
+                f"step {self.step}: the update itself overflowed, the weights are not finite and cannot be used. "
+                "Lower lr, or set max_grad_norm or max_retain_loss_increase"
+            )
         with borrowed_random(self.space.device):
             self.method.finish(self.passes, self.state)
 
+    @torch.inference_mode(False)
     def close(self) -> None:
         """Give the model back as it came: ordinary parameters with storage of their own."""
         self.space.close()
@@ -200,75 +175,6 @@ class Step:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class MetaStep(Step):
-    """LUR's step for a training loop of one's own: both passes, the meta-gradient and the update in one call.
-
-    While it is open the model works as usual (evaluation, `state_dict`), but its parameters share storage; `close()`
-    (or leaving a `with` block) gives ordinary parameters back.
-
-    Args:
-        model: in place; passes run in train mode, which each step restores.
-        loss: retain loss `(model, batch) -> scalar`; None: cross-entropy.
-        forget_loss: loss that forgets when minimised; None: bounded ascent (`fastlur.losses.BoundedForgetting`).
-        optimizer: "sgd", "adamw" or a `torch.optim.Optimizer`.
-        lr: learning rate, > 0; constant (`set_lr` changes it).
-        momentum: of SGD.
-        weight_decay: L2 for SGD, decoupled for AdamW.
-        max_grad_norm: clip the direction; None: do not.
-        gradient, order, inner_lr, relative_inner_lr, forget_weight: as in `fastlur.LUR`, but the weight is 1.
-        parameters: None, globs or a predicate (see `fastlur.space.ParameterSpace`).
-        precision: "fp32", or "bf16" for autocast with parameters kept as they are.
-        memory_format: `torch.channels_last` for convolutional models.
-        compile: run the forward through `torch.compile` (not in "exact", which transforms the plain module).
-        seed: of dropout and other draws inside the passes.
-
-    Raises:
-        ArgumentError, ModelError: see there; nothing was changed then.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Loss | None = None,
-        forget_loss: Loss | None = None,
-        *,
-        optimizer: str | torch.optim.Optimizer = "sgd",
-        lr: float = 0.03,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        max_grad_norm: float | None = None,
-        gradient: meta.Gradient = "optimistic",
-        order: Order = "retain_first",
-        inner_lr: float | None = None,
-        relative_inner_lr: bool = False,
-        forget_weight: float = 1.0,
-        parameters: Selection = None,
-        precision: str = "fp32",
-        memory_format: torch.memory_format | None = None,
-        compile: bool = False,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            model,
-            LUR(inner_lr, forget_weight, gradient, order, relative_inner_lr),
-            {"retain": loss or cross_entropy, "forget": forget_loss or BoundedForgetting()},
-            optimizer=optimizer,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            max_grad_norm=max_grad_norm,
-            parameters=parameters,
-            precision=precision,
-            memory_format=memory_format,
-            compile=compile,
-            seed=seed,
-        )
-
-    def set_lr(self, lr: float) -> None:
-        """Change the learning rate from the next step on."""
-        self.update.set_lr(lr)
 
 
 def _read(vector: Vector, names: list[str], saved: dict[str, Tensor], key: str) -> None:
@@ -285,13 +191,13 @@ def _read(vector: Vector, names: list[str], saved: dict[str, Tensor], key: str) 
 def _check_numbers(
     lr: float, momentum: float, weight_decay: float, max_grad_norm: float | None, precision: str
 ) -> None:
-    if not (isinstance(lr, int | float) and 0 <= lr < math.inf):
+    if not number(lr):
         raise ArgumentError(f"lr={lr!r} must be a finite number ≥ 0, such as 0.03")
-    if not 0 <= momentum < 1:
+    if not (number(momentum) and momentum < 1):
         raise ArgumentError(f"momentum={momentum!r} must be in [0, 1), such as 0.9")
-    if not 0 <= weight_decay < math.inf:
+    if not number(weight_decay):
         raise ArgumentError(f"weight_decay={weight_decay!r} must be a finite number ≥ 0")
-    if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
+    if max_grad_norm is not None and not (number(max_grad_norm) and max_grad_norm > 0):
         raise ArgumentError(f"max_grad_norm={max_grad_norm!r} must be a positive number, or None")
     if precision not in PRECISIONS:
         raise ArgumentError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}")

@@ -52,6 +52,11 @@ class Update:
             clip=max_grad_norm or 0.0,
         )
 
+    @property
+    def lr(self) -> float | None:
+        """The learning rate of a custom optimizer's first group; None for our own, whose rate is a device scalar."""
+        return None if self.custom is None else float(self.custom.param_groups[0]["lr"])
+
     def set_lr(self, lr: float) -> None:
         """Change the learning rate; a device scalar, so nothing waits. A custom optimizer keeps its own."""
         self.hyper[LR].fill_(lr)
@@ -97,23 +102,42 @@ class Update:
         else:
             ops.displace(joint.flats, direction.retain.flats, direction.forget.flats, -1.0)
         torch._foreach_mul_(joint.flats, self.control[SCALE])
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        others = [(p, p.grad) for p in held if p.grad is not None]  # not ours to move, whatever lies there
         try:
+            for parameter, _ in others:
+                parameter.grad = None
             for index in self.space.reached:
                 for parameter in self.space.slots[index].parameters:
                     parameter.grad = joint.views[index]
             optimizer.step()
         finally:
             self.space.drop_gradients()
+            for parameter, gradient in others:
+                parameter.grad = gradient
 
 
-def _custom(space: ParameterSpace, optimizer: object) -> torch.optim.Optimizer | None:
+def check_optimizer(optimizer: object) -> None:
+    """Refuse what is no optimizer, or one that cannot take a step from gradients alone.
+
+    Raises:
+        ArgumentError: it is.
+    """
     if isinstance(optimizer, str):
         if optimizer not in OPTIMIZERS:
             raise ArgumentError(f"optimizer={optimizer!r} is unknown; {nearest(optimizer, OPTIMIZERS)}")
-        return None
-    if not isinstance(optimizer, torch.optim.Optimizer):
+    elif not isinstance(optimizer, torch.optim.Optimizer):
         kind = type(optimizer).__name__
         raise ArgumentError(f"optimizer: a {kind} is neither 'sgd', 'adamw' nor a torch.optim.Optimizer")
+    elif isinstance(optimizer, torch.optim.LBFGS | torch.optim.SparseAdam):
+        kind = type(optimizer).__name__
+        raise ArgumentError(f"optimizer: {kind} needs a closure or sparse gradients; use another, 'sgd' or 'adamw'")
+
+
+def _custom(space: ParameterSpace, optimizer: object) -> torch.optim.Optimizer | None:
+    check_optimizer(optimizer)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return None
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in held for p in space.leaves()):
         raise ArgumentError("optimizer: holds none of the parameters that may move; make it from model.parameters()")

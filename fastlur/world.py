@@ -49,17 +49,23 @@ def borrowed_random(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Inside, the whole model is in train (or eval) mode; afterwards every module is in its own again."""
-    modules = list(model.modules())
-    before = [module.training for module in modules]
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module is in the mode it was in before, whoever changed it."""
+    before = [(module, module.training) for module in model.modules()]
     try:
-        for module in modules:
-            module.training = training
         yield
     finally:
-        for module, was in zip(modules, before, strict=True):
-            module.training = was
+        for module, training in before:
+            module.training = training
+
+
+@contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Inside, the whole model is in train (or eval) mode; afterwards every module is in its own again."""
+    with kept_modes(model):
+        for module in model.modules():
+            module.training = training
+        yield
 
 
 @contextmanager

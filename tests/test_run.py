@@ -283,9 +283,17 @@ class TestMetaStepState:
 
     def test_a_state_of_another_step_is_refused(self):
         step = fastlur.MetaStep(mlp(), gradient="secant")
-        other = fastlur.MetaStep(mlp(inputs=6, classes=5), optimizer="adamw")
-        with pytest.raises(fastlur.CheckpointError, match="holds"):
-            step.load_state_dict(other.state_dict())
+        other = fastlur.MetaStep(mlp(), gradient="secant", optimizer="adamw")
+        third = fastlur.MetaStep(mlp(), gradient="optimistic")
+        fourth = fastlur.MetaStep(mlp(classes=5), gradient="secant")
+        for saved, said in (
+            (other.state_dict(), "holds"),
+            (third.state_dict(), "was taken with"),
+            (fourth.state_dict(), "has shape"),
+            ({}, "has no control"),
+        ):
+            with pytest.raises(fastlur.CheckpointError, match=said):
+                step.load_state_dict(saved)
 
 
 def test_sgd_and_adamw_are_torchs_own():

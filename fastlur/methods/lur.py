@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlur import meta, ops
-from fastlur.errors import ArgumentError, nearest
+from fastlur.errors import ArgumentError, nearest, number
 from fastlur.losses import BoundedForgetting
 from fastlur.methods.base import Direction
 from fastlur.passes import Loss, Passes, Which
@@ -40,6 +40,8 @@ class LUR:
         order: which loss makes the inner step.
         relative_inner_lr: the inner step has length `inner_lr` whatever the gradient's norm: α = inner_lr/‖∇‖.
 
+        trim: None. (A trim before the first step, as some published runs have it, is not part of this version.)
+
     Raises:
         ArgumentError: a value out of range, or an unknown mode or order.
     """
@@ -49,16 +51,19 @@ class LUR:
     gradient: meta.Gradient = "optimistic"
     order: Order = "retain_first"
     relative_inner_lr: bool = False
+    trim: None = None
 
     name: ClassVar[str] = "lur"
 
     def __post_init__(self) -> None:
         meta.check_gradient(self.gradient)
+        if self.trim is not None:
+            raise ArgumentError(f"trim={self.trim!r}: this version has no trim; leave it None")
         if self.inner_lr is not None:
             meta.check_inner_lr(self.inner_lr)
         if self.order not in get_args(Order):
             raise ArgumentError(f"order={self.order!r} is no order; {nearest(self.order, get_args(Order))}")
-        if not 0 <= self.forget_weight < float("inf"):
+        if not number(self.forget_weight):
             raise ArgumentError(f"forget_weight={self.forget_weight!r} must be a finite number ≥ 0, such as 0.2")
 
     def default_forget_loss(self, task: str) -> Loss:

@@ -156,7 +156,8 @@ def check(name: str, shapes: list[tuple[int, ...]], backend: str) -> None:
         v = [[torch.rand(shape, device=DEVICE) for shape in shapes] for _ in range(5)]
         with backends.backend(which):
             result = ours(name, v)()
-        found.append([t for each in v for t in each] + [t for t in (result or ()) if isinstance(t, Tensor)])
+        returned = [result] if isinstance(result, Tensor) else list(result or ())
+        found.append([t for each in v for t in each] + returned)
     for expected, got in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 

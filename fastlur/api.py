@@ -88,7 +88,8 @@ def unlearn(
     several times meanwhile.
 
     Args:
-        model: changed in place; comes back as it came otherwise (mode, requires_grad, ties, no gradients).
+        model: changed in place; comes back as it came otherwise (mode, requires_grad, ties, no gradients). All passes
+            run in train mode, batch norm included; its statistics move in one retain pass a step.
         forget: what to forget: `(inputs, targets)` tensors, a dict of tensors, a `Dataset`, a `DataLoader` (its own
             batches are used) or a re-iterable of batches.
         retain: what to keep, likewise, without the forget items.
@@ -119,7 +120,8 @@ def unlearn(
         checkpoint: a directory; an interrupted run goes on from it, bit for bit, when the same call is made again.
             Removed at the end, since it still holds the old weights.
         checkpoint_every: steps between two checkpoints.
-        allow_overlap: go on although retain contains forget items.
+        allow_overlap: go on although retain contains forget items (equal inputs and targets). Tensors in memory are
+            compared whole; of data that may have to be decoded at most 5,000 items a side, with a warning.
         progress: show a bar on standard error.
         callbacks: callables that take a `fastlur.loop.StepEvent` after every step; a true answer ends the run.
 

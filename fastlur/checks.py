@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from fastlur.content import Content
 from fastlur.data import to_device
 from fastlur.errors import ArgumentError, DataError, FastlurError, nearest
-from fastlur.losses import TARGETS, logits_and_targets, split
+from fastlur.losses import IGNORED, TARGETS, logits_and_targets, split
 from fastlur.passes import ARGUMENT, Loss, Which, scalar
 from fastlur.statistics import Statistics
 from fastlur.world import borrowed_random, passing
 
 TASKS = ("auto", "classification")
-IGNORED = -100  # cross-entropy's own mark for a target that does not count
 
 
 def positive_int(name: str, value: object) -> None:

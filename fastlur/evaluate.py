@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastlur.data import source, to_device
-from fastlur.errors import ArgumentError
-from fastlur.losses import logits_and_targets
+from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError
+from fastlur.losses import IGNORED, logits_and_targets
 from fastlur.world import borrowed_random, mode
 
 GAP = ("ua", "ra", "ta", "mia")
@@ -124,14 +124,37 @@ def _named(forget: Any, retain: Any, test: Any) -> list[tuple[Any, str]]:
 
 
 def _scores(model: nn.Module, data: Any, name: str, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Confidence in the true class, hit or miss, and loss in nats, one entry an item."""
+    """Confidence in the true class, hit or miss, and loss in nats, one entry an item (a target that counts)."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model: a {type(model).__name__} is no torch.nn.Module")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ArgumentError(f"batch_size={batch_size!r} must be a positive whole number")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     parts: list[Tensor] = []
     with mode(model, False), torch.no_grad(), borrowed_random(device):
         for batch in source(data, name, batch_size).once():
-            logits, targets = logits_and_targets(model, to_device(batch, device))
-            logits = logits.double()
-            loss = functional.cross_entropy(logits, targets, reduction="none")
-            parts.append(torch.stack((torch.exp(-loss), (logits.argmax(-1) == targets).double(), loss)))
+            try:
+                logits, targets = logits_and_targets(model, to_device(batch, device))
+            except FastlurError:
+                raise
+            except Exception as error:
+                said = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise DataError(f"{name}: the model cannot take a batch ({type(error).__name__}: {said})") from error
+            parts.append(_each(logits, targets.long(), name))
+    if not parts or not sum(part.shape[1] for part in parts):
+        raise DataError(f"{name}: is empty; pass at least one labelled item")
     confidence, hit, loss = torch.cat(parts, dim=1).cpu().numpy()
     return confidence, hit, loss
+
+
+def _each(logits: Tensor, targets: Tensor, name: str) -> Tensor:
+    """The three rows of `_scores` for one batch; targets of −100 do not count."""
+    counted = targets != IGNORED
+    logits, targets = logits[counted].double(), targets[counted]
+    classes = logits.shape[-1]
+    if targets.numel() and not (int(targets.min()) >= 0 and int(targets.max()) < classes):
+        raise DataError(f"{name}: holds labels outside the model's {classes} logits; labels go from 0 to {classes - 1}")
+    loss = functional.cross_entropy(logits, targets, reduction="none")
+    if not bool(torch.isfinite(loss).all()):
+        raise DataError(f"{name}: the loss of an item is not finite; look for NaN in the data or the model")
+    return torch.stack((torch.exp(-loss), (logits.argmax(-1) == targets).double(), loss))

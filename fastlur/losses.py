@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from fastlur.errors import ArgumentError, DataError
 
+IGNORED = -100  # cross-entropy's own mark for a target that does not count
 ABOVE_CHANCE = 10.0  # nats
 TARGETS = ("labels", "label", "targets", "target")
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import safetensors.torch
 import torch
+import torch.utils.checkpoint
 from helpers import Attention, Point, blobs, mlp, same, state
 from torch import nn
 
@@ -199,8 +200,7 @@ class TestParameters:
     def test_parameters_that_no_loss_reaches_do_not_move(self, gradient, optimizer):
         model = mlp()
         model.unused = nn.Linear(3, 3)
-        forward = model.forward
-        model.forward = lambda x: forward.__func__(model[:4] if False else nn.Sequential(*list(model)[:4]), x)
+        model.forward = lambda x: nn.Sequential(*list(model)[:4])(x)
         start = state(model)
         run(
             model,
@@ -352,6 +352,156 @@ class TestStatistics:
                 cnn, images(4), images(8), progress=False, optimizer=_Refuses(cnn.parameters()), batch_size=4
             )
         assert same(start, state(cnn))
+
+
+class TestBuffersThatComeAndGo:
+    class Odd(nn.Module):
+        """One buffer appears in the first forward, one grows, one is registered on the way."""
+
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 4)
+            self.register_buffer("late", None)
+            self.register_buffer("log", torch.zeros(0))
+
+        def forward(self, x):
+            self.late = x.detach().mean(0)
+            self.log = torch.cat((self.log, torch.ones(1)))
+            if not hasattr(self, "extra"):
+                self.register_buffer("extra", torch.zeros(()))
+            self.extra += 1
+            return self.linear(x)
+
+    @pytest.mark.parametrize("gradient", ["secant", "first_order", "optimistic"])
+    def test_they_move_in_one_retain_pass_a_step(self, gradient):
+        model = self.Odd()
+        retain = blobs(8)
+        with fastlur.MetaStep(model, gradient=gradient) as step:
+            for _ in range(3):
+                step(blobs(8), retain)
+        assert torch.equal(model.late, retain[0].mean(0))
+        assert len(model.log) == 3
+        assert float(model.extra) == 3
+
+    def test_a_bad_step_leaves_them(self):
+        model = self.Odd()
+        with fastlur.MetaStep(model) as step:
+            step(blobs(8), blobs(8))
+            before = model.late.clone(), model.log.clone()
+            x, y = blobs(8)
+            with pytest.raises(fastlur.NonFiniteError):
+                step(blobs(8), (x * float("inf"), y))
+        assert torch.equal(model.late, before[0])
+        assert torch.equal(model.log, before[1])
+
+
+class TestOptimizersOfTheCallers:
+    def test_only_the_chosen_parameters_move_whatever_gradients_lie_around(self):
+        model = mlp()
+        model(torch.randn(4, 6)).sum().backward()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
+        start = state(model)
+        run(model, blobs(16), blobs(16), optimizer=optimizer, parameters="3.*")
+        now = state(model)
+        assert torch.equal(now["0.weight"], start["0.weight"])
+        assert not torch.equal(now["3.weight"], start["3.weight"])
+
+    def test_a_bad_step_writes_nothing(self):
+        model = mlp()
+        x, y = blobs(8)
+        with fastlur.MetaStep(model, optimizer=torch.optim.Adam(model.parameters(), 0.1)) as step:
+            step((x, y), (x, y))
+            start = state(model)
+            with pytest.raises(fastlur.NonFiniteError, match="step 2"):
+                step((x, y), (x * float("nan"), y))
+        assert same(state(model), start)
+
+    def test_its_learning_rate_is_its_own(self):
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), 0.07)
+        with pytest.raises(fastlur.ArgumentError, match="lr=5: the optimizer"):
+            run(model, blobs(8), blobs(8), optimizer=optimizer, lr=5)
+        result = run(model, blobs(8), blobs(8), optimizer=optimizer)
+        assert result.history["lr"] == [0.07] * 3
+
+    def test_one_that_cannot_work_is_refused(self):
+        model = mlp()
+        with pytest.raises(fastlur.ArgumentError, match="LBFGS needs a closure"):
+            run(model, blobs(8), blobs(8), optimizer=torch.optim.LBFGS(model.parameters()))
+
+    def test_refusing_leaves_gradients_alone(self):
+        model = mlp()
+        model(torch.randn(4, 6)).sum().backward()
+        with pytest.raises(fastlur.ArgumentError):
+            fastlur.MetaStep(model, optimizer="adamv")
+        assert all(p.grad is not None for p in model.parameters())
+
+
+class TestOddUses:
+    def test_a_model_open_in_one_step_is_refused_by_another(self):
+        model = mlp()
+        with fastlur.MetaStep(model), pytest.raises(fastlur.ModelError, match="open in another step"):
+            run(model, blobs(8), blobs(8))
+        run(model, blobs(8), blobs(8))
+
+    def test_a_buffer_over_the_memory_of_a_weight_is_refused(self):
+        model = mlp()
+        model.register_buffer("alias", model[0].weight.data)
+        with pytest.raises(fastlur.ModelError, match="share memory"):
+            run(model, blobs(8), blobs(8))
+
+    def test_steps_made_and_closed_in_inference_mode_leave_a_model_that_trains(self):
+        model = mlp()
+        with torch.inference_mode():
+            step = fastlur.MetaStep(model)
+            step(blobs(8), blobs(8))
+            step.close()
+        model(torch.randn(4, 6)).sum().backward()
+
+    def test_a_callback_that_changes_the_mode_changes_it_for_the_run_only(self, cnn):
+        for training in (True, False):
+            cnn.train(training)
+            run(cnn, callbacks=[lambda e: e.model.train(not e.model.training) and None])
+            assert cnn.training == training
+
+    def test_passes_run_in_train_mode_also_of_a_model_in_eval_mode(self):
+        model = mlp(dropout=0.5).eval()
+        seen = []
+
+        def loss(m, batch):
+            seen.append(m.training and m[2].training)
+            return fastlur.losses.cross_entropy(m, batch)
+
+        run(model, blobs(8), blobs(8), loss=loss, forget_loss=loss, method=fastlur.LUR(gradient="secant"))
+        assert all(seen)
+        assert not model[2].training
+
+    def test_an_update_that_overflows_is_not_passed_off_as_done(self):
+        model, (x, y) = mlp().half(), blobs(16)
+        with pytest.raises(fastlur.NonFiniteError, match="the update itself overflowed"):
+            run(model, (x[:8].half(), y[:8]), (x[8:].half(), y[8:]), steps=1, lr=1e6)
+
+    def test_exact_says_what_it_cannot_do(self):
+        class Checkpointed(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body = mlp()
+
+            def forward(self, x):
+                return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False)
+
+        model = Checkpointed()
+        start = state(model)
+        with pytest.raises(fastlur.ModelError, match="gradient='exact' cannot differentiate"):
+            run(model, blobs(8), blobs(8), method=fastlur.LUR(gradient="exact"))
+        assert same(start, state(model))
+        run(model, blobs(8), blobs(8), method=fastlur.LUR(gradient="secant"))
+
+    def test_no_hook_and_no_gradient_stays_behind(self):
+        model = mlp()
+        model(torch.randn(4, 6)).sum().backward()
+        run(model, blobs(8), blobs(8))
+        assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
 
 
 class _Refuses(torch.optim.SGD):

@@ -89,6 +89,37 @@ def test_gap_is_the_mean_distance_to_the_reference():
     assert fastlur.evaluate(Oracle(), **data, reference=Oracle()).gap == 0
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"forget": (answers(1, 0.9)[0], torch.full((40,), 4))}, fastlur.DataError, "forget: holds labels outside"),
+        ({"test": (answers(1, 0.9)[0] * float("nan"), torch.ones(40).long())}, fastlur.DataError, "test: "),
+        ({"retain": (torch.ones(40), torch.ones(40).long())}, fastlur.DataError, "retain: the model cannot take"),
+        ({"retain": []}, fastlur.DataError, "retain: is empty"),
+        ({"batch_size": 0}, fastlur.ArgumentError, "batch_size=0"),
+    ],
+)
+def test_bad_input_is_named_in_one_line(change, error, said):
+    good = {"forget": answers(10, 0.9), "retain": answers(40, 0.9), "test": answers(30, 0.9)}
+    with pytest.raises(error, match=said) as caught:
+        fastlur.evaluate(Oracle(), **(good | change))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(fastlur.ModelError, match="no torch"):
+        fastlur.evaluate(5, **good)
+
+
+def test_targets_that_do_not_count_do_not_count():
+    class Sequences(Oracle):
+        def forward(self, x):
+            return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    x, y = answers(40, 0.9)
+    x, y = x.view(8, 5, 2), y.view(8, 5).clone()
+    x[:, 3:, 0], y[:, 3:] = 2, -100  # wrong answers where nothing was asked
+    found = fastlur.evaluate(Sequences(), forget=(x, y), retain=(x, y), test=(x, y))
+    assert (found.ua, found.ra, found.ta) == (0, 100, 100)
+
+
 def test_a_reference_of_another_kind_is_refused():
     data = answers(10, 0.9)
     with pytest.raises(fastlur.ArgumentError, match="reference: a dict"):

@@ -83,6 +83,12 @@ CASES = {
     "one of two patterns": ({"parameters": ["0.*", "x"]}, fastlur.ModelError, "parameters: 'x' matches no"),
     "predicate": ({"parameters": lambda n, p: False}, fastlur.ModelError, "parameters: no trainable parameter"),
     "budget": ({"max_retain_loss_increase": -1}, fastlur.ArgumentError, "max_retain_loss_increase=-1"),
+    "momentum's kind": ({"momentum": "a"}, fastlur.ArgumentError, "momentum='a'"),
+    "callbacks": ({"callbacks": [5]}, fastlur.ArgumentError, "callbacks: 5 cannot be called"),
+    "stop": ({"stop": 5}, fastlur.ArgumentError, "stop: 5 cannot be called"),
+    "checkpoint": ({"checkpoint": 5}, fastlur.ArgumentError, "checkpoint=5"),
+    "device": ({"device": "foo"}, fastlur.ArgumentError, "device='foo' cannot be used"),
+    "parameters' kind": ({"parameters": 5}, fastlur.ModelError, "parameters=5"),
     "foreign optimizer": (
         {"optimizer": torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)},
         fastlur.ArgumentError,
@@ -135,6 +141,31 @@ def test_retain_data_that_hold_forget_items_are_refused(case):
     assert same(before, state(model))
 
 
+def test_a_whole_set_in_a_loader_is_noticed_however_long_it_is():
+    x = torch.randn(12_000, 6, generator=torch.Generator().manual_seed(2))
+    y = torch.arange(12_000) % 4
+    whole = DataLoader(TensorDataset(x, y), 64)
+    with pytest.raises(fastlur.DataError, match="retain: contains 50 of 50 forget items"):
+        fastlur.unlearn(mlp(), (x[9000:9050], y[9000:9050]), whole, progress=False)
+    y[11_000] = 9
+    with pytest.raises(fastlur.DataError, match="retain: label 9"):
+        fastlur.unlearn(mlp(), FORGET, whole, progress=False)
+    y[11_000], x[11_500, 1] = 0, float("nan")
+    with pytest.raises(fastlur.DataError, match="retain: holds a NaN"):
+        fastlur.unlearn(mlp(), FORGET, whole, progress=False)
+
+
+def test_where_only_a_sample_was_compared_a_warning_says_so():
+    many = Decoded(X.repeat(200, 1) + torch.arange(8000)[:, None] + 1.0, Y.repeat(200))
+    with pytest.warns(UserWarning, match=r"retain: only \d+ items, drawn at random, were compared .* 3000 were not"):
+        fastlur.unlearn(mlp(), FORGET, many, steps=1, progress=False)
+
+
+def test_a_label_that_slips_through_is_named_in_the_run():
+    with pytest.raises(fastlur.DataError, match="a target is outside the model's 4 logits"):
+        fastlur.losses.cross_entropy(mlp(), (X[:2], torch.tensor([1, 9])))
+
+
 DISJOINT = {
     "tensors": (FORGET, RETAIN),
     "subsets": (Subset(SET, range(10)), Subset(SET, range(10, 40))),
@@ -142,13 +173,30 @@ DISJOINT = {
         DataLoader(SET, 4, sampler=SubsetRandomSampler(range(10))),
         DataLoader(SET, 4, sampler=SubsetRandomSampler(range(10, 40))),
     ),
+    "samplers of one's own": (DataLoader(SET, 4, sampler=range(10)), DataLoader(SET, 4, sampler=range(10, 40))),
+    "batch samplers": (
+        DataLoader(SET, batch_sampler=[[0, 1], [2, 3]]),
+        DataLoader(SET, batch_sampler=[[10, 11], [12, 13]]),
+    ),
+    "attention masks": (
+        {"input": X[:10], "labels": Y[:10], "mask": torch.full((10,), -torch.inf)},
+        {"input": X[10:], "labels": Y[10:], "mask": torch.full((30,), -torch.inf)},
+    ),
     "same inputs, other labels": (FORGET, (X[:10], (Y[:10] + 1) % 4)),
 }
 
 
 @pytest.mark.parametrize("case", DISJOINT)
 def test_disjoint_data_are_taken(case):
-    fastlur.unlearn(mlp(), *DISJOINT[case], steps=1, batch_size=4, progress=False)
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = mlp()
+
+        def forward(self, input, mask=None):
+            return self.body(input)
+
+    fastlur.unlearn(Model(), *DISJOINT[case], steps=1, batch_size=4, progress=False)
 
 
 def test_an_overlap_can_be_allowed():

@@ -169,6 +169,17 @@ class TestCubic:
             assert found == pytest.approx(self.closed_form(order, 0.1), rel=1e-12)
 
     @pytest.mark.parametrize("order", ORDERS)
+    def test_the_halves_are_called_by_what_they_are(self, order):
+        model = Point(torch.tensor([self.x], dtype=torch.float64))
+        cube = lambda m, _: (m() ** 3).sum() / 3
+        with fastlur.MetaStep(
+            model, cube, cube, lr=0.0, gradient="first_order", order=order, inner_lr=0.0, forget_weight=self.kappa
+        ) as step:
+            stats = step(None, None)
+        assert float(stats.retain_norm) == pytest.approx(self.x**2)
+        assert float(stats.forget_norm) == pytest.approx(self.kappa * self.x**2)
+
+    @pytest.mark.parametrize("order", ORDERS)
     def test_secant_and_exact_part_at_second_order_only(self, order):
         errors = [abs(self.by_step(order, a, "secant") - self.by_step(order, a)) for a in (1e-3, 1e-2)]
         assert errors[1] / errors[0] == pytest.approx(100, rel=0.2)

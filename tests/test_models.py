@@ -208,6 +208,27 @@ class TestForgetLoss:
 
 
 class TestPrecision:
+    def test_bf16_passes_compute_in_bf16_and_fp32_ones_do_not(self):
+        for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+            seen = set()
+
+            def loss(model, batch, seen=seen):
+                output = model(batch[0])
+                seen.add(output.dtype)
+                return output.float().square().mean()
+
+            with fastlur.MetaStep(mlp(), loss, loss, gradient="secant", precision=precision) as step:
+                step(blobs(4), blobs(4))
+            assert seen == {dtype}
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_models_of_half_precision_run(self, dtype):
+        model = mlp().to(dtype)
+        x, y = blobs(16)
+        result = fastlur.unlearn(model, (x.to(dtype), y), (x.to(dtype) + 1, y), steps=3, progress=False)
+        assert all(p.dtype == dtype for p in model.parameters())
+        assert len(result.history["step"]) == 3
+
     def test_bf16_runs_with_parameters_kept(self):
         model = residual_cnn(width=4)
         fastlur.unlearn(model, pictures(8), pictures(16), precision="bf16", steps=3, progress=False)
@@ -232,6 +253,28 @@ class TestPrecision:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own compiler imports deprecated parts of torch
+def test_compiled_forward_gives_the_same_run():
+    compiled = []
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = mlp()
+
+        def forward(self, x):
+            compiled.append(torch.compiler.is_compiling())
+            return self.body(x)
+
+    model, data = Counting(), (blobs(16), blobs(16))
+    plain = copy.deepcopy(model)
+    fastlur.unlearn(plain, *data, steps=2, progress=False)
+    fastlur.unlearn(model, *data, steps=2, progress=False, compile=True)
+    assert any(compiled)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_forward_gives_the_same_steps():
     model = mlp()
     data = blobs(16), blobs(16)

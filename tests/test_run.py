@@ -152,16 +152,12 @@ class TestRetainBudget:
         return model, result, seen
 
     def test_it_stops_and_rolls_back_to_the_last_state_within_it(self):
-        model, result, seen = self.run(0.5)
+        model, result, seen = self.run(0.5, lr=3e-4)
         last = len(result.history["step"])
-        assert last < 60
-        assert "rolled back" in result.ended
+        assert 20 <= last < 60
         assert last % 10 == 0
-        good = {step: state for step, state in seen.items() if step == last - 10}
-        if good:
-            assert same(state(model), good[last - 10])
-        else:
-            assert last == 10
+        assert "rolled back" in result.ended
+        assert same(state(model), seen[last - 10])  # buffers too
 
     def test_a_generous_one_changes_nothing(self):
         free, _, _ = self.run(None, lr=1e-3)
@@ -216,6 +212,38 @@ class TestResume:
         assert resumed.history == whole.history
         assert list((tmp_path / "checkpoints").iterdir()) == []
 
+    @pytest.mark.parametrize("kind", ["shuffled loader", "loader with a generator", "augmenting data set"])
+    def test_data_that_draw_at_random_are_recognised(self, tmp_path, kind):
+        from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+        class Noisy(Dataset):
+            def __len__(self):
+                return 20
+
+            def __getitem__(self, i):
+                return torch.full((6,), float(i)) + torch.randn(6), i % 4
+
+        def retain():
+            torch.manual_seed(1)
+            plain = TensorDataset(*blobs(40))
+            if kind == "augmenting data set":
+                return Noisy()
+            generator = torch.Generator().manual_seed(3) if "generator" in kind else None
+            return DataLoader(plain, 8, shuffle=True, generator=generator)
+
+        def go(**more):
+            torch.manual_seed(2)
+            model, forget = mlp(), blobs(16)
+            data = retain()
+            torch.manual_seed(torch.seed() % 2**31)  # another process begins in another random state
+            options = {"steps": 8, "batch_size": 8, "progress": False, "checkpoint_every": 2}
+            return fastlur.unlearn(model, forget, data, **options, **more)
+
+        whole = go()
+        with pytest.raises(Killed):
+            go(checkpoint=tmp_path, callbacks=[kill_at(5)])
+        assert same(state(go(checkpoint=tmp_path).model), state(whole.model))
+
     def test_another_run_is_refused_with_the_difference_named(self, tmp_path):
         args, options = self.arguments("optimistic", checkpoint=tmp_path)
         with pytest.raises(Killed):
@@ -224,6 +252,10 @@ class TestResume:
             ({"lr": 0.01}, r"lr was 0\.03, now 0\.01"),
             ({"method": fastlur.LUR(gradient="secant")}, "method was"),
             ({"steps": 13}, "steps was 12, now 13"),
+            ({"parameters": "10.*"}, "moving parameters was"),
+            ({"forget_loss": fastlur.losses.BoundedForgetting(3.0)}, "forget_loss was"),
+            ({"loss": lambda m, b: fastlur.losses.cross_entropy(m, b)}, "loss was"),
+            ({"memory_format": torch.channels_last}, "memory_format was"),
         ):
             args, options = self.arguments("optimistic", checkpoint=tmp_path)
             with pytest.raises(fastlur.CheckpointError, match=said):
@@ -234,6 +266,21 @@ class TestResume:
         model[0].weight.data.add_(1)
         with pytest.raises(fastlur.CheckpointError, match="model was"):
             fastlur.unlearn(model, forget, retain, **options)
+
+    def test_the_end_leaves_no_old_weights_behind(self, tmp_path):
+        args, options = self.arguments("optimistic", checkpoint=tmp_path)
+        (tmp_path / "step-00000005.safetensors").write_bytes(b"orphan of a kill")
+        (tmp_path / ".step-00000006.json.writing").write_bytes(b"half")
+        (tmp_path / "notes.txt").write_text("mine")
+        fastlur.unlearn(*args, **options)
+        assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+    def test_only_the_last_two_are_kept(self, tmp_path):
+        args, options = self.arguments("optimistic", checkpoint=tmp_path)
+        with pytest.raises(Killed):
+            fastlur.unlearn(*args, **options, callbacks=[kill_at(11)])
+        names = sorted(file.name for file in tmp_path.iterdir())
+        assert names == [f"step-0000000{n}.{kind}" for n in (6, 9) for kind in ("json", "safetensors")]
 
     @pytest.mark.parametrize("damage", ["newest tensors", "newest description", "both"])
     def test_a_damaged_checkpoint_gives_the_older_one_or_an_error(self, tmp_path, damage):

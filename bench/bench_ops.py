@@ -148,6 +148,34 @@ def torchs(name: str, v: Vectors) -> dict[str, Arm]:
     return arms[name]
 
 
+def compiled(name: str, v: Vectors) -> dict[str, Arm]:
+    """The same as a compiled function of lists; compiling takes its time, so only in the full form and for three."""
+
+    def dots(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+        return [torch.stack(((x * y).sum(), (x * x).sum(), (y * y).sum())) for x, y in zip(a, b, strict=True)]
+
+    def displaced(out: list[Tensor], theta: list[Tensor], d: list[Tensor]) -> None:
+        for o, x, y in zip(out, theta, d, strict=True):
+            o.copy_(x - 0.1 * y)
+
+    def sgd(theta: list[Tensor], a: list[Tensor], u: list[Tensor], m: list[Tensor]) -> None:
+        for t, x, y, first in zip(theta, a, u, m, strict=True):
+            first.copy_(0.9 * first + x + y + 1e-4 * t)
+            t.copy_(t - 1e-3 * first)
+
+    functions: dict[str, tuple[Callable[..., object], list[list[Tensor]]]] = {
+        "grad_dot": (dots, [v[0], v[1]]),
+        "displace": (displaced, [v[2], v[0], v[1]]),
+        "sgd": (sgd, [v[2], v[0], v[1], v[3]]),
+    }
+    if not FULL or name not in functions:
+        return {}
+    function, arguments = functions[name]
+    torch._dynamo.reset()
+    made = torch.compile(function, fullgraph=True, dynamic=False)
+    return {"torch: compiled": lambda: made(*arguments)}
+
+
 def check(name: str, shapes: list[tuple[int, ...]], backend: str) -> None:
     """The backend's result must be the plain one's; raises where it is not."""
     found: list[list[Tensor]] = []
@@ -162,6 +190,7 @@ def check(name: str, shapes: list[tuple[int, ...]], backend: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own compiler imports deprecated parts of torch
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation(name: str, layout: str, benchmark: Any, record: list[dict[str, Any]]) -> None:
@@ -182,6 +211,7 @@ def test_operation(name: str, layout: str, benchmark: Any, record: list[dict[str
 
         arms["plain"] = plain
     arms |= {f"torch: {how}": arm for how, arm in torchs(name, v).items()}
+    arms |= compiled(name, v)
     times = interleaved(arms, SECONDS)
     best = min((how for how in times if how.startswith("torch: ")), key=lambda how: times[how])
     row = {

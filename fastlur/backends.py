@@ -99,7 +99,11 @@ def describe() -> dict[str, Any]:
         if device_type == "cuda" and not torch.cuda.is_available():
             found[device_type] = {"served_by": None, "because": "no CUDA device"}
             continue
-        name = serving(device_type)
+        try:
+            name = serving(device_type)
+        except ArgumentError as error:
+            found[device_type] = {"served_by": None, "because": str(error)}
+            continue
         others = {other: _why_not(other, name, device_type) for other in ("torch", "triton", "extension")}
         others.pop(name)
         found[device_type] = {"served_by": name, "state": CHECKED[name, device_type], "others": others}

@@ -50,13 +50,15 @@ def hyper_parameters(
     named = {LR: lr, MOMENTUM: momentum, BETA2: beta2, EPS: eps, WEIGHT_DECAY: weight_decay}
     named |= {L1: l1, PROX: prox, CLIP: clip}
     ordered = [named[place] for place in range(HYPER)]
-    if any(isinstance(value, Tensor) for value in ordered):
-        return torch.stack([scalar(value, torch.device(device)) for value in ordered])
-    return torch.tensor(ordered, dtype=torch.float64, device=device)
+    where = torch.device(device)
+    if where.type == "cpu" and not any(isinstance(value, Tensor) for value in ordered):
+        return torch.tensor(ordered, dtype=torch.float64)
+    # filled on the device, number by number: a copy from the host would wait for it
+    return torch.stack([scalar(value, where) for value in ordered])
 
 
 def scalar(value: Number, device: torch.device) -> Tensor:
-    """A number as a 0-d float64 tensor on the device, without waiting for it.
+    """A number as a 0-d float64 tensor on the device, without waiting for it (unless given a tensor from elsewhere).
 
     Raises:
         ArgumentError: a tensor with more than one element.
@@ -66,6 +68,18 @@ def scalar(value: Number, device: torch.device) -> Tensor:
             raise ArgumentError(f"a tensor of shape {tuple(value.shape)} is no hyper-parameter; pass a number")
         return value.detach().reshape(()).to(device, torch.float64)
     return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def fit_scalars(**scalars: tuple[Tensor, int]) -> None:
+    """Refuse vectors of scalars that an operation would read past, or in the wrong dtype.
+
+    Raises:
+        ArgumentError: one is not float64 or not of the length asked for.
+    """
+    for name, (tensor, length) in scalars.items():
+        if tensor.dtype != torch.float64 or tensor.shape != (length,):
+            what = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ArgumentError(f"{name}: is {what}; it must be float64 of shape ({length},)")
 
 
 def fit(**vectors: Vector | None) -> Any:
@@ -89,4 +103,5 @@ def fit(**vectors: Vector | None) -> Any:
                 raise ArgumentError(f"{name}[{index}] is {tensor.dtype}; it must be {wanted}")
             if tensor.device != like.device:
                 raise ArgumentError(f"{name}[{index}] is on {tensor.device}, {first_name}[{index}] on {like.device}")
-    return list(lists.values())
+    # operations work on finished gradients and on weights as values: nothing of this is differentiated
+    return [None if each is None else [tensor.detach() for tensor in each] for each in lists.values()]

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fastlur import backends, reference
 from fastlur.errors import ArgumentError
-from fastlur.operands import Number, Vector, fit, hyper_parameters, scalar
+from fastlur.operands import Number, Vector, fit, fit_scalars, hyper_parameters, scalar
+from fastlur.reference import CONTROL, HYPER
 
 SCHEMAS = {
     "grad_dot": "(Tensor[] a, Tensor[] b) -> (Tensor, Tensor)",
@@ -53,11 +55,31 @@ _FAKES: dict[str, Callable[..., Any]] = {"grad_dot": _fake_grad_dot, "regularize
 def _register(name: str) -> None:
     _library.define(name + SCHEMAS[name], tags=(torch.Tag.needs_fixed_stride_order,))
 
+    mutable = [i for i, part in enumerate(SCHEMAS[name].split("->")[0].split(", ")) if "!" in part]
+
     def serve(*arguments: Any) -> Any:
-        return backends.function(name, _device_type(arguments))(*arguments)
+        # on finished gradients, as any optimizer works: nothing here is differentiated
+        plain = [_detached(argument) for argument in arguments]
+        device_type = _device_type(arguments)
+        with torch.no_grad():
+            result = backends.function(name, device_type)(*plain)
+        if backends.serving(device_type) == "triton":  # which writes behind autograd's back; the others tell it
+            written = [tensor for i in mutable for tensor in _tensors(plain[i])]
+            increment_version([tensor for tensor in written if not tensor.is_inference()])
+        return result
 
     _library.impl(name, serve, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlur::{name}", _FAKES.get(name, lambda *_: None), lib=_library)
+
+
+def _detached(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.detach()
+    return [tensor.detach() for tensor in argument] if isinstance(argument, list | tuple) else argument
+
+
+def _tensors(argument: Any) -> list[Tensor]:
+    return [argument] if isinstance(argument, Tensor) else list(argument or ())
 
 
 def _device_type(arguments: Sequence[Any]) -> str:
@@ -107,7 +129,9 @@ def displace(out: Vector, theta: Vector, d: Vector, alpha: Number, norm2: Tensor
     """
     o, t, v = fit(out=out, theta=theta, d=d)
     if o:
-        torch.ops.fastlur.displace(o, t, v, scalar(alpha, o[0].device), norm2)
+        where = o[0].device
+        norm2 = None if norm2 is None else scalar(norm2, where)
+        torch.ops.fastlur.displace(o, t, v, scalar(alpha, where), norm2)
 
 
 def project(a: Vector, b: Vector, dots: Tensor, kind: str = "one_sided") -> None:
@@ -129,6 +153,7 @@ def project(a: Vector, b: Vector, dots: Tensor, kind: str = "one_sided") -> None
     left, right = fit(a=a, b=b)
     if kind not in reference.PROJECTIONS:
         raise ArgumentError(f"kind={kind!r} is no projection; use one of {', '.join(reference.PROJECTIONS)}")
+    fit_scalars(dots=(dots, 3))
     if left:
         torch.ops.fastlur.project(left, right, dots, kind)
 
@@ -180,7 +205,8 @@ def step_control(control: Tensor, dots: Tensor, losses: Tensor, hyper: Tensor) -
         losses: any shape; one that is not finite lowers the flag for good.
         hyper: from `fastlur.operands.hyper_parameters`; its clip is the largest norm of the direction.
     """
-    torch.ops.fastlur.step_control(control, dots, losses, hyper)
+    fit_scalars(control=(control, CONTROL), dots=(dots, 3), hyper=(hyper, HYPER))
+    torch.ops.fastlur.step_control(control, dots, losses.double(), hyper)
 
 
 def meta_update(
@@ -217,6 +243,7 @@ def meta_update(
         raise ArgumentError("fisher: weights a proximal term that needs theta0 as well")
     t, x, y, m1, m2, t0, f = fit(theta=theta, a=a, u=u, moment1=moment1, moment2=moment2, theta0=theta0, fisher=fisher)
     _, keep = fit(theta=theta, mask=mask)
+    fit_scalars(control=(control, CONTROL), hyper=(hyper, HYPER))
     if t:
         torch.ops.fastlur.meta_update(t, x, y, m1, m2, t0, f, keep, control, hyper)
 

@@ -4,13 +4,14 @@ All operations take lists of tensors (a flat buffer is a list of one). Tensors a
 same shape and dtype (a mask is bool); different places may differ. All are on one device, and so are the
 hyper-parameters, float64 tensors, so that nothing here ever waits for it.
 
-Contiguous tensors are worked on in pieces that stay in the cache: a chain of elementwise operations then reads and
-writes main memory once, and no temporary is ever the size of the model.
+On the CPU contiguous tensors are worked on in pieces that stay in the cache: a chain of elementwise operations then
+reads and writes main memory once, and no temporary is the size of the model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -243,4 +244,4 @@ def saliency(out: Sequence[Tensor], grad: Sequence[Tensor], theta: Sequence[Tens
 def threshold(scores: Sequence[Tensor], sparsity: float) -> Tensor:
     """The ⌊sparsity·N⌋-th smallest of all N scores (the smallest for 0), shape (), float64."""
     every = torch.cat([score.reshape(-1) for score in scores])
-    return every.kthvalue(max(1, int(sparsity * every.numel()))).values.double()
+    return every.kthvalue(max(1, int(Fraction(str(sparsity)) * every.numel()))).values.double()

@@ -66,7 +66,7 @@ class Update:
         retain, forget = direction
         dots = ops.grad_dot(retain.flats, (forget or retain).flats)[0]
         if forget is None:
-            dots = dots * torch.tensor([0.0, 1.0, 0.0], dtype=dots.dtype, device=dots.device)
+            dots[0::2] = 0.0
         ops.step_control(self.control, dots, torch.stack([loss.double() for loss in losses]), self.hyper)
         return dots
 

@@ -122,6 +122,9 @@ class TestArguments:
         control, hyper = decided()
         for call, said in (
             (lambda: ops.project(a, b, torch.zeros(3), "both"), "kind='both'"),
+            (lambda: ops.project(a, b, torch.zeros(3)), r"dots: is torch.float32 of shape \(3,\)"),
+            (lambda: ops.meta_update(a, b, c, d, control=control[:2], hyper=hyper), r"control: is .* shape \(2,\)"),
+            (lambda: ops.meta_update(a, b, c, d, control=control, hyper=hyper[:5]), r"hyper: is .* shape \(5,\)"),
             (lambda: ops.displace(a, b, c, torch.ones(2)), "no hyper-parameter"),
             (lambda: ops.regularize(a, b, fisher=c), "needs theta0"),
             (lambda: ops.meta_update(a, b, c, d, control=control, hyper=hyper, fisher=b), "needs theta0"),
@@ -157,7 +160,48 @@ class TestArguments:
         ops.saliency([], [])
 
 
+@pytest.mark.parametrize("name", ops.SCHEMAS)
+def test_tensors_that_require_grad_are_taken_as_finished(name):
+    arguments = examples()[name]
+
+    def parameters(argument):
+        if isinstance(argument, list) and argument[0].is_floating_point():
+            return [torch.nn.Parameter(x) for x in argument]
+        return argument
+
+    results = []
+    for wrap in (lambda x: x, parameters):
+        copies = [[x.clone() for x in a] if isinstance(a, list) else a for a in arguments]
+        copies = [a.clone() if isinstance(a, Tensor) else a for a in copies]
+        given = [wrap(a) for a in copies]
+        returned = getattr(torch.ops.fastlur, name)(*given)
+        outputs = [returned] if isinstance(returned, Tensor) else list(returned or ())
+        held = [x for a in given for x in (a if isinstance(a, list) else [a]) if isinstance(x, Tensor)]
+        results.append([x.detach() for x in held + outputs])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_what_comes_out_is_not_differentiable():
+    weight = torch.nn.Parameter(torch.randn(5))
+    assert not ops.grad_dot(weight, weight)[0].requires_grad
+    assert not ops.regularize(torch.zeros(5), weight, l2=1.0).requires_grad
+
+
+def test_a_graph_that_saved_what_is_overwritten_fails_at_its_backward():
+    weight = torch.nn.Parameter(torch.randn(5))
+    loss = weight.square().sum()
+    ops.displace(weight, weight, torch.ones(5), 0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 class TestBackends:
+    @pytest.mark.parametrize("name", ["torch", "triton", "extension"])
+    def test_info_works_whatever_is_forced(self, name):
+        with backends.backend(name):
+            cpu = fastlur.info()["operations"]["displace"]["cpu"]
+        assert cpu["served_by"] == name or name in cpu["because"]
+
     def test_one_can_be_forced_and_says_why_it_cannot_serve(self):
         a, b = vectors(2)
         with backends.backend("torch"):
@@ -343,8 +387,11 @@ class TestTruth:
             theta, a, u, m1, m2 if adamw else None,
             control=control, hyper=hyper, theta0=theta0, fisher=fisher, mask=mask,
         )  # fmt: skip
-        for found, expected in zip((theta, m1, m2), new, strict=True):
-            self.close(found, expected, dtype, scale=32.0 * max(1.0, lr))
+        for found, expected, old in zip((theta, m1, m2), new, (t, v, w), strict=True):
+            # a few roundings of what went in, element by element; the sums in g lose the digits that cancel in them
+            went_in = old.abs() + expected.abs() + (old.abs() + 3.0) * (lr if found is theta else 1.0)
+            roundings = 1e-13 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
+            assert bool(((found.double() - expected).abs() <= roundings * went_in).all())
         assert all(torch.equal(z, kept) for z, kept in zip((a, u, theta0, fisher), inputs, strict=True))
 
     @pytest.mark.parametrize("adamw", [False, True])
@@ -391,6 +438,7 @@ class TestTruth:
         assert torch.equal(out, grad.abs())
         scores = [torch.tensor([5.0, 1.0]), torch.tensor([[4.0], [2.0], [3.0]])]
         assert [float(ops.threshold(scores, s)) for s in (0, 0.4, 0.6, 1)] == [1, 2, 3, 5]
+        assert float(ops.threshold(torch.arange(1.0, 101.0), 0.29)) == 29
 
     def test_a_thousand_repetitions_give_one_bit_pattern(self):
         a, b = torch.randn(2, 5000)

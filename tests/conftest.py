@@ -12,3 +12,10 @@ torch.set_num_threads(1)  # the models here are so small that a second thread on
 @pytest.fixture(autouse=True)
 def _fresh_random_state():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def cnn():
+    from fastlur.demo import residual_cnn
+
+    return residual_cnn(width=4)

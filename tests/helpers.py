@@ -8,6 +8,30 @@ from torch.nn import functional
 
 import fastlur
 
+MODES = ("exact", "secant", "first_order", "optimistic")
+ORDERS = ("retain_first", "forget_first")
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(event):
+    """A callback that breaks the run after its second step."""
+    if event.step == 2:
+        raise Interrupted
+
+
+def images(n: int) -> tuple[Tensor, Tensor]:
+    """n random digits-sized images and labels."""
+    return torch.rand(n, 1, 8, 8), torch.randint(0, 10, (n,))
+
+
+def run(model, forget=None, retain=None, **options):
+    """A short `unlearn`."""
+    options = {"steps": 3, "batch_size": 8, "progress": False} | options
+    return fastlur.unlearn(model, forget or images(12), retain or images(20), **options)
+
 
 class Point(nn.Module):
     """A model that is nothing but its parameters; losses are functions of them."""

@@ -6,14 +6,11 @@ import copy
 
 import pytest
 import torch
-from helpers import Point, direction, minus, mlp, norm
+from helpers import MODES, ORDERS, Point, direction, minus, mlp, norm
 from torch.func import functional_call
 from torch.nn import functional
 
 import fastlur
-
-MODES = ("exact", "secant", "first_order", "optimistic")
-ORDERS = ("retain_first", "forget_first")
 
 
 def through_function(model, inner, outer, alpha, gradient, relative=False, calls=1):

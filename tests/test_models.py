@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import Attention, blobs, direction, minus, mlp, norm, same, state
+from helpers import MODES, Attention, blobs, direction, images, minus, mlp, norm, same, state
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -15,12 +15,7 @@ import fastlur
 from fastlur.demo import residual_cnn
 from fastlur.losses import BoundedForgetting, cross_entropy, negative_cross_entropy
 
-MODES = ("exact", "secant", "first_order", "optimistic")
 GRADIENT = pytest.mark.parametrize("gradient", MODES)
-
-
-def pictures(n):
-    return torch.rand(n, 1, 8, 8), torch.randint(0, 10, (n,))
 
 
 def sentences(n):
@@ -43,7 +38,7 @@ class Classifier(nn.Module):
 
 MODELS = {
     "mlp": (mlp, blobs),
-    "residual cnn": (lambda: residual_cnn(width=4), pictures),
+    "residual cnn": (lambda: residual_cnn(width=4), images),
     "tied attention": (Attention, sentences),
     "transformer layer with dropout": (Classifier, blobs),
     "mlp with dropout": (lambda: mlp(dropout=0.5), blobs),
@@ -231,7 +226,7 @@ class TestPrecision:
 
     def test_bf16_runs_with_parameters_kept(self):
         model = residual_cnn(width=4)
-        fastlur.unlearn(model, pictures(8), pictures(16), precision="bf16", steps=3, progress=False)
+        fastlur.unlearn(model, images(8), images(16), precision="bf16", steps=3, progress=False)
         assert all(p.dtype == torch.float32 for p in model.parameters())
 
     def test_the_default_inner_step_survives_bf16(self):

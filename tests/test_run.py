@@ -8,17 +8,11 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from helpers import blobs, mlp, same, state
+from helpers import MODES, blobs, images, mlp, same, state
 from torch import nn
 
 import fastlur
 from fastlur.demo import residual_cnn
-
-MODES = ("exact", "secant", "first_order", "optimistic")
-
-
-def pictures(n):
-    return torch.rand(n, 1, 8, 8), torch.randint(0, 10, (n,))
 
 
 @pytest.fixture
@@ -129,7 +123,7 @@ class TestRetainBudget:
     def run(self, limit, lr=0.3):
         torch.manual_seed(3)
         model = residual_cnn(width=4)
-        forget, retain = pictures(16), pictures(48)
+        forget, retain = images(16), images(48)
         seen = {}
 
         def remember(event):
@@ -182,7 +176,7 @@ class TestResume:
     def arguments(self, gradient, **more):
         torch.manual_seed(8)
         model = residual_cnn(width=4)
-        return (model, pictures(20), pictures(70)), {
+        return (model, images(20), images(70)), {
             "method": fastlur.LUR(gradient=gradient),
             "steps": 12,
             "batch_size": 16,

@@ -1,0 +1,179 @@
+"""The model leaves as it came: buffers and statistics, and what a bad step must not write."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from helpers import MODES, ORDERS, Interrupted, blobs, images, run, same, state
+from torch import nn
+
+import fastlur
+
+
+class TestStatistics:
+    @pytest.mark.parametrize("gradient", MODES)
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_batch_norm_moves_in_exactly_one_retain_pass(self, gradient, order):
+        model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 4))
+        forget, retain = blobs(16), blobs(16)
+        twin = copy.deepcopy(model)
+        with fastlur.MetaStep(model, gradient=gradient, order=order, inner_lr=0.5) as step:
+            for _ in range(3):
+                step(forget, retain)
+                twin.train()
+                twin[0](retain[0])  # the statistics of the input do not depend on the weights
+        assert int(model[0].num_batches_tracked) == 3
+        torch.testing.assert_close(model[0].running_mean, twin[0].running_mean, rtol=0, atol=0)
+        torch.testing.assert_close(model[0].running_var, twin[0].running_var, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("gradient", ["exact", "secant", "first_order"])
+    def test_the_pass_at_theta_is_the_one(self, gradient):
+        """Behind a layer that moves, statistics tell where they were taken: at θ for these modes."""
+        model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4))
+        twin = copy.deepcopy(model)
+        forget, retain = blobs(16), blobs(16)
+        with fastlur.MetaStep(model, gradient=gradient, inner_lr=5.0) as step:
+            step(forget, retain)
+        twin.train()(retain[0])
+        torch.testing.assert_close(model[1].running_mean, twin[1].running_mean)
+
+    def test_optimistic_takes_them_at_its_only_retain_pass(self):
+        model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4))
+        forget, retain = blobs(16), blobs(16)
+        with fastlur.MetaStep(model, lr=0.0, gradient="optimistic", inner_lr=5.0) as step:
+            step(forget, retain)
+            before = model[1].running_mean.clone()
+            twin = copy.deepcopy(model)
+            step(forget, retain)
+            with step.space.at(step.state.point):
+                weight = model[0].weight.detach().clone()
+                bias = model[0].bias.detach().clone()
+        with torch.no_grad():
+            twin[0].weight.copy_(weight)
+            twin[0].bias.copy_(bias)
+        twin.train()(retain[0])
+        assert not torch.equal(before, model[1].running_mean)
+        torch.testing.assert_close(model[1].running_mean, twin[1].running_mean)
+
+    def test_other_buffers_move_once_too(self):
+        class Counts(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(6, 4)
+                self.register_buffer("calls", torch.zeros(()))
+                self.norm = nn.InstanceNorm1d(1, track_running_stats=True)
+
+            def forward(self, x):
+                self.calls += 1
+                return self.norm(self.linear(x).unsqueeze(1)).squeeze(1)
+
+        model = Counts()
+        with fastlur.MetaStep(model, gradient="secant") as step:
+            for _ in range(4):
+                step(blobs(8), blobs(8))
+        assert float(model.calls) == 4
+
+    def test_the_trial_before_the_run_moves_nothing(self, cnn):
+        start = state(cnn)
+        with pytest.raises(Interrupted):
+            fastlur.unlearn(
+                cnn, images(4), images(8), progress=False, optimizer=_Refuses(cnn.parameters()), batch_size=4
+            )
+        assert same(start, state(cnn))
+
+
+class TestBuffersThatComeAndGo:
+    class Odd(nn.Module):
+        """One buffer appears in the first forward, one grows, one is registered on the way."""
+
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 4)
+            self.register_buffer("late", None)
+            self.register_buffer("log", torch.zeros(0))
+
+        def forward(self, x):
+            self.late = x.detach().mean(0)
+            self.log = torch.cat((self.log, torch.ones(1)))
+            if not hasattr(self, "extra"):
+                self.register_buffer("extra", torch.zeros(()))
+            self.extra += 1
+            return self.linear(x)
+
+    @pytest.mark.parametrize("gradient", ["secant", "first_order", "optimistic"])
+    def test_they_move_in_one_retain_pass_a_step(self, gradient):
+        model = self.Odd()
+        retain = blobs(8)
+        with fastlur.MetaStep(model, gradient=gradient) as step:
+            for _ in range(3):
+                step(blobs(8), retain)
+        assert torch.equal(model.late, retain[0].mean(0))
+        assert len(model.log) == 3
+        assert float(model.extra) == 3
+
+    def test_a_bad_step_leaves_them(self):
+        model = self.Odd()
+        with fastlur.MetaStep(model) as step:
+            step(blobs(8), blobs(8))
+            before = model.late.clone(), model.log.clone()
+            x, y = blobs(8)
+            with pytest.raises(fastlur.NonFiniteError):
+                step(blobs(8), (x * float("inf"), y))
+        assert torch.equal(model.late, before[0])
+        assert torch.equal(model.log, before[1])
+
+
+class _Refuses(torch.optim.SGD):
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.1)
+
+    def step(self, closure=None):
+        raise Interrupted
+
+
+class TestNonFinite:
+    @pytest.mark.parametrize("side", ["forget_loss", "loss"])
+    @pytest.mark.parametrize("gradient", MODES)
+    def test_the_model_is_as_at_the_last_good_step(self, cnn, gradient, side):
+        good = []
+
+        def fails(model, batch):
+            value = fastlur.losses.cross_entropy(model, batch)
+            return value * float("nan") if len(good) == 2 else value
+
+        def remember(event):
+            good.append(state(event.model))
+
+        data = images(12), images(20)
+        with pytest.raises(fastlur.NonFiniteError, match="step 3"):
+            run(
+                cnn,
+                *data,
+                steps=6,
+                method=fastlur.LUR(gradient=gradient),
+                callbacks=[remember],
+                **{side: fails},
+            )
+        assert len(good) == 2
+        assert same(state(cnn), good[-1])
+
+    def test_nothing_moves_after_a_bad_step_even_unread(self, cnn, monkeypatch):
+        """On a GPU the host looks only every 32 steps; the steps between must write nothing."""
+        step = fastlur.MetaStep(cnn, loss=lambda m, b: fastlur.losses.cross_entropy(m, b[0]) * b[1], momentum=0.9)
+        monkeypatch.setattr(step, "check", lambda: None)
+        forget, retain = images(8), images(8)
+        step(forget, (retain, 1.0))
+        good = state(cnn)
+        moment = step.update.first.flats[0].clone()
+        step(forget, (retain, float("inf")))
+        step(forget, (retain, 1.0))
+        assert same(state(cnn), good)
+        assert torch.equal(step.update.first.flats[0], moment)
+        assert float(step.update.control[1]) == 1
+        monkeypatch.undo()
+        with pytest.raises(fastlur.NonFiniteError, match="step 2"):
+            step.check()
+        step.close()

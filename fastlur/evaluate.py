@@ -80,7 +80,10 @@ def evaluate(
         DataError: data of an unknown kind, empty, or not fitting the model.
         ArgumentError: `reference` is neither a model nor an `Evaluation`.
     """
-    scores = [_scores(model, data, name, batch_size) for data, name in _named(forget, retain, test)]
+    scores = [
+        _scores(model, data, name, batch_size)
+        for data, name in ((forget, "forget"), (retain, "retain"), (test, "test"))
+    ]
     (forget_p, forget_hit, forget_loss), (retain_p, retain_hit, _), (test_p, test_hit, test_loss) = scores
     against = np.concatenate([np.zeros(len(forget_loss)), np.ones(len(test_loss))])
     result = Evaluation(
@@ -112,15 +115,6 @@ def membership(member: np.ndarray, stranger: np.ndarray, asked: np.ndarray) -> f
     attack = LogisticRegression(class_weight="balanced").fit((x - mean) / spread, y)
     called = attack.predict((asked[:, None].astype(np.float64) - mean) / spread)
     return 100 * float((called == 0).mean())
-
-
-def accuracy(model: nn.Module, data: Any, batch_size: int = 512) -> float:
-    """Accuracy on labelled data, percent."""
-    return 100 * float(_scores(model, data, "data", batch_size)[1].mean())
-
-
-def _named(forget: Any, retain: Any, test: Any) -> list[tuple[Any, str]]:
-    return [(forget, "forget"), (retain, "retain"), (test, "test")]
 
 
 def _scores(model: nn.Module, data: Any, name: str, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

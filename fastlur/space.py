@@ -115,11 +115,6 @@ class ParameterSpace:
         """The first name of every slot, in order."""
         return [slot.names[0] for slot in self.slots]
 
-    @property
-    def numel(self) -> int:
-        """How many numbers may move; tied ones count once."""
-        return sum(slot.numel for slot in self.slots)
-
     def vector(self) -> Vector:
         """A new vector of zeros (also in the gaps between slots, which every operation then leaves at zero)."""
         return Vector(self.slots, [torch.zeros_like(flat) for flat in self.theta.flats])

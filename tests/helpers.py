@@ -7,9 +7,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fastlur
+from fastlur import ops
+from fastlur.operands import control_scalars, hyper_parameters
 
 MODES = ("exact", "secant", "first_order", "optimistic")
 ORDERS = ("retain_first", "forget_first")
+
+
+CPU = torch.device("cpu")
+HYPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.5, "l1": 0.01, "prox": 0.2, "clip": 1.0}
+
+
+def decided(dots=(0.1, 2.0, 3.0), **hyper) -> tuple[Tensor, Tensor]:
+    """Control scalars after one decision, and the hyper-parameters it was taken with."""
+    control, packed = control_scalars(CPU), hyper_parameters(CPU, **(HYPER | hyper))
+    ops.step_control(control, torch.tensor(dots, dtype=torch.float64), torch.ones(2), packed)
+    return control, packed
 
 
 class Interrupted(Exception):

@@ -45,6 +45,12 @@ FASTLUR_INLINE void control_step(double* control, const double* dots, double sum
   control[SCALE] = clip > 0 && norm > clip ? clip / norm : 1.0;
 }
 
+// A term, or 0 where its factor is 0: 0 * inf would be NaN.
+template <class W>
+FASTLUR_INLINE W present(W factor, W term) {
+  return factor != 0 ? term : W(0);
+}
+
 template <class W>
 struct Penalty {
   W l2, l1, prox;
@@ -52,11 +58,15 @@ struct Penalty {
   FASTLUR_INLINE Penalty(const double* hyper, bool decay)
       : l2(W(decay ? hyper[WEIGHT_DECAY] : 0)), l1(W(hyper[L1])), prox(W(hyper[PROX])) {}
 
-  FASTLUR_INLINE W norms(W theta) const { return theta * l2 + (W(theta > 0) - W(theta < 0)) * l1; }
+  FASTLUR_INLINE W norms(W theta) const {
+    return present(l2, theta * l2) + present(l1, (W(theta > 0) - W(theta < 0)) * l1);
+  }
+  FASTLUR_INLINE W pull(W away) const { return present(prox, away * prox); }
 };
 
 FASTLUR_INLINE double penalty_value(const double* hyper, const double* sums) {
-  return 0.5 * hyper[WEIGHT_DECAY] * sums[0] + hyper[L1] * sums[1] + 0.5 * hyper[PROX] * sums[2];
+  return present(hyper[WEIGHT_DECAY], 0.5 * hyper[WEIGHT_DECAY] * sums[0]) + present(hyper[L1], hyper[L1] * sums[1]) +
+         present(hyper[PROX], 0.5 * hyper[PROX] * sums[2]);
 }
 
 // SGD with momentum and AdamW, for one element.

@@ -29,17 +29,28 @@ struct Row {
   void* at[MOST_LISTS] = {};  // null where a list is absent
   int64_t numel = 0;
   ScalarType dtype = ScalarType::Float;
+  bool wide_moments = false;  // the moments are float32 though the rest is a half type
 };
 
 struct List {
   const char* name;
   const Tensors* tensors;  // null: absent
-  enum Use { READ, WRITTEN, MASK } use;
+  enum Use { READ, WRITTEN, MOMENT, MASK } use;
 
   List(const char* name, const Tensors& tensors, Use use = READ) : name(name), tensors(&tensors), use(use) {}
   List(const char* name, const MaybeTensors& tensors, Use use = READ)
       : name(name), tensors(tensors ? &*tensors : nullptr), use(use) {}
 };
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+
+// The first tensor of a list, for what is told by the data alone where they are.
+inline const Tensor& home_of(const Tensors& tensors, const char* name) {
+  STD_TORCH_CHECK(!tensors.empty(), name, " has 0 tensors; it needs one at least");
+  return tensors.front();
+}
 
 inline bool same_shape(const Tensor& a, const Tensor& b) {
   const auto left = a.sizes(), right = b.sizes();
@@ -50,6 +61,7 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
 inline std::vector<Row> rows_of(const Tensor& home, std::initializer_list<List> lists) {
   const List& lead = *lists.begin();
   std::vector<Row> rows(lead.tensors->size());
+  const List* moments = nullptr;
   int column = 0;
   for (const List& list : lists) {
     if (list.tensors != nullptr) {
@@ -66,31 +78,38 @@ inline std::vector<Row> rows_of(const Tensor& home, std::initializer_list<List> 
           rows[i].numel = tensor.numel();
         }
         STD_TORCH_CHECK(tensor.is_contiguous(), list.name, "[", i, "] is not contiguous");
-        STD_TORCH_CHECK(dtype == (list.use == List::MASK ? ScalarType::Bool : rows[i].dtype), list.name, "[", i,
-                        "] has a dtype that does not go with ", lead.name, "[", i, "]");
+        ScalarType wanted = list.use == List::MASK ? ScalarType::Bool : rows[i].dtype;
+        if (list.use == List::MOMENT) {
+          const bool half = wanted == ScalarType::BFloat16 || wanted == ScalarType::Half;
+          if (moments == nullptr) rows[i].wide_moments = half && dtype == ScalarType::Float;
+          if (rows[i].wide_moments) wanted = ScalarType::Float;
+        }
+        STD_TORCH_CHECK(dtype == wanted, list.name, "[", i, "] has a dtype that does not go with ", lead.name, "[", i,
+                        "]");
         STD_TORCH_CHECK(same_shape(tensor, first), list.name, "[", i, "] and ", lead.name, "[", i,
                         "] differ in shape");
-        STD_TORCH_CHECK(tensor.is_cpu() == home.is_cpu() && tensor.get_device_index() == home.get_device_index(),
-                        list.name, "[", i, "] is on another device than the tensors or hyper-parameters beside it");
-        rows[i].at[column] = list.use == List::WRITTEN ? tensor.mutable_data_ptr()
-                                                       : const_cast<void*>(tensor.const_data_ptr());
+        STD_TORCH_CHECK(same_device(tensor, home), list.name, "[", i,
+                        "] is on another device than the tensors or hyper-parameters beside it");
+        const bool written = list.use == List::WRITTEN || list.use == List::MOMENT;
+        rows[i].at[column] = written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
       }
+      if (list.use == List::MOMENT) moments = &list;  // a second list of them has the dtypes of the first
     }
     ++column;
   }
   return rows;
 }
 
-// The address of `least` or more float64 numbers on the device that the kernel runs on.
-inline const double* numbers(const Tensor& tensor, const char* name, int64_t least, bool on_cpu) {
+// The address of `least` or more float64 numbers on the device that the kernel runs on, that of `home`.
+inline const double* numbers(const Tensor& tensor, const char* name, int64_t least, const Tensor& home) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() && tensor.numel() >= least,
                   name, " must be a contiguous float64 tensor of at least ", least, " numbers");
-  STD_TORCH_CHECK(tensor.is_cpu() == on_cpu, name, " must be on the device of the data");
+  STD_TORCH_CHECK(same_device(tensor, home), name, " must be on the device of the data");
   return static_cast<const double*>(tensor.const_data_ptr());
 }
 
-inline const double* numbers(const std::optional<Tensor>& tensor, const char* name, bool on_cpu) {
-  return tensor ? numbers(*tensor, name, 1, on_cpu) : nullptr;
+inline const double* numbers(const std::optional<Tensor>& tensor, const char* name, const Tensor& home) {
+  return tensor ? numbers(*tensor, name, 1, home) : nullptr;
 }
 
 inline Tensor new_numbers(std::initializer_list<int64_t> shape, const Tensor& like) {

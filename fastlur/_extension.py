@@ -6,8 +6,7 @@ The extension is optional. `load` says in words why it is not there; nothing els
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -56,25 +55,30 @@ def missing(device: str = "cpu") -> str | None:
     return None
 
 
+def _value(tensor: Tensor) -> Tensor:
+    """The values alone, contiguous; the tensor itself where it is that already, as it mostly is."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
 def _read(tensors: Tensors) -> list[Tensor]:
-    return [tensor.detach().contiguous() for tensor in tensors]
+    return [_value(tensor) for tensor in tensors]
 
 
 def _maybe(tensors: Tensors | None) -> list[Tensor] | None:
-    return None if tensors is None else _read(tensors)
+    return None if tensors is None else [_value(tensor) for tensor in tensors]
 
 
-@contextmanager
-def _written(*lists: Tensors | None) -> Iterator[list[list[Tensor] | None]]:
-    """The lists as contiguous tensors; what is written there reaches the tensors given, and autograd is told."""
-    held = [_maybe(tensors) for tensors in lists]
-    yield held
-    for tensors, copies in zip(lists, held, strict=True):
-        for tensor, copy in zip(tensors or (), copies or (), strict=True):
-            if not tensor.is_contiguous():
-                tensor.detach().copy_(copy)
+def _wrote(tensors: Tensors | None, values: list[Tensor] | None) -> None:
+    """What was written to `values` reaches the tensors given, and autograd is told."""
+    if tensors is None or values is None:
+        return
+    for tensor, value in zip(tensors, values, strict=True):
+        if not tensor.is_contiguous():
+            tensor.detach().copy_(value)
     # a graph that saved one of these values must fail at its backward, as after any in-place operation of torch
-    increment_version([t for tensors in lists for t in tensors or () if not t.is_inference()])
+    increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def grad_dot(a: Tensors, b: Tensors) -> tuple[Tensor, Tensor]:
@@ -87,8 +91,9 @@ def grad_dot(a: Tensors, b: Tensors) -> tuple[Tensor, Tensor]:
 
 def displace(out: Tensors, theta: Tensors, d: Tensors, alpha: Tensor, norm2: Tensor | None = None) -> None:
     """out ← θ − αd; with `norm2` = ‖v‖² of some v, α is divided by ‖v‖, and is 0 where that norm is 0."""
-    with _written(out) as (o,):
-        torch.ops.fastlur_ext.displace(o, _read(theta), _read(d), alpha, norm2)
+    o = _read(out)
+    torch.ops.fastlur_ext.displace(o, _read(theta), _read(d), alpha, norm2)
+    _wrote(out, o)
 
 
 def step_control(control: Tensor, dots: Tensor, losses: Tensor, hyper: Tensor) -> None:
@@ -99,8 +104,9 @@ def step_control(control: Tensor, dots: Tensor, losses: Tensor, hyper: Tensor) -
 
 def regularize(grad: Tensors, theta: Tensors, theta0: Tensors | None, fisher: Tensors | None, hyper: Tensor) -> Tensor:
     """grad ← grad + ∇P(θ); returns P(θ), shape (), float64."""
-    with _written(grad) as (g,):
-        value: Tensor = torch.ops.fastlur_ext.regularize(g, _read(theta), _maybe(theta0), _maybe(fisher), hyper)
+    g = _read(grad)
+    value: Tensor = torch.ops.fastlur_ext.regularize(g, _read(theta), _maybe(theta0), _maybe(fisher), hyper)
+    _wrote(grad, g)
     return value
 
 
@@ -117,11 +123,13 @@ def meta_update(
     hyper: Tensor,
 ) -> None:
     """One optimizer step along a + u: clip, regularise, mask, then SGD with momentum or AdamW, in place."""
-    keep = None if mask is None else [each.bool() for each in mask]
-    with _written(theta, moment1, moment2) as (t, m1, m2):
-        torch.ops.fastlur_ext.meta_update(
-            t, _read(a), _maybe(u), m1, m2, _maybe(theta0), _maybe(fisher), _maybe(keep), control, hyper
-        )
+    keep = None if mask is None else [each.bool() for each in mask]  # itself, where it is bool
+    t, m1, m2 = _read(theta), _read(moment1), _maybe(moment2)
+    torch.ops.fastlur_ext.meta_update(
+        t, _read(a), _maybe(u), m1, m2, _maybe(theta0), _maybe(fisher), _maybe(keep), control, hyper
+    )
+    for tensors, values in ((theta, t), (moment1, m1), (moment2, m2)):
+        _wrote(tensors, values)
 
 
 def project(a: Tensors, b: Tensors, dots: Tensor, kind: str) -> None:
@@ -130,19 +138,23 @@ def project(a: Tensors, b: Tensors, dots: Tensor, kind: str) -> None:
         raise ValueError(f"kind={kind!r} is no projection; use 'one_sided', 'symmetric' or 'scissorhands'")
     if not a and not b:
         return
-    with _written(a, b) as (x, y):
-        torch.ops.fastlur_ext.project(x, y, dots, kind)
+    x, y = _read(a), _read(b)
+    torch.ops.fastlur_ext.project(x, y, dots, kind)
+    _wrote(a, x)
+    _wrote(b, y)
 
 
 def extrapolate(theta: Tensors, theta0: Tensors, memorised: Tensors, alpha: Tensor, eta: Tensor) -> None:
     """θ ← η((1 + α)θ₀ − αθ_mem) + (1 − η)θ; at η = 1 the θ given is not used."""
-    with _written(theta) as (t,):
-        torch.ops.fastlur_ext.extrapolate(t, _read(theta0), _read(memorised), alpha, eta)
+    t = _read(theta)
+    torch.ops.fastlur_ext.extrapolate(t, _read(theta0), _read(memorised), alpha, eta)
+    _wrote(theta, t)
 
 
 def saliency(out: Tensors, grad: Tensors, theta: Tensors | None) -> None:
     """out ← |g·θ|, or |g| without `theta`."""
     if not out and not grad:
         return
-    with _written(out) as (o,):
-        torch.ops.fastlur_ext.saliency(o, _read(grad), _maybe(theta))
+    o = _read(out)
+    torch.ops.fastlur_ext.saliency(o, _read(grad), _maybe(theta))
+    _wrote(out, o)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -39,6 +39,9 @@ CHECKED = {
 }
 
 _forced: ContextVar[str | None] = ContextVar("forced", default=None)
+# What was found out once: the backend in service by (wish, device type), and the verdict on the Triton kernels.
+_resolved: dict[tuple[str | None, str], tuple[str, ModuleType]] = {}
+_triton: list[str | None] = []
 
 
 @contextmanager
@@ -64,7 +67,7 @@ def serving(device_type: str) -> str:
     Raises:
         ArgumentError: the one asked for cannot, with the reason.
     """
-    wish = _forced.get() or os.environ.get(VARIABLE)
+    wish = _wish()
     if wish:
         reason = unavailable(_known(wish), device_type)
         if reason is not None:
@@ -74,13 +77,18 @@ def serving(device_type: str) -> str:
     return next(name for name in candidates if unavailable(name, device_type) is None)
 
 
-def function(operation: str, device_type: str) -> Callable[..., Any]:
-    """The function that serves an operation, with the signature of its namesake in `fastlur.reference`."""
-    found: Callable[..., Any] = getattr(_module(serving(device_type)), operation)
+def resolve(device_type: str) -> tuple[str, ModuleType]:
+    """Who serves tensors of a device type now: the name, and the module with the namesakes of `fastlur.reference`."""
+    key = _wish(), device_type
+    found = _resolved.get(key)
+    if found is None:
+        name = serving(device_type)
+        found = name, _module(name)
+        if device_type != "cuda" or _triton or name == key[0] != "triton":  # not on the word of a probe put off
+            _resolved[key] = found
     return found
 
 
-@cache
 def unavailable(name: str, device_type: str) -> str | None:
     """Why a backend cannot serve tensors on a device type; None when it can."""
     if name == "torch":
@@ -90,6 +98,10 @@ def unavailable(name: str, device_type: str) -> str | None:
     if device_type != "cuda":
         return "Triton kernels run on CUDA tensors"
     return _triton_fault()
+
+
+def _wish() -> str | None:
+    return _forced.get() or os.environ.get(VARIABLE) or None
 
 
 def describe() -> dict[str, Any]:
@@ -129,12 +141,29 @@ def _module(name: str) -> ModuleType:
 
 
 def _triton_fault() -> str | None:
-    """Why the Triton kernels cannot be trusted here: not there, not compiling, or wrong on a first small sum."""
+    """Why the Triton kernels cannot be trusted here: not there, not compiling, or wrong on a first small sum.
+
+    The verdict is kept. While a CUDA graph is captured nothing can be tried, so they are taken to be fine until then;
+    and what may pass, such as memory that is full at the moment, is tried again at the next call.
+    """
+    if _triton:
+        return _triton[0]
+    if torch.cuda.is_current_stream_capturing():
+        return None
     try:
-        kernels = importlib.import_module("fastlur.kernels")
-        x = torch.arange(1.0, 2050.0, device="cuda")
-        total = kernels.grad_dot([x], [x])[0].cpu()
+        fault = _probe()
     except Exception as error:  # whatever a compiler or a driver can raise means: use another backend
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        fault = f"{type(error).__name__}: {error}".splitlines()[0]
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+            return fault
+    _triton.append(fault)
+    return fault
+
+
+def _probe() -> str | None:
+    """One small sum on the device."""
+    kernels = importlib.import_module("fastlur.kernels")
+    x = torch.arange(1.0, 2050.0, device="cuda")
+    total = kernels.grad_dot([x], [x])[0].cpu()
     expected = float(x.double().square().sum())
     return None if abs(float(total[0]) - expected) <= 1e-5 * expected else "gave a wrong sum on this device"

@@ -66,6 +66,8 @@ def scalar(value: Number, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ArgumentError(f"a tensor of shape {tuple(value.shape)} is no hyper-parameter; pass a number")
+        if value.dtype == torch.float64 and value.dim() == 0 and value.device == device and not value.requires_grad:
+            return value  # as it is wanted: four calls into torch saved
         return value.detach().reshape(()).to(device, torch.float64)
     return torch.full((), value, dtype=torch.float64, device=device)
 
@@ -82,26 +84,48 @@ def fit_scalars(**scalars: tuple[Tensor, int]) -> None:
             raise ArgumentError(f"{name}: is {what}; it must be float64 of shape ({length},)")
 
 
+HALVES = (torch.bfloat16, torch.float16)
+MOMENTS = ("moment1", "moment2")
+
+
 def fit(**vectors: Vector | None) -> Any:
-    """The vectors as lists, after a look at lengths, shapes, dtypes and devices."""
+    """The vectors as lists, after a look at lengths, shapes, dtypes and devices.
+
+    Moments may be float32 beside half weights, both of them alike.
+    """
     lists = {n: None if v is None else [v] if isinstance(v, Tensor) else list(v) for n, v in vectors.items()}
     (first_name, first), *others = [(name, each) for name, each in lists.items() if each is not None]
+    shapes, dtypes = [x.shape for x in first], [x.dtype for x in first]
+    device = first[0].device if first else None
+    moments = dtypes
     for index, tensor in enumerate(first):
-        if not tensor.is_floating_point() or tensor.is_complex():
+        if not tensor.is_floating_point():
             raise ArgumentError(f"{first_name}[{index}] is {tensor.dtype}; vectors are of a floating-point dtype")
-        if tensor.device != first[0].device:
-            raise ArgumentError(f"{first_name}[{index}] is on {tensor.device}, {first_name}[0] on {first[0].device}")
+        if tensor.device != device:
+            raise ArgumentError(f"{first_name}[{index}] is on {tensor.device}, {first_name}[0] on {device}")
     for name, each in others:
-        if len(each) != len(first):
-            raise ArgumentError(f"{name} has {len(each)} tensors, {first_name} has {len(first)}")
-        for index, (tensor, like) in enumerate(zip(each, first, strict=True)):
-            if tensor.shape != like.shape:
-                shapes = f"{tuple(tensor.shape)}, {first_name}[{index}] {tuple(like.shape)}"
-                raise ArgumentError(f"{name}[{index}] has shape {shapes}")
-            wanted = torch.bool if name == "mask" else like.dtype
-            if tensor.dtype != wanted:
-                raise ArgumentError(f"{name}[{index}] is {tensor.dtype}; it must be {wanted}")
-            if tensor.device != like.device:
-                raise ArgumentError(f"{name}[{index}] is on {tensor.device}, {first_name}[{index}] on {like.device}")
+        wanted = [torch.bool] * len(first) if name == "mask" else moments if name in MOMENTS else dtypes
+        found = [x.dtype for x in each]
+        if name == "moment1" and found != wanted:
+            float32 = [torch.float32 if x in HALVES else x for x in dtypes]
+            if found == float32:
+                moments = wanted = float32
+        # whole lists are compared first: this runs at every call, and names are looked for only where it fails
+        if found != wanted or [x.shape for x in each] != shapes or any(x.device != device for x in each):
+            raise ArgumentError(_misfit(name, each, first_name, first, wanted))
     # operations work on finished gradients and on weights as values: nothing of this is differentiated
-    return [None if each is None else [tensor.detach() for tensor in each] for each in lists.values()]
+    return [None if each is None else [x.detach() if x.requires_grad else x for x in each] for each in lists.values()]
+
+
+def _misfit(name: str, each: list[Tensor], first_name: str, first: list[Tensor], wanted: list[torch.dtype]) -> str:
+    """What does not go together, in words."""
+    if len(each) != len(first):
+        return f"{name} has {len(each)} tensors, {first_name} has {len(first)}"
+    for index, (tensor, like, dtype) in enumerate(zip(each, first, wanted, strict=True)):
+        if tensor.shape != like.shape:
+            return f"{name}[{index}] has shape {tuple(tensor.shape)}, {first_name}[{index}] {tuple(like.shape)}"
+        if tensor.dtype != dtype:
+            return f"{name}[{index}] is {tensor.dtype}; it must be {dtype}"
+        if tensor.device != like.device:
+            return f"{name}[{index}] is on {tensor.device}, {first_name}[{index}] on {like.device}"
+    return f"{name} does not fit {first_name}"

@@ -55,16 +55,21 @@ _FAKES: dict[str, Callable[..., Any]] = {"grad_dot": _fake_grad_dot, "regularize
 def _register(name: str) -> None:
     _library.define(name + SCHEMAS[name], tags=(torch.Tag.needs_fixed_stride_order,))
 
-    mutable = [i for i, part in enumerate(SCHEMAS[name].split("->")[0].split(", ")) if "!" in part]
+    parts = SCHEMAS[name].split("->")[0].split(", ")
+    mutable = [i for i, part in enumerate(parts) if "!" in part]
+    lists = [(i, part.split()[-1].strip("() ")) for i, part in enumerate(parts) if "[]" in part]
 
     def serve(*arguments: Any) -> Any:
-        # on finished gradients, as any optimizer works: nothing here is differentiated
-        plain = [_detached(argument) for argument in arguments]
+        _same_length(arguments, lists)
         device_type = _device_type(arguments)
-        with torch.no_grad():
-            result = backends.function(name, device_type)(*plain)
-        if backends.serving(device_type) == "triton":  # which writes behind autograd's back; the others tell it
-            written = [tensor for i in mutable for tensor in _tensors(plain[i])]
+        backend, module = backends.resolve(device_type)
+        operate = getattr(module, name)
+        if backend == "extension":  # works on values alone, and tells autograd what it has written
+            return operate(*arguments)
+        with torch.no_grad():  # on finished gradients, as any optimizer works: nothing here is differentiated
+            result = operate(*arguments)
+        if backend == "triton":  # which writes behind autograd's back; plain torch tells it by itself
+            written = [tensor for i in mutable for tensor in _tensors(arguments[i])]
             increment_version([tensor for tensor in written if not tensor.is_inference()])
         return result
 
@@ -72,10 +77,15 @@ def _register(name: str) -> None:
     torch.library.register_fake(f"fastlur::{name}", _FAKES.get(name, lambda *_: None), lib=_library)
 
 
-def _detached(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.detach()
-    return [tensor.detach() for tensor in argument] if isinstance(argument, list | tuple) else argument
+def _same_length(arguments: Sequence[Any], lists: list[tuple[int, str]]) -> None:
+    """Refuse lists of different lengths, whoever called: a kernel would read past the end of the shorter one."""
+    if not lists:
+        return
+    place, first = lists[0]
+    length = len(arguments[place])
+    for place, name in lists[1:]:
+        if arguments[place] is not None and len(arguments[place]) != length:
+            raise ArgumentError(f"{name} has {len(arguments[place])} tensors, {first} has {length}")
 
 
 def _tensors(argument: Any) -> list[Tensor]:

@@ -4,13 +4,15 @@ All operations take lists of tensors (a flat buffer is a list of one). Tensors a
 same shape and dtype (a mask is bool); different places may differ. All are on one device, and so are the
 hyper-parameters, float64 tensors, so that nothing here ever waits for it.
 
+A penalty whose factor (l2, l1, prox) is 0 is absent: it adds nothing, even where its operands are infinite or NaN.
+
 On the CPU contiguous tensors are worked on in pieces that stay in the cache: a chain of elementwise operations then
 reads and writes main memory once, and no temporary is the size of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -34,8 +36,10 @@ CONTROL = 3
 
 def pieces(*lists: Sequence[Tensor] | None) -> Iterator[list[Any]]:
     """Walk lists of tensors side by side, in pieces that fit the cache where all are contiguous."""
-    present = next(each for each in lists if each is not None)
-    for index in range(len(present)):
+    given = [each for each in lists if each is not None]
+    if len({len(each) for each in given}) > 1:
+        raise ValueError(f"lists of {', '.join(str(len(each)) for each in given)} tensors; they go place by place")
+    for index in range(len(given[0])):
         tensors = [None if each is None else each[index] for each in lists]
         held = [tensor for tensor in tensors if tensor is not None]
         if not all(tensor.is_contiguous() for tensor in held):
@@ -95,26 +99,36 @@ def step_control(control: Tensor, dots: Tensor, losses: Tensor, hyper: Tensor) -
     control[SCALE].copy_(torch.where((clip > 0) & (norm > clip), clip / norm, 1.0))
 
 
+def present(factor: Tensor, term: Callable[[], Tensor]) -> Tensor:
+    """A term, or 0 where its factor is 0: 0·∞ would be NaN."""
+    value = host(factor)
+    if value is None:
+        return torch.where(factor != 0, term(), 0.0)
+    return term() if value != 0 else torch.zeros_like(factor)
+
+
 def penalty_gradient(
     theta: Tensor, theta0: Tensor | None, fisher: Tensor | None, l2: Tensor, l1: Tensor, prox: Tensor
 ) -> Tensor:
     """Gradient, elementwise, of ½·l2‖θ‖² + l1‖θ‖₁ + ½·prox·Σ F (θ − θ₀)²."""
-    gradient = theta * l2 + theta.sign() * l1
+    gradient = present(l2, lambda: theta * l2) + present(l1, lambda: theta.sign() * l1)
     if theta0 is None:
         return gradient
-    pull = (theta - wide(theta0)) * prox
-    return gradient + (pull if fisher is None else pull * wide(fisher))
+    away = theta - wide(theta0)
+    return gradient + present(prox, lambda: (away if fisher is None else away * wide(fisher)) * prox)
 
 
 def penalty(
     theta: Tensor, theta0: Tensor | None, fisher: Tensor | None, l2: Tensor, l1: Tensor, prox: Tensor
 ) -> Tensor:
     """Value, float64, shape (), of the same."""
-    value = 0.5 * l2 * theta.square().sum(dtype=torch.float64) + l1 * theta.abs().sum(dtype=torch.float64)
+    value = present(l2, lambda: 0.5 * l2 * theta.square().sum(dtype=torch.float64))
+    value = value + present(l1, lambda: l1 * theta.abs().sum(dtype=torch.float64))
     if theta0 is None:
         return value
-    away = (theta - wide(theta0)).square()
-    return value + 0.5 * prox * (away if fisher is None else away * wide(fisher)).sum(dtype=torch.float64)
+    away = theta - wide(theta0)
+    pull = away if fisher is None else away * wide(fisher)
+    return value + present(prox, lambda: 0.5 * prox * (pull * away).sum(dtype=torch.float64))
 
 
 def regularize(
@@ -188,9 +202,14 @@ def meta_update(
             old.copy_(new if always else torch.where(control[OK] > 0, new, wide(old)))
 
 
+def host(value: Tensor) -> float | None:
+    """A scalar's value where it is known: looked at only on the CPU, where looking waits for nothing."""
+    return float(value) if value.device.type == "cpu" else None
+
+
 def known(value: Tensor, wanted: float) -> bool:
-    """Whether a scalar is known to have this value: looked at only on the CPU, where looking waits for nothing."""
-    return value.device.type == "cpu" and float(value) == wanted
+    """Whether a scalar is known to have this value."""
+    return host(value) == wanted
 
 
 PROJECTIONS = ("one_sided", "symmetric", "scissorhands")
@@ -244,4 +263,11 @@ def saliency(out: Sequence[Tensor], grad: Sequence[Tensor], theta: Sequence[Tens
 def threshold(scores: Sequence[Tensor], sparsity: float) -> Tensor:
     """The ⌊sparsity·N⌋-th smallest of all N scores (the smallest for 0), shape (), float64."""
     every = torch.cat([score.reshape(-1) for score in scores])
-    return every.kthvalue(max(1, int(Fraction(str(sparsity)) * every.numel()))).values.double()
+    place = max(1, int(Fraction(str(sparsity)) * every.numel()))
+    # on CUDA kthvalue has no deterministic form, and refuses to run where one is asked for; sorting has
+    return smallest(every, place, every.is_cuda and torch.are_deterministic_algorithms_enabled()).double()
+
+
+def smallest(values: Tensor, place: int, by_sorting: bool) -> Tensor:
+    """The `place`-th smallest, counted from 1; NaN counts as largest."""
+    return values.sort().values[place - 1] if by_sorting else values.kthvalue(place).values

@@ -6,7 +6,8 @@ With (p, q, r) = (⟨a,b⟩, ‖a‖², ‖b‖²) and p < 0
     symmetric      s = −p/r    t = −p/q
     scissorhands   s = 0       t = max(½, −p/(q + 10⁻³))
 
-and s = t = 0 otherwise, in which case neither a nor b is even read.
+and s = t = 0 otherwise, in which case neither a nor b is even read. A factor of 0 leaves its vector as it is, even
+where the other is infinite.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ def project_block(b, a, t, s, offsets, mask, SYMMETRIC: tl.constexpr, COMPUTE: t
     """Project one block; a is written only where s may differ from 0."""
     x = read(a, offsets, mask, COMPUTE)
     y = read(b, offsets, mask, COMPUTE)
-    tl.store(b + offsets, y + x * t, mask)
+    tl.store(b + offsets, tl.where(t != 0, y + x * t, y), mask)
     if SYMMETRIC:
-        tl.store(a + offsets, x + y * s, mask)
+        tl.store(a + offsets, tl.where(s != 0, x + y * s, x), mask)
 
 
 @jit

@@ -1,6 +1,7 @@
 """P(θ) = ½·l2‖θ‖² + l1‖θ‖₁ + ½·prox·Σ F (θ − θ₀)², and grad ← grad + ∇P(θ), in one pass.
 
-∇P(θ) = l2·θ + l1·sign θ + prox·F (θ − θ₀). Without F, F = 1; without θ₀ the last term is absent.
+∇P(θ) = l2·θ + l1·sign θ + prox·F (θ − θ₀). Without F, F = 1; without θ₀ the last term is absent, as is each term
+whose factor is 0, whatever its operands are.
 """
 
 from __future__ import annotations
@@ -21,18 +22,24 @@ BLOCK = 2048
 
 
 @triton.jit
+def present(factor, term):
+    """The term, or 0 where its factor is 0: 0·∞ would be NaN."""
+    return tl.where(factor != 0, term, 0.0)
+
+
+@triton.jit
 def penalty(theta, theta0, fisher, l2, l1, prox):
     """Gradient and value of P, element by element; θ₀ and F may be None."""
     sign = (theta > 0).to(theta.dtype) - (theta < 0).to(theta.dtype)
-    gradient = theta * l2 + sign * l1
-    value = 0.5 * l2 * (theta * theta) + l1 * tl.abs(theta)
+    gradient = present(l2, theta * l2) + present(l1, sign * l1)
+    value = present(l2, 0.5 * l2 * (theta * theta)) + present(l1, l1 * tl.abs(theta))
     if theta0 is not None:
         away = theta - theta0
         pull = away
         if fisher is not None:
             pull = away * fisher
-        gradient += pull * prox
-        value += 0.5 * prox * (pull * away)
+        gradient += present(prox, pull * prox)
+        value += present(prox, 0.5 * prox * (pull * away))
     return gradient, value
 
 

@@ -31,7 +31,7 @@ FASTLUR_CLONES void dot_span(const T* a, const T* b, int64_t n, double* out) {
 }
 
 std::tuple<Tensor, Tensor> grad_dot(const Tensors& a, const Tensors& b) {
-  const auto rows = rows_of(a.front(), {{"a", a}, {"b", b}});
+  const auto rows = rows_of(home_of(a, "a"), {{"a", a}, {"b", b}});
   const Plan plan(rows);
   std::vector<double> partial(3 * plan.spans().size());
   plan.run([&](int64_t index, const Span& span) {
@@ -42,7 +42,6 @@ std::tuple<Tensor, Tensor> grad_dot(const Tensors& a, const Tensors& b) {
     });
   });
 
-  // no tensors at all: the dispatcher would not have come here
   Tensor total = new_numbers({3}, a.front()), each = new_numbers({int64_t(rows.size()), 3}, a.front());
   auto* sum = static_cast<double*>(total.mutable_data_ptr());
   auto* by_row = static_cast<double*>(each.mutable_data_ptr());
@@ -67,10 +66,9 @@ double sum_of(const Tensor& tensor) {
 }
 
 void step_control(const Tensor& control, const Tensor& dots, const Tensor& losses, const Tensor& hyper) {
-  numbers(control, "control", CONTROL, true);
-  numbers(dots, "dots", 3, true);
-  control_step(static_cast<double*>(control.mutable_data_ptr()), numbers(dots, "dots", 3, true),
-               sum_of(dots) + sum_of(losses), numbers(hyper, "hyper", HYPER, true));
+  numbers(control, "control", CONTROL, control);
+  control_step(static_cast<double*>(control.mutable_data_ptr()), numbers(dots, "dots", 3, control),
+               sum_of(dots) + sum_of(losses), numbers(hyper, "hyper", HYPER, control));
 }
 
 }  // namespace

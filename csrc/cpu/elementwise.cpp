@@ -25,7 +25,7 @@ FASTLUR_CLONES void displace_span(T* out, const T* theta, const T* d, int64_t n,
 
 void displace(const Tensors& out, const Tensors& theta, const Tensors& d, const Tensor& alpha,
               const std::optional<Tensor>& norm2) {
-  const double step = step_length(numbers(alpha, "alpha", 1, true), numbers(norm2, "norm2", true));
+  const double step = step_length(numbers(alpha, "alpha", 1, alpha), numbers(norm2, "norm2", alpha));
   const auto rows = rows_of(alpha, {{"out", out, List::WRITTEN}, {"theta", theta}, {"d", d}});
   const bool past_cache = worth_streaming(rows);
   walk(rows, [=](auto zero, const Row& row, int64_t start, int64_t n) {
@@ -46,8 +46,8 @@ FASTLUR_CLONES void project_both_span(T* a, T* b, int64_t n, Wide<T> s, Wide<T> 
   FASTLUR_SIMD
   for (int64_t i = 0; i < n; ++i) {
     const Wide<T> left = load(a + i), right = load(b + i);
-    store(a + i, left + right * s);
-    store(b + i, right + left * t);
+    store(a + i, s != 0 ? left + right * s : left);
+    store(b + i, t != 0 ? right + left * t : right);
   }
 }
 
@@ -56,7 +56,7 @@ void project(const Tensors& a, const Tensors& b, const Tensor& dots, const std::
                   "' is no projection; use 'one_sided', 'symmetric' or 'scissorhands'");
   const int which = kind == "one_sided" ? ONE_SIDED : kind == "symmetric" ? SYMMETRIC : SCISSORHANDS;
   const auto rows = rows_of(dots, {{"a", a, List::WRITTEN}, {"b", b, List::WRITTEN}});
-  const Factors by = projection(numbers(dots, "dots", 3, true), which);
+  const Factors by = projection(numbers(dots, "dots", 3, dots), which);
   if (by.s == 0 && by.t == 0) return;  // no conflict: nothing to read either
   walk(rows, [=](auto zero, const Row& row, int64_t start, int64_t n) {
     using T = decltype(zero);
@@ -84,7 +84,7 @@ FASTLUR_CLONES void extrapolate_span(T* theta, const T* theta0, const T* memoris
 
 void extrapolate(const Tensors& theta, const Tensors& theta0, const Tensors& memorised, const Tensor& alpha,
                  const Tensor& eta) {
-  const double a = *numbers(alpha, "alpha", 1, true), e = *numbers(eta, "eta", 1, true);
+  const double a = *numbers(alpha, "alpha", 1, alpha), e = *numbers(eta, "eta", 1, alpha);
   walk(rows_of(alpha, {{"theta", theta, List::WRITTEN}, {"theta0", theta0}, {"memorised", memorised}}),
        [=](auto zero, const Row& row, int64_t start, int64_t n) {
          using T = decltype(zero);
@@ -103,7 +103,7 @@ FASTLUR_CLONES void saliency_span(T* out, const T* grad, const T* theta, int64_t
 }
 
 void saliency(const Tensors& out, const Tensors& grad, const MaybeTensors& theta) {
-  const auto rows = rows_of(out.front(), {{"out", out, List::WRITTEN}, {"grad", grad}, {"theta", theta}});
+  const auto rows = rows_of(home_of(out, "out"), {{"out", out, List::WRITTEN}, {"grad", grad}, {"theta", theta}});
   const bool past_cache = worth_streaming(rows);
   walk(rows, [=](auto zero, const Row& row, int64_t start, int64_t n) {
     using T = decltype(zero);

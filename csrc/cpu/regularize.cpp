@@ -27,7 +27,7 @@ FASTLUR_CLONES void regularize_span(T* grad, const T* theta, const T* theta0, co
         const W away = weight - load(theta0 + i);
         W pull = away;
         if constexpr (PULL == FISHER) pull = away * load(fisher + i);
-        gradient = gradient + pull * penalty.prox;
+        gradient = gradient + penalty.pull(pull);
         pulled += pull * away;
       }
       store(grad + i, load(grad + i) + gradient);
@@ -43,7 +43,7 @@ FASTLUR_CLONES void regularize_span(T* grad, const T* theta, const T* theta0, co
 
 Tensor regularize(const Tensors& grad, const Tensors& theta, const MaybeTensors& theta0, const MaybeTensors& fisher,
                   const Tensor& hyper) {
-  const double* h = numbers(hyper, "hyper", HYPER, true);
+  const double* h = numbers(hyper, "hyper", HYPER, hyper);
   const auto rows = rows_of(hyper, {{"grad", grad, List::WRITTEN}, {"theta", theta}, {"theta0", theta0}, {"fisher", fisher}});
   const Plan plan(rows);
   std::vector<double> partial(3 * plan.spans().size());

@@ -12,11 +12,12 @@ constexpr int64_t TILE = 512;  // elements
 
 enum Column { THETA, A, U, MOMENT1, MOMENT2, THETA0, FISHER, MASK };
 
-template <class T>
+// T is the type of the weights, M that of the moments: the same, or float beside half weights.
+template <class T, class M>
 struct Operands {
   T* theta;
   const T *a, *u;
-  T *moment1, *moment2;
+  M *moment1, *moment2;
   const T *theta0, *fisher;
   const uint8_t* mask;
 };
@@ -36,28 +37,31 @@ template <class T>
 FASTLUR_INLINE void penalise(Wide<T>* g, const T* theta, const T* theta0, const T* fisher, int64_t n,
                              const Penalty<Wide<T>>& by) {
   using W = Wide<T>;
-  if (theta0 == nullptr) {
+  if (theta0 == nullptr || by.prox == 0) {
+    if (by.l2 == 0 && by.l1 == 0) return;
     FASTLUR_SIMD
     for (int64_t i = 0; i < n; ++i) g[i] = g[i] + by.norms(load(theta + i));
   } else if (fisher == nullptr) {
     FASTLUR_SIMD
     for (int64_t i = 0; i < n; ++i) {
       const W weight = load(theta + i);
-      g[i] = g[i] + (by.norms(weight) + (weight - load(theta0 + i)) * by.prox);
+      g[i] = g[i] + (by.norms(weight) + by.pull(weight - load(theta0 + i)));
     }
   } else {
     FASTLUR_SIMD
     for (int64_t i = 0; i < n; ++i) {
       const W weight = load(theta + i);
-      g[i] = g[i] + (by.norms(weight) + (weight - load(theta0 + i)) * load(fisher + i) * by.prox);
+      g[i] = g[i] + (by.norms(weight) + by.pull((weight - load(theta0 + i)) * load(fisher + i)));
     }
   }
 }
 
-template <class T, bool MASKED>
-FASTLUR_INLINE void move(const Wide<T>* g, const Operands<T>& at, int64_t start, int64_t n, const Rule<Wide<T>>& rule) {
+template <class T, class M, bool MASKED>
+FASTLUR_INLINE void move(const Wide<T>* g, const Operands<T, M>& at, int64_t start, int64_t n,
+                         const Rule<Wide<T>>& rule) {
   using W = Wide<T>;
-  T *theta = at.theta + start, *first = at.moment1 + start, *second = at.moment2 == nullptr ? nullptr : at.moment2 + start;
+  T* theta = at.theta + start;
+  M *first = at.moment1 + start, *second = at.moment2 == nullptr ? nullptr : at.moment2 + start;
   const uint8_t* mask = MASKED ? at.mask + start : nullptr;
   if (second == nullptr) {
     FASTLUR_SIMD
@@ -83,8 +87,8 @@ FASTLUR_INLINE void move(const Wide<T>* g, const Operands<T>& at, int64_t start,
   }
 }
 
-template <class T>
-FASTLUR_CLONES void update_span(const Operands<T>& at, int64_t n, const Rule<Wide<T>>& rule,
+template <class T, class M>
+FASTLUR_CLONES void update_span(const Operands<T, M>& at, int64_t n, const Rule<Wide<T>>& rule,
                                 const Penalty<Wide<T>>& penalty) {
   Wide<T> g[TILE];
   for (int64_t start = 0; start < n; start += TILE) {
@@ -93,36 +97,44 @@ FASTLUR_CLONES void update_span(const Operands<T>& at, int64_t n, const Rule<Wid
     gather(g, at.a + start, from(at.u), count, rule.scale);
     penalise(g, static_cast<const T*>(at.theta + start), from(at.theta0), from(at.fisher), count, penalty);
     if (at.mask == nullptr)
-      move<T, false>(g, at, start, count, rule);
+      move<T, M, false>(g, at, start, count, rule);
     else
-      move<T, true>(g, at, start, count, rule);
+      move<T, M, true>(g, at, start, count, rule);
   }
+}
+
+template <class T, class M>
+void update_row(const Row& row, const Span& span, const Rule<Wide<T>>& rule, const Penalty<Wide<T>>& penalty) {
+  const int64_t start = span.start;
+  const Operands<T, M> at{part<T>(row, THETA, start),        part<const T>(row, A, start),
+                          part<const T>(row, U, start),      part<M>(row, MOMENT1, start),
+                          part<M>(row, MOMENT2, start),      part<const T>(row, THETA0, start),
+                          part<const T>(row, FISHER, start), part<const uint8_t>(row, MASK, start)};
+  update_span(at, span.count, rule, penalty);
 }
 
 void meta_update(const Tensors& theta, const Tensors& a, const MaybeTensors& u, const Tensors& moment1,
                  const MaybeTensors& moment2, const MaybeTensors& theta0, const MaybeTensors& fisher,
                  const MaybeTensors& mask, const Tensor& control, const Tensor& hyper) {
-  const double *c = numbers(control, "control", CONTROL, true), *h = numbers(hyper, "hyper", HYPER, true);
+  const double *c = numbers(control, "control", CONTROL, hyper), *h = numbers(hyper, "hyper", HYPER, hyper);
   const auto rows = rows_of(hyper, {{"theta", theta, List::WRITTEN},
                              {"a", a},
                              {"u", u},
-                             {"moment1", moment1, List::WRITTEN},
-                             {"moment2", moment2, List::WRITTEN},
+                             {"moment1", moment1, List::MOMENT},
+                             {"moment2", moment2, List::MOMENT},
                              {"theta0", theta0},
                              {"fisher", fisher},
                              {"mask", mask, List::MASK}});
   if (!(c[OK] > 0)) return;
+  // AdamW decays the weights beside the gradient: its penalties have no decay
   Plan(rows).run([&](int64_t, const Span& span) {
     const Row& row = rows[span.row];
     typed(row.dtype, [&](auto zero) {
       using T = decltype(zero);
-      const int64_t start = span.start;
-      const Operands<T> at{part<T>(row, THETA, start),         part<const T>(row, A, start),
-                           part<const T>(row, U, start),       part<T>(row, MOMENT1, start),
-                           part<T>(row, MOMENT2, start),       part<const T>(row, THETA0, start),
-                           part<const T>(row, FISHER, start), part<const uint8_t>(row, MASK, start)};
-      // AdamW decays the weights beside the gradient
-      update_span(at, span.count, Rule<Wide<T>>(h, c), Penalty<Wide<T>>(h, !moment2));
+      if (row.wide_moments)
+        update_row<T, Wide<T>>(row, span, Rule<Wide<T>>(h, c), Penalty<Wide<T>>(h, !moment2));
+      else
+        update_row<T, T>(row, span, Rule<Wide<T>>(h, c), Penalty<Wide<T>>(h, !moment2));
     });
   });
 }

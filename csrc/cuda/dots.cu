@@ -5,7 +5,7 @@ namespace fastlur {
 namespace {
 
 struct Dots {
-  static constexpr int LISTS = 2, READS = 0b11, WRITES = 0, MASK = -1, SUMS = 3;
+  static constexpr int LISTS = 2, READS = 0b11, WRITES = 0, MASK = -1, FLOATS = 0, SUMS = 3;
 
   template <class W>
   struct Scalars {
@@ -21,7 +21,7 @@ struct Dots {
 };
 
 std::tuple<Tensor, Tensor> grad_dot(const Tensors& a, const Tensors& b) {
-  const auto rows = rows_of(a.front(), {{"a", a}, {"b", b}});
+  const auto rows = rows_of(home_of(a, "a"), {{"a", a}, {"b", b}});
   const torch::stable::accelerator::DeviceGuard guard(a.front().get_device_index());
   const cudaStream_t stream = current_stream(a.front());
   Tensor partial = new_numbers({first_tiles(rows).back(), SUMS}, a.front());
@@ -44,8 +44,8 @@ __global__ void control_kernel(double* control, const double* dots, int64_t n_do
 }
 
 void step_control(const Tensor& control, const Tensor& dots, const Tensor& losses, const Tensor& hyper) {
-  numbers(control, "control", CONTROL, false);
-  const double *d = numbers(dots, "dots", 3, false), *h = numbers(hyper, "hyper", HYPER, false);
+  numbers(control, "control", CONTROL, control);
+  const double *d = numbers(dots, "dots", 3, control), *h = numbers(hyper, "hyper", HYPER, control);
   const auto row = rows_of(control, {{"losses", Tensors{losses}}}).front();
   STD_TORCH_CHECK(losses.is_cuda(), "losses must be on the device of control");
   const torch::stable::accelerator::DeviceGuard guard(control.get_device_index());

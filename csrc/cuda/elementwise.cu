@@ -9,7 +9,7 @@ namespace {
 using torch::stable::accelerator::DeviceGuard;
 
 struct Displace {
-  static constexpr int LISTS = 3, READS = 0b110, WRITES = 0b001, MASK = -1, SUMS = 0;
+  static constexpr int LISTS = 3, READS = 0b110, WRITES = 0b001, MASK = -1, FLOATS = 0, SUMS = 0;
   const double *alpha, *norm2;
 
   template <class W>
@@ -24,7 +24,7 @@ struct Displace {
 
 void displace(const Tensors& out, const Tensors& theta, const Tensors& d, const Tensor& alpha,
               const std::optional<Tensor>& norm2) {
-  const Displace op{numbers(alpha, "alpha", 1, false), numbers(norm2, "norm2", false)};
+  const Displace op{numbers(alpha, "alpha", 1, alpha), numbers(norm2, "norm2", alpha)};
   const auto rows = rows_of(alpha, {{"out", out, List::WRITTEN}, {"theta", theta}, {"d", d}});
   const DeviceGuard guard(alpha.get_device_index());
   launch(rows, op, current_stream(alpha));
@@ -32,7 +32,7 @@ void displace(const Tensors& out, const Tensors& theta, const Tensors& d, const 
 
 template <bool BOTH>
 struct Project {
-  static constexpr int LISTS = 2, READS = 0b11, WRITES = BOTH ? 0b11 : 0b10, MASK = -1, SUMS = 0;
+  static constexpr int LISTS = 2, READS = 0b11, WRITES = BOTH ? 0b11 : 0b10, MASK = -1, FLOATS = 0, SUMS = 0;
   const double* dots;
   int kind;
 
@@ -48,8 +48,8 @@ struct Project {
     __device__ bool reads(int) const { return true; }
     __device__ __forceinline__ void apply(W (&v)[LISTS], const bool*, W*) const {
       const W left = v[0], right = v[1];
-      if (BOTH) v[0] = left + right * s;
-      v[1] = right + left * t;
+      if (BOTH && s != 0) v[0] = left + right * s;
+      if (t != 0) v[1] = right + left * t;
     }
   };
 };
@@ -57,7 +57,7 @@ struct Project {
 void project(const Tensors& a, const Tensors& b, const Tensor& dots, const std::string& kind) {
   STD_TORCH_CHECK(kind == "one_sided" || kind == "symmetric" || kind == "scissorhands", "kind='", kind,
                   "' is no projection; use 'one_sided', 'symmetric' or 'scissorhands'");
-  const double* d = numbers(dots, "dots", 3, false);
+  const double* d = numbers(dots, "dots", 3, dots);
   const auto rows = rows_of(dots, {{"a", a, List::WRITTEN}, {"b", b, List::WRITTEN}});
   const DeviceGuard guard(dots.get_device_index());
   if (kind == "symmetric")
@@ -67,7 +67,7 @@ void project(const Tensors& a, const Tensors& b, const Tensor& dots, const std::
 }
 
 struct Extrapolate {
-  static constexpr int LISTS = 3, READS = 0b111, WRITES = 0b001, MASK = -1, SUMS = 0;
+  static constexpr int LISTS = 3, READS = 0b111, WRITES = 0b001, MASK = -1, FLOATS = 0, SUMS = 0;
   const double *alpha, *eta;
 
   template <class W>
@@ -87,14 +87,14 @@ struct Extrapolate {
 
 void extrapolate(const Tensors& theta, const Tensors& theta0, const Tensors& memorised, const Tensor& alpha,
                  const Tensor& eta) {
-  const Extrapolate op{numbers(alpha, "alpha", 1, false), numbers(eta, "eta", 1, false)};
+  const Extrapolate op{numbers(alpha, "alpha", 1, alpha), numbers(eta, "eta", 1, alpha)};
   const auto rows = rows_of(alpha, {{"theta", theta, List::WRITTEN}, {"theta0", theta0}, {"memorised", memorised}});
   const DeviceGuard guard(alpha.get_device_index());
   launch(rows, op, current_stream(alpha));
 }
 
 struct Saliency {
-  static constexpr int LISTS = 3, READS = 0b110, WRITES = 0b001, MASK = -1, SUMS = 0;
+  static constexpr int LISTS = 3, READS = 0b110, WRITES = 0b001, MASK = -1, FLOATS = 0, SUMS = 0;
 
   template <class W>
   struct Scalars {
@@ -109,7 +109,7 @@ struct Saliency {
 };
 
 void saliency(const Tensors& out, const Tensors& grad, const MaybeTensors& theta) {
-  const auto rows = rows_of(out.front(), {{"out", out, List::WRITTEN}, {"grad", grad}, {"theta", theta}});
+  const auto rows = rows_of(home_of(out, "out"), {{"out", out, List::WRITTEN}, {"grad", grad}, {"theta", theta}});
   const DeviceGuard guard(out.front().get_device_index());
   launch(rows, Saliency{}, current_stream(out.front()));
 }

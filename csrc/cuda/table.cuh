@@ -65,10 +65,10 @@ inline int grid_for(int64_t tiles) {
   return int(std::min<int64_t>(tiles, int64_t(processors) * 8));
 }
 
-// Calls launch(table) for the rows of one dtype, ROWS at a time; empty tensors are left out.
+// Calls launch(table) for the rows of one dtype and kind of moments, ROWS at a time; empty tensors are left out.
 template <int LISTS, class F>
 void in_tables(const std::vector<Row>& rows, int tile, const std::vector<int64_t>& partial, ScalarType dtype,
-               const F& launch) {
+               bool wide_moments, const F& launch) {
   Table<LISTS> table;
   static_assert(sizeof(table) < PARAMETERS);
   table.rows = 0;
@@ -78,7 +78,7 @@ void in_tables(const std::vector<Row>& rows, int tile, const std::vector<int64_t
   };
   for (size_t i = 0; i < rows.size(); ++i) {
     const Row& row = rows[i];
-    if (row.dtype != dtype || row.numel == 0) continue;
+    if (row.dtype != dtype || row.wide_moments != wide_moments || row.numel == 0) continue;
     const int r = table.rows;
     if (r == 0) table.first[0] = 0;
     bool aligned = true;

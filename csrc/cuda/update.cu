@@ -7,7 +7,7 @@ namespace {
 using torch::stable::accelerator::DeviceGuard;
 
 struct Regularize {
-  static constexpr int LISTS = 4, READS = 0b1111, WRITES = 0b0001, MASK = -1, SUMS = 3;
+  static constexpr int LISTS = 4, READS = 0b1111, WRITES = 0b0001, MASK = -1, FLOATS = 0, SUMS = 3;
   const double* hyper;
 
   template <class W>
@@ -22,7 +22,7 @@ struct Regularize {
       sums[1] += std::abs(v[1]);
       if (has[2]) {
         const W away = v[1] - v[2], pull = has[3] ? away * v[3] : away;
-        gradient = gradient + pull * penalty.prox;
+        gradient = gradient + penalty.pull(pull);
         sums[2] += pull * away;
       }
       v[0] = v[0] + gradient;
@@ -32,7 +32,7 @@ struct Regularize {
 
 Tensor regularize(const Tensors& grad, const Tensors& theta, const MaybeTensors& theta0, const MaybeTensors& fisher,
                   const Tensor& hyper) {
-  const double* h = numbers(hyper, "hyper", HYPER, false);
+  const double* h = numbers(hyper, "hyper", HYPER, hyper);
   const auto rows = rows_of(hyper, {{"grad", grad, List::WRITTEN}, {"theta", theta}, {"theta0", theta0}, {"fisher", fisher}});
   const DeviceGuard guard(hyper.get_device_index());
   const cudaStream_t stream = current_stream(hyper);
@@ -47,9 +47,10 @@ Tensor regularize(const Tensors& grad, const Tensors& theta, const MaybeTensors&
 
 enum Column { THETA, A, U, MOMENT1, MOMENT2, THETA0, FISHER, MASKED };
 
-template <bool ADAMW>
+template <bool ADAMW, bool WIDE_MOMENTS>
 struct Update {
   static constexpr int LISTS = 8, MASK = MASKED, SUMS = 0;
+  static constexpr int FLOATS = WIDE_MOMENTS ? 1 << MOMENT1 | 1 << MOMENT2 : 0;
   static constexpr int WRITES = 1 << THETA | 1 << MOMENT1 | (ADAMW ? 1 << MOMENT2 : 0);
   static constexpr int READS = WRITES | 1 << A | 1 << U | 1 << THETA0 | 1 << FISHER;
   const double *control, *hyper;
@@ -68,7 +69,7 @@ struct Update {
       W gradient = penalty.norms(v[THETA]);
       if (has[THETA0]) {
         const W away = v[THETA] - v[THETA0];
-        gradient = gradient + (has[FISHER] ? away * v[FISHER] : away) * penalty.prox;
+        gradient = gradient + penalty.pull(has[FISHER] ? away * v[FISHER] : away);
       }
       g = g + gradient;
       if constexpr (ADAMW)
@@ -82,20 +83,24 @@ struct Update {
 void meta_update(const Tensors& theta, const Tensors& a, const MaybeTensors& u, const Tensors& moment1,
                  const MaybeTensors& moment2, const MaybeTensors& theta0, const MaybeTensors& fisher,
                  const MaybeTensors& mask, const Tensor& control, const Tensor& hyper) {
-  const double *c = numbers(control, "control", CONTROL, false), *h = numbers(hyper, "hyper", HYPER, false);
+  const double *c = numbers(control, "control", CONTROL, hyper), *h = numbers(hyper, "hyper", HYPER, hyper);
   const auto rows = rows_of(hyper, {{"theta", theta, List::WRITTEN},
                              {"a", a},
                              {"u", u},
-                             {"moment1", moment1, List::WRITTEN},
-                             {"moment2", moment2, List::WRITTEN},
+                             {"moment1", moment1, List::MOMENT},
+                             {"moment2", moment2, List::MOMENT},
                              {"theta0", theta0},
                              {"fisher", fisher},
                              {"mask", mask, List::MASK}});
   const DeviceGuard guard(hyper.get_device_index());
-  if (moment2)
-    launch(rows, Update<true>{c, h}, current_stream(hyper));
-  else
-    launch(rows, Update<false>{c, h}, current_stream(hyper));
+  const cudaStream_t stream = current_stream(hyper);
+  if (moment2) {
+    launch(rows, Update<true, false>{c, h}, stream);
+    launch(rows, Update<true, true>{c, h}, stream);
+  } else {
+    launch(rows, Update<false, false>{c, h}, stream);
+    launch(rows, Update<false, true>{c, h}, stream);
+  }
 }
 
 }  // namespace

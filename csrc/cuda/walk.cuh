@@ -2,7 +2,7 @@
 // write the outputs, and leave one set of partial sums a tile.
 //
 // An operation `Op` says with LISTS, READS, WRITES (bits) and SUMS what it touches, MASK naming the list of booleans or
-// -1. `Op::Scalars<W>` is made on the device, once a block, from what the host cannot know without waiting.
+// -1, FLOATS (bits) the lists that are float32 whatever T is. `Op::Scalars<W>` is made on the device, once a block, from what the host cannot know without waiting.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -29,7 +29,7 @@ __device__ __forceinline__ void narrow(__nv_bfloat16& to, float x) { to = __floa
 __device__ __forceinline__ void narrow(__half& to, float x) { to = __float2half_rn(x); }
 
 template <class T, int N>
-struct alignas(sizeof(T) * N) Pack {
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T item[N];
 };
 
@@ -54,6 +54,22 @@ __device__ void block_sum(double (&sums)[SUMS]) {
   __syncthreads();  // `shared` is used again for the next tile
 }
 
+template <class T, int N, class W>
+__device__ __forceinline__ void fetch(W (&to)[N], const void* from, int64_t at, bool present) {
+  Pack<T, N> pack{};
+  if (present) pack = *reinterpret_cast<const Pack<T, N>*>(static_cast<const T*>(from) + at);
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = widen(pack.item[i]);
+}
+
+template <class T, int N, class W>
+__device__ __forceinline__ void put(void* to, int64_t at, const W (&from)[N]) {
+  Pack<T, N> pack;
+#pragma unroll
+  for (int i = 0; i < N; ++i) narrow(pack.item[i], from[i]);
+  *reinterpret_cast<Pack<T, N>*>(static_cast<T*>(to) + at) = pack;
+}
+
 // N elements from `at` on, of each list.
 template <class T, class Op, int N, class S>
 __device__ __forceinline__ void work(const Table<Op::LISTS>& table, int row, int64_t at, const S& scalars,
@@ -70,11 +86,11 @@ __device__ __forceinline__ void work(const Table<Op::LISTS>& table, int row, int
 #pragma unroll
       for (int i = 0; i < N; ++i) keep[i] = !has[k] || pack.item[i] != 0;
     } else if (Op::READS >> k & 1) {
-      Pack<T, N> pack{};
-      if (has[k] && scalars.reads(k))
-        pack = *reinterpret_cast<const Pack<T, N>*>(static_cast<const T*>(table.at[k][row]) + at);
-#pragma unroll
-      for (int i = 0; i < N; ++i) v[k][i] = widen(pack.item[i]);
+      const bool present = has[k] && scalars.reads(k);
+      if (Op::FLOATS >> k & 1)
+        fetch<W, N>(v[k], table.at[k][row], at, present);
+      else
+        fetch<T, N>(v[k], table.at[k][row], at, present);
     }
   }
 #pragma unroll
@@ -90,10 +106,10 @@ __device__ __forceinline__ void work(const Table<Op::LISTS>& table, int row, int
 #pragma unroll
   for (int k = 0; k < Op::LISTS; ++k) {
     if ((Op::WRITES >> k & 1) && has[k]) {
-      Pack<T, N> pack;
-#pragma unroll
-      for (int i = 0; i < N; ++i) narrow(pack.item[i], v[k][i]);
-      *reinterpret_cast<Pack<T, N>*>(static_cast<T*>(table.at[k][row]) + at) = pack;
+      if (Op::FLOATS >> k & 1)
+        put<W, N>(table.at[k][row], at, v[k]);
+      else
+        put<T, N>(table.at[k][row], at, v[k]);
     }
   }
 }
@@ -139,17 +155,19 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// Launches an operation on the rows, once for each dtype and each ROWS tensors.
+// Launches an operation on the rows, once for each dtype and each ROWS tensors; with FLOATS on those rows alone that
+// have such lists, without on the others.
 template <class Op>
 void launch(const std::vector<Row>& rows, const Op& op, cudaStream_t stream, double* partial = nullptr) {
   constexpr int tile = TILE<(Op::SUMS > 0)>;
   const auto first = first_tiles(rows, tile);
   const auto with = [&](auto zero, ScalarType dtype) {
     using T = decltype(zero);
-    in_tables<Op::LISTS>(rows, tile, first, dtype, [&](const Table<Op::LISTS>& table) {
-      walk<T, Op><<<grid_for(table.first[table.rows]), THREADS, 0, stream>>>(table, op, partial);
-      STD_CUDA_KERNEL_LAUNCH_CHECK();
-    });
+    if constexpr (Op::FLOATS == 0 || sizeof(T) == 2)
+      in_tables<Op::LISTS>(rows, tile, first, dtype, Op::FLOATS != 0, [&](const Table<Op::LISTS>& table) {
+        walk<T, Op><<<grid_for(table.first[table.rows]), THREADS, 0, stream>>>(table, op, partial);
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
+      });
   };
   with(float{}, ScalarType::Float);
   with(double{}, ScalarType::Double);

@@ -1,6 +1,7 @@
 """Builds the optional compiled extension; everything else about the package stands in pyproject.toml.
 
 FASTLUR_EXT=1 makes a build that fails fatal, 0 skips it; unset, it is tried and its failure leaves one warning line.
+Where only the CUDA part fails, the CPU part is built alone, with a warning line too.
 FASTLUR_SANITIZE=1 builds the CPU part under the address and undefined-behaviour sanitizers.
 """
 
@@ -26,12 +27,12 @@ except Exception as error:  # build isolation hides torch: then there is nothing
     cpp_extension = None
 
 
-def give_up(error: BaseException) -> None:
-    """One line in place of the extension; to be called while the error is handled."""
+def give_up(error: BaseException, what: str = "its compiled extension") -> None:
+    """One line in place of what could not be built; to be called while the error is handled."""
     if WISH == "1":
         raise error
     reason = (str(error).strip() or repr(error)).splitlines()[0]
-    print(f"warning: fastlur is installed without its compiled extension: {reason}", file=sys.stderr)
+    print(f"warning: fastlur is installed without {what}: {reason}", file=sys.stderr)
 
 
 def with_cuda() -> bool:
@@ -42,12 +43,12 @@ def with_cuda() -> bool:
     return torch.version.cuda is not None and home is not None and (Path(home) / "bin" / "nvcc").exists()
 
 
-def extension() -> Extension:
+def extension(cuda: bool) -> Extension:
     """The extension as torch's build helpers describe it."""
     import torch
 
     sanitize = os.environ.get("FASTLUR_SANITIZE") == "1"
-    cuda = with_cuda() and not sanitize
+    cuda = cuda and not sanitize
     if cuda and not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
         os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHES
     defines = [f"-DTORCH_TARGET_VERSION={TARGET}"]
@@ -83,9 +84,19 @@ class build_ext(plain_build_ext if cpp_extension is None else cpp_extension.Buil
     """Goes on without the extension when it cannot be built: setuptools' own `optional` misses torch's errors."""
 
     def run(self) -> None:
-        """Build, and let a failure pass unless FASTLUR_EXT=1."""
+        """Build, and let a failure pass unless FASTLUR_EXT=1: that of CUDA first, then that of the rest."""
+        compiler = self.compiler  # a name; a build leaves an object in its place
         try:
-            super().run()
+            try:
+                super().run()
+            except (Exception, SystemExit) as error:
+                if not any(source.endswith(".cu") for each in self.extensions for source in each.sources):
+                    raise
+                give_up(error, "the CUDA part of its extension")
+                self.compiler = compiler
+                for each in self.extensions:  # changed, not replaced: setuptools has notes of its own on them
+                    vars(each).update(vars(extension(cuda=False)))
+                super().run()
         except (Exception, SystemExit) as error:
             give_up(error)
             self.extensions = []
@@ -99,11 +110,12 @@ def extensions() -> list[Extension]:
     """The extension, or nothing where it was not asked for or cannot be had."""
     if cpp_extension is None or platform.system() == "Windows":
         return []
-    try:
-        return [extension()]
-    except Exception as error:
-        give_up(error)
-        return []
+    for cuda in (True, False) if with_cuda() else (False,):
+        try:
+            return [extension(cuda)]
+        except Exception as error:
+            give_up(error, "the CUDA part of its extension" if cuda else "its compiled extension")
+    return []
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": build_ext})

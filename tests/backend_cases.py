@@ -4,6 +4,7 @@ The cases are functions of the sizes, so that what test_kernels_gpu.py asks of b
 asked of few on a CPU by test_backends.py.
 """
 
+import os
 from contextlib import contextmanager
 from unittest import mock
 
@@ -28,6 +29,8 @@ def through(name):
         return
     reason = backends.unavailable(name, DEVICE)
     if reason is not None:
+        if name == "extension" and os.environ.get("FASTLUR_EXT") == "1":
+            pytest.fail(f"FASTLUR_EXT=1, but {reason}")
         pytest.skip(f"{name}: {reason}")
     with backends.backend(name):
         yield

@@ -46,7 +46,8 @@ sanitize: $(STAMP)
 		--build-lib=$(SANITIZED)/lib --build-temp=$(SANITIZED)/temp
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 FASTLUR_SANITIZE=1 \
-		FASTLUR_EXT_PATH="$$(echo $(SANITIZED)/lib/fastlur/_native*.so)" $(BIN)/python -m pytest tests/test_extension.py
+		FASTLUR_EXT_PATH="$$(echo $(SANITIZED)/lib/fastlur/_native*.so)" $(BIN)/python -m pytest \
+		tests/test_extension.py tests/test_semantics.py -k "not triton"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

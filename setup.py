@@ -85,7 +85,7 @@ class build_ext(plain_build_ext if cpp_extension is None else cpp_extension.Buil
 
     def run(self) -> None:
         """Build, and let a failure pass unless FASTLUR_EXT=1: that of CUDA first, then that of the rest."""
-        compiler = self.compiler  # a name; a build leaves an object in its place
+        before = vars(self).copy()  # a build that fails leaves its own compiler and folders behind
         try:
             try:
                 super().run()
@@ -93,7 +93,7 @@ class build_ext(plain_build_ext if cpp_extension is None else cpp_extension.Buil
                 if not any(source.endswith(".cu") for each in self.extensions for source in each.sources):
                     raise
                 give_up(error, "the CUDA part of its extension")
-                self.compiler = compiler
+                vars(self).update(before)
                 for each in self.extensions:  # changed, not replaced: setuptools has notes of its own on them
                     vars(each).update(vars(extension(cuda=False)))
                 super().run()

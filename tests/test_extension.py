@@ -1,6 +1,7 @@
 """The compiled extension against float64 truth, and its build.
 
-A compiler that is present and a build that fails is a failure; without a compiler the tests are skipped.
+A compiler that is present and a build that fails is a failure; without a compiler the tests are skipped, unless
+FASTLUR_EXT=1 asks for them.
 """
 
 import os
@@ -42,6 +43,8 @@ def _loaded():
         assert extension.load() is None
         return
     if COMPILER is None:
+        if os.environ.get("FASTLUR_EXT") == "1":
+            pytest.fail("FASTLUR_EXT=1, but there is no C++ compiler; install one or name it in CXX")
         pytest.skip("no C++ compiler")
     done = build(ROOT, f"--build-lib={BUILT}/lib", f"--build-temp={BUILT}/temp", FASTLUR_EXT="1")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -49,6 +49,7 @@ def test_a_failing_cuda_build_leaves_the_cpu_extension(tmp_path):
     assert done.returncode == 0, done.stderr
     warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: fastlur")]
     assert len(warnings) == 1 and "without the CUDA part" in warnings[0], done.stderr
+    assert len(list(tmp_path.glob("fastlur/_native*.so"))) == 1, done.stderr
     (library,) = tmp_path.glob("fastlur/_native*.so")
     code = "from fastlur import _extension as e; print(e.load(), e.missing(), e.missing('cuda'))"
     environment = {**os.environ, "FASTLUR_EXT_PATH": str(library)}

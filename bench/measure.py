@@ -4,27 +4,49 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
+Times = dict[str, list[float]]
 
-def interleaved(arms: dict[str, Callable[[], object]], seconds: float, most: int = 200) -> dict[str, float]:
-    """Median seconds of each arm, called in turn A B C A B C … until the time is up (at least five rounds).
+
+def interleaved(arms: Mapping[str, Callable[[], object]], seconds: float, fewest: int = 5, most: int = 200) -> Times:
+    """Seconds of every call of each arm, called in turn A B C A B C … until the time is up.
 
     Every arm runs twice before the clock starts. On CUDA each call is waited for.
+
+    Args:
+        arms: what to call, by name.
+        seconds: how long to go on.
+        fewest: rounds to make however long they take.
+        most: rounds to stop after.
     """
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for _ in range(2):
         for arm in arms.values():
             arm()
-    times: dict[str, list[float]] = {name: [] for name in arms}
+    times: Times = {name: [] for name in arms}
     end = time.perf_counter() + seconds
-    while len(next(iter(times.values()))) < 5 or (time.perf_counter() < end and len(next(iter(times.values()))) < most):
+    for made in range(most):
+        if made >= fewest and time.perf_counter() > end:
+            break
         for name, arm in arms.items():
             wait()
             began = time.perf_counter()
             arm()
             wait()
             times[name].append(time.perf_counter() - began)
+    return times
+
+
+def medians(times: Times) -> dict[str, float]:
+    """The median seconds of each arm."""
     return {name: statistics.median(each) for name, each in times.items()}
+
+
+def ratio(times: Times, arm: str, base: str) -> tuple[float, float, float]:
+    """Median of arm ÷ base, and the quartiles of the same taken round by round, which say how far to trust it."""
+    rounds = [x / y for x, y in zip(times[arm], times[base], strict=True)]
+    low, _, high = statistics.quantiles(rounds, n=4) if len(rounds) > 1 else (rounds[0],) * 3
+    return statistics.median(times[arm]) / statistics.median(times[base]), low, high

@@ -19,7 +19,7 @@ from fastlur._version import __version__
 from fastlur.backends import serving
 from fastlur.budget import RetainBudget
 from fastlur.checkpoint import Checkpointer, model_digest
-from fastlur.data import Source, Stream, source, to_device
+from fastlur.data import Feed, Source, Stream, source, to_device
 from fastlur.errors import ArgumentError, DataError, ModelError
 from fastlur.history import History
 from fastlur.loop import Observer, run
@@ -98,7 +98,8 @@ def unlearn(
         loss: retain loss `(model, batch) -> scalar`; None: cross-entropy.
         forget_loss: loss `(model, batch) -> scalar` that forgets when minimised; None: the method's own (for LUR
             `fastlur.losses.BoundedForgetting`).
-        steps: how many steps; None (with `epochs` None too): 150.
+        steps: how many steps; None (with `epochs` None too): 150, or what is usual with the method. A method that
+            makes no steps (SSD) makes none whatever is asked.
         epochs: the same in epochs; fractions are allowed.
         batch_size: items of each side a step, for data that do not come in batches.
         lr: learning rate; None: 0.03 for SGD, 1e-3 for AdamW.
@@ -165,7 +166,9 @@ def unlearn(
         "forget": forget_loss or method.default_forget_loss(kind),
     }
     checks.trial(model, losses, firsts, contents, classifies=classifies, device=where, precision=precision)
-    total = steps or _length(sources, epochs)
+    if forget_loss is not None and getattr(method, "own_objective", False):
+        raise ArgumentError(f"forget_loss: {method.name} defines what it minimises on the forget data; leave it None")
+    total = _length(sources, steps, epochs, getattr(method, "steps", None))
     if lr is not None and not isinstance(optimizer, str):
         raise ArgumentError(f"lr={lr!r}: the optimizer that was passed keeps its own; set it there")
     base = lr if lr is not None else DEFAULT_LR.get(str(optimizer), 0.0)
@@ -216,6 +219,8 @@ def unlearn(
                 memory_format=memory_format,
                 compile=compile,
                 seed=seed,
+                feed=Feed(sources, seed, where, memory_format),
+                steps=total,
             )
         )
         guards: list[Observer] = []
@@ -284,9 +289,12 @@ def _name(loss: Loss) -> str:
     return f"{owner.__module__}.{owner.__qualname__}"
 
 
-def _length(sources: dict[Which, Source], epochs: float | None) -> int:
+def _length(sources: dict[Which, Source], steps: int | None, epochs: float | None, usual: int | None) -> int:
+    """How many steps: as asked for, or what is usual with the method; 0 for a method without steps, always."""
+    if usual == 0:
+        return 0
     if epochs is None:
-        return STEPS
+        return steps or usual or STEPS
     counts = [source.per_epoch for source in sources.values()]
     if None in counts:
         raise ArgumentError(f"epochs={epochs!r}: the data do not tell their length; give steps= instead")

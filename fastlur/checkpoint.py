@@ -60,6 +60,7 @@ class Checkpoints:
         tensors |= {f"weight/{k}": v for k, v in zip(step.space.names, step.space.theta.views, strict=True)}
         for vector, named in state["vectors"].items():
             tensors |= {f"vector/{vector}/{name}": tensor for name, tensor in named.items()}
+        tensors |= {f"method/{name}": tensor for name, tensor in state["tensors"].items()}
         tensors["control"] = state["control"]
         optimizer = _pack(state["optimizer"], "optimizer", tensors)
         payload = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
@@ -144,7 +145,9 @@ class Checkpoints:
         }
         optimizer = _unpack(record["optimizer"], tensors)
         plain = {"step": record["step"], "method": record["method"]}
-        step.load_state_dict(plain | {"control": tensors["control"], "vectors": vectors, "optimizer": optimizer})
+        own = {k.removeprefix("method/"): v for k, v in tensors.items() if k.startswith("method/")}
+        state = plain | {"control": tensors["control"], "vectors": vectors, "tensors": own}
+        step.load_state_dict(state | {"optimizer": optimizer})
 
     def _steps(self) -> list[int]:
         found = (NAME.fullmatch(path.name) for path in self.directory.iterdir())

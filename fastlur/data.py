@@ -241,6 +241,47 @@ def loader_indices(loader: DataLoader[Any]) -> list[int] | None:
     return None
 
 
+class Feed:
+    """The data of both sides, for what a method does before or between steps (a mask, a Fisher, a membership attack).
+
+    Args:
+        sources: "forget" and "retain".
+        seed: fixes what is drawn.
+        device: where batches are wanted.
+        memory_format: of four-dimensional tensors.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[Any, Source],
+        seed: int,
+        device: torch.device,
+        memory_format: torch.memory_format | None = None,
+    ) -> None:
+        self._sources, self._seed, self._device, self._memory_format = sources, seed, device, memory_format
+
+    def per_epoch(self, side: str) -> int | None:
+        """Batches in one pass over a side; None where the data do not tell."""
+        return self._sources[side].per_epoch
+
+    def batches(self, side: str, limit: int | None = None, draw: object = 0) -> Iterator[Any]:
+        """Every item of a side once, in batches on the device; with `limit` that many batches, drawn at random.
+
+        The same `draw` gives the same batches. Random state is seeded on the way: see `borrowed_random`.
+        """
+        source, seed = self._sources[side], derive(self._seed, "feed", side, draw)
+        if limit is None:
+            for batch in source.once(seed):
+                yield to_device(batch, self._device, self._memory_format)
+            return
+        stream = Stream(source, seed)
+        try:
+            for _ in range(min(limit, source.per_epoch or limit)):
+                yield to_device(next(stream), self._device, self._memory_format)
+        finally:
+            stream.close()
+
+
 class Stream:
     """An endless stream of batches, and how many of it have been taken.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
+from typing import TypeGuard
 
 
 class FastlurError(Exception):
@@ -30,9 +32,14 @@ class CheckpointError(FastlurError, RuntimeError):
     """A checkpoint cannot be written or read, or belongs to another run."""
 
 
-def number(value: object) -> bool:
+def number(value: object) -> TypeGuard[float]:
     """Whether the value is a finite number ≥ 0."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return finite(value) and value >= 0
+
+
+def finite(value: object) -> TypeGuard[float]:
+    """Whether the value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

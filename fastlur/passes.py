@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastlur.errors import DataError, ModelError, not_scalar
+from fastlur.data import Feed
+from fastlur.errors import ArgumentError, DataError, ModelError, not_scalar
 from fastlur.space import ParameterSpace, Vector
 from fastlur.statistics import Statistics
 from fastlur.world import derive, passing, seed_torch
@@ -27,6 +28,11 @@ ARGUMENT: dict[Which, str] = {"forget": "forget_loss", "retain": "loss"}
 class Passes:
     """The two losses of a step as gradients over a space.
 
+    Attributes:
+        step: number of the step that is being made, from 1; 0 before the first.
+        steps: how many are planned; None where nobody said.
+        values: the losses of this step so far, unweighted, by side.
+
     Args:
         space: the moving parameters.
         losses: "forget" and "retain", each `(model, batch) -> scalar` to minimise.
@@ -34,6 +40,9 @@ class Passes:
         precision: "fp32", or "bf16" for autocast.
         seed: with the step's number it determines the random draws of each pass (dropout).
         forward: what the losses call as the model; default the module itself (a compiled form may stand in).
+        training: False: the passes of steps run in eval mode, for methods that keep the model's statistics.
+        feed: the data, for methods that look at more than a step's batches; None in a loop of the user's own.
+        steps: how many steps are planned.
     """
 
     def __init__(
@@ -45,44 +54,103 @@ class Passes:
         precision: str = "fp32",
         seed: int = 0,
         forward: Callable[..., Any] | None = None,
+        training: bool = True,
+        feed: Feed | None = None,
+        steps: int | None = None,
     ) -> None:
         self.space = space
         self.losses = losses
         self.weights = weights
         self.precision = precision
         self.seed = seed
+        self.training = training
+        self.steps = steps
+        self.step = 0
         self.statistics = Statistics(space.model)
         self.values: dict[Which, Tensor] = {}
+        self._feed = feed
         self._forward = space.model if forward is None else forward
-        self._step = 0
         self._batches: dict[Which, Any] = {}
         self._tracked = False
         self._evaluator = _Evaluator(space.model)
         self._graph_reach: dict[Which, set[int]] = {}
 
+    @property
+    def feed(self) -> Feed:
+        """The data.
+
+        Raises:
+            ArgumentError: nobody gave any, as in a loop of the user's own.
+        """
+        if self._feed is None:
+            raise ArgumentError("method: looks at the data beforehand; use it through fastlur.unlearn")
+        return self._feed
+
+    def batch(self, which: Which) -> Any:
+        """The batch of this side."""
+        return self._batches[which]
+
     @contextmanager
     def of_step(self, step: int, forget: Any, retain: Any) -> Iterator[None]:
         """Inside, passes are those of this step on these batches; `values` collects the losses, unweighted."""
-        self._step, self._batches = step, {"forget": forget, "retain": retain}
+        self.step, self._batches = step, {"forget": forget, "retain": retain}
         self.values = {}
         self._tracked = False
         self.space.reached.clear()
         try:
-            with passing(self.space.model, self.space.device, self.precision):
+            with passing(self.space.model, self.space.device, self.precision, self.training):
                 yield
         finally:
             self._batches = {}
 
-    def gradient(self, which: Which, out: Vector, at: Vector | None = None) -> None:
-        """out ← weight · ∇loss at the point (None: θ), by one forward and one backward.
+    @contextmanager
+    def aside(self, batches: dict[Which, Any] | None = None, training: bool = False) -> Iterator[None]:
+        """Inside, passes are on these batches and leave no trace: no statistics move, no loss is reported.
+
+        For what a method does before, between or after steps; it may stand inside `of_step`. In eval mode unless told
+        otherwise, so that a batch of one item and one class is judged as the finished model would.
+        """
+        before = self._batches, self.values, self._tracked, set(self.space.reached)
+        self._batches, self.values, self._tracked = batches or {}, {}, True
+        try:
+            with passing(self.space.model, self.space.device, self.precision, training):
+                yield
+        finally:
+            self._batches, self.values, self._tracked, self.space.reached = before
+
+    def gradient(
+        self,
+        which: Which,
+        out: Vector,
+        at: Vector | None = None,
+        *,
+        loss: Loss | None = None,
+        weight: float | Tensor | None = None,
+        add: bool = False,
+    ) -> None:
+        """out ← weight · ∇loss at the point, by one forward and one backward.
+
+        Args:
+            which: the side whose batch is taken.
+            out: written; with `add` added to.
+            at: where; None: θ.
+            loss: another loss than the side's own.
+            weight: another factor than the side's own; a tensor may stay on the device.
+            add: add to `out` instead of overwriting it.
 
         Raises:
             DataError: the loss is not a scalar that depends on a moving parameter.
         """
-        with self.space.at(at), self.space.collect(out), self._moving_statistics(which):
-            loss = self._evaluate(which, lambda loss, batch: loss(self._forward, batch))
-            self.values.setdefault(which, loss.detach())
-            torch.autograd.backward(loss * self.weights[which], inputs=self.space.leaves())
+        weight = self.weights[which] if weight is None else weight
+        with self.space.at(at), self.space.collect(out, add), self._moving_statistics(which):
+            value = self._evaluate(which, lambda own, batch: (loss or own)(self._forward, batch))
+            self.values.setdefault(which, value.detach())
+            torch.autograd.backward(value * weight, inputs=self.space.leaves())
+
+    def value(self, which: Which, at: Vector | None = None, *, loss: Loss | None = None) -> Tensor:
+        """The loss at the point, shape (), without a gradient: one forward, which moves no statistics."""
+        with torch.no_grad(), self.space.at(at), self.statistics.frozen():
+            return self._evaluate(which, lambda own, batch: (loss or own)(self._forward, batch))
 
     def linearize(self, which: Which, out: Vector) -> Callable[[Vector, Vector], None]:
         """out ← weight · ∇loss at θ; returns H, where H(v, hv) sets hv ← weight · (Hessian of the loss at θ) v.
@@ -129,7 +197,7 @@ class Passes:
 
     def _evaluate(self, which: Which, call: Callable[[Loss, Any], Any]) -> Tensor:
         # the same numbers for every pass of this loss in this step: the same dropout mask
-        seed_torch(derive(self.seed, self._step, which), self.space.device)
+        seed_torch(derive(self.seed, self.step, which), self.space.device)
         return scalar(call(self.losses[which], self._batches[which]), which)
 
     @contextmanager

@@ -115,26 +115,38 @@ class ParameterSpace:
         """The first name of every slot, in order."""
         return [slot.names[0] for slot in self.slots]
 
-    def vector(self) -> Vector:
+    def vector(self, dtype: torch.dtype | None = None) -> Vector:
         """A new vector of zeros (also in the gaps between slots, which every operation then leaves at zero)."""
-        return Vector(self.slots, [torch.zeros_like(flat) for flat in self.theta.flats])
+        return Vector(self.slots, [torch.zeros_like(flat, dtype=dtype) for flat in self.theta.flats])
+
+    def copy(self) -> Vector:
+        """A new vector that holds θ as it is now."""
+        made = self.vector()
+        with torch.no_grad():
+            torch._foreach_copy_(made.flats, self.theta.flats)
+        return made
 
     @contextmanager
     def at(self, point: Vector | None) -> Iterator[None]:
-        """Inside, the module's parameters are those of `point` (None: θ, no swap)."""
+        """Inside, the module's parameters are those of `point` (None: as they are, no swap); such blocks may nest."""
         if point is None:
             yield
             return
+        before = self._here
         try:
             self._point_at(point)
             yield
         finally:
-            self._point_at(self.theta)
+            self._point_at(before)
 
     @contextmanager
-    def collect(self, out: Vector) -> Iterator[None]:
-        """Inside, a backward pass adds the gradient into `out`, cleared first; slots it reaches join `reached`."""
-        out.zero_()
+    def collect(self, out: Vector, add: bool = False) -> Iterator[None]:
+        """Inside, a backward pass adds the gradient into `out`, cleared first; slots it reaches join `reached`.
+
+        With `add` nothing is cleared.
+        """
+        if not add:
+            out.zero_()
         try:
             for slot, view in zip(self.slots, out.views, strict=True):
                 for parameter in slot.parameters:
@@ -190,6 +202,7 @@ class ParameterSpace:
         _open.discard(self.model)
 
     def _point_at(self, point: Vector) -> None:
+        self._here = point
         for slot, view in zip(self.slots, point.views, strict=True):
             for parameter in slot.parameters:
                 parameter.data = view

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlur.data import to_device
+from fastlur.data import Feed, to_device
 from fastlur.errors import ArgumentError, CheckpointError, ModelError, NonFiniteError, number
 from fastlur.methods.base import Method
 from fastlur.passes import Loss, Passes, Which
@@ -17,7 +17,7 @@ from fastlur.reference import OK
 from fastlur.space import ParameterSpace, Selection, Vector
 from fastlur.stats import FIELDS, StepStats
 from fastlur.update import Update, check_optimizer
-from fastlur.world import borrowed_random
+from fastlur.world import borrowed_random, derive, seed_torch
 
 READ_EVERY = 32  # steps between two looks of the host at the flag, where looking means waiting for a device
 PRECISIONS = ("fp32", "bf16")
@@ -43,6 +43,8 @@ class Step:
         memory_format: torch.memory_format | None = None,
         compile: bool = False,
         seed: int = 0,
+        feed: Feed | None = None,
+        steps: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ModelError(f"model: a {type(model).__name__} is no torch.nn.Module")
@@ -54,9 +56,25 @@ class Step:
             self.memory_format = memory_format
             weights: dict[Which, float] = {"forget": method.forget_weight, "retain": 1.0}
             forward: Callable[..., Any] = torch.compile(model) if compile else model
-            self.passes = Passes(self.space, losses, weights, precision=precision, seed=seed, forward=forward)
+            self.passes = Passes(
+                self.space,
+                losses,
+                weights,
+                precision=precision,
+                seed=seed,
+                forward=forward,
+                training=getattr(method, "training", True),
+                feed=feed,
+                steps=steps,
+            )
             self.update = Update(self.space, optimizer, lr, momentum, weight_decay, max_grad_norm)
-            self.state = method.prepare(self.passes)
+            with borrowed_random(self.space.device):
+                seed_torch(derive(seed, "prepare"), self.space.device)
+                trim, mask = getattr(method, "trim", None), getattr(method, "mask", None)
+                if trim is not None:
+                    trim(self.passes)
+                self.mask: Vector | None = None if mask is None else mask(self.passes)
+                self.state = method.prepare(self.passes)
         except BaseException:
             self.space.close()
             raise
@@ -79,6 +97,8 @@ class Step:
         try:
             with borrowed_random(device), passes.of_step(self.step + 1, forget, retain):
                 direction = self.method.direction(passes, self.state)
+                if self.mask is not None and direction.mask is None:
+                    direction = direction._replace(mask=self.mask)
                 with torch.no_grad():
                     dots = self.update.decide(direction, list(passes.values.values()))
                     self.update.apply(direction)
@@ -120,7 +140,13 @@ class Step:
         named = {k: {n: t.clone() for n, t in zip(self.space.names, v.views, strict=True)} for k, v in vectors.items()}
         custom = None if self.update.custom is None else self.update.custom.state_dict()
         plain = {"step": self.step, "method": self.method.settings()}
-        return plain | {"control": self.update.control.clone(), "vectors": named, "optimizer": custom}
+        tensors = {name: tensor.clone() for name, tensor in self.state.tensors().items()}
+        return plain | {
+            "control": self.update.control.clone(),
+            "vectors": named,
+            "tensors": tensors,
+            "optimizer": custom,
+        }
 
     @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -129,7 +155,7 @@ class Step:
         Raises:
             CheckpointError: it was taken from another optimizer, method or set of parameters.
         """
-        missing = {"step", "method", "control", "vectors", "optimizer"} - set(state)
+        missing = {"step", "method", "control", "vectors", "tensors", "optimizer"} - set(state)
         if missing:
             raise CheckpointError(f"state: has no {', '.join(sorted(missing))}; pass what state_dict() returned")
         if state["method"] != self.method.settings():
@@ -146,6 +172,10 @@ class Step:
             raise CheckpointError("state: it was taken with another kind of optimizer")
         if self.update.custom is not None:
             self.update.custom.load_state_dict(state["optimizer"])
+        for name, tensor in self.state.tensors().items():
+            if name not in state["tensors"] or state["tensors"][name].shape != tensor.shape:
+                raise CheckpointError(f"state: has no {name} of shape {tuple(tensor.shape)} of the method")
+            tensor.copy_(state["tensors"][name])
         self.update.control.copy_(state["control"])
         self.step = int(state["step"])
         self._unread = []

@@ -9,7 +9,7 @@ from fastlur import ops
 from fastlur.errors import ArgumentError, nearest
 from fastlur.methods.base import Direction
 from fastlur.operands import control_scalars, hyper_parameters
-from fastlur.reference import LR, OK, SCALE
+from fastlur.reference import L1, LR, OK, PROX, SCALE
 from fastlur.space import ParameterSpace, Vector
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -43,6 +43,7 @@ class Update:
         self.first = None if self.custom else space.vector()
         self.second = space.vector() if adamw else None
         self._joint = space.vector() if self.custom else None
+        self._penalties = 0.0, 0.0
         self.control = control_scalars(space.device)
         self.hyper = hyper_parameters(
             space.device,
@@ -63,7 +64,7 @@ class Update:
 
     def decide(self, direction: Direction, losses: list[Tensor]) -> Tensor:
         """Set the control scalars from the gradients and the losses; returns (⟨r,f⟩, ‖r‖², ‖f‖²), shape (3,)."""
-        retain, forget = direction
+        retain, forget = direction.retain, direction.forget
         dots = ops.grad_dot(retain.flats, (forget or retain).flats)[0]
         if forget is None:
             dots[0::2] = 0.0
@@ -72,6 +73,7 @@ class Update:
 
     def apply(self, direction: Direction) -> None:
         """Move the reached parameters along −direction, unless the flag is down."""
+        self._penalise(direction.l1, direction.prox)
         some = self.space.missed()
         if self.custom is not None:
             self._apply_custom(self.custom, direction)
@@ -85,12 +87,22 @@ class Update:
             None if self.second is None else self.second.part(some),
             control=self.control,
             hyper=self.hyper,
+            theta0=None if direction.theta0 is None else direction.theta0.part(some),
+            fisher=None if direction.fisher is None else direction.fisher.part(some),
+            mask=None if direction.mask is None else direction.mask.part(some),
         )
 
     def moments(self) -> dict[str, Vector]:
         """The optimizer's vectors by name."""
         named = {"first_moment": self.first, "second_moment": self.second}
         return {name: vector for name, vector in named.items() if vector is not None}
+
+    def _penalise(self, l1: float, prox: float) -> None:
+        """Set the factors of the penalties; nothing is written while they stay as they are."""
+        if (l1, prox) != self._penalties:
+            self.hyper[L1].fill_(l1)
+            self.hyper[PROX].fill_(prox)
+            self._penalties = l1, prox
 
     def _apply_custom(self, optimizer: torch.optim.Optimizer, direction: Direction) -> None:
         if self.control[OK].item() == 0:  # waits for the device: a foreign optimizer cannot be told otherwise
@@ -102,6 +114,16 @@ class Update:
         else:
             ops.displace(joint.flats, direction.retain.flats, direction.forget.flats, -1.0)
         torch._foreach_mul_(joint.flats, self.control[SCALE])
+        centre, weights = direction.theta0, direction.fisher
+        ops.regularize(
+            joint.flats,
+            self.space.theta.flats,
+            None if centre is None else centre.flats,
+            None if weights is None else weights.flats,
+            l1=direction.l1,
+            prox=direction.prox,
+        )
+        still = None if direction.mask is None else self.space.copy()
         held = [p for group in optimizer.param_groups for p in group["params"]]
         others = [(p, p.grad) for p in held if p.grad is not None]  # not ours to move, whatever lies there
         try:
@@ -115,6 +137,9 @@ class Update:
             self.space.drop_gradients()
             for parameter, gradient in others:
                 parameter.grad = gradient
+            if still is not None and direction.mask is not None:  # whatever the optimizer did to them
+                for now, before, keep in zip(self.space.theta.flats, still.flats, direction.mask.flats, strict=True):
+                    now.copy_(torch.where(keep, now, before))
 
 
 def check_optimizer(optimizer: object) -> None:

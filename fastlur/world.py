@@ -69,13 +69,13 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def passing(model: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
-    """What every pass runs in: train mode, gradients on, the precision asked for and no other autocast.
+def passing(model: nn.Module, device: torch.device, precision: str, training: bool = True) -> Iterator[None]:
+    """What every pass runs in: train (or eval) mode, gradients on, the precision asked for and no other autocast.
 
     The weight cache of autocast is off: it would go on serving the weights cast before a storage swap.
     """
     with ExitStack() as stack:
-        stack.enter_context(mode(model, True))
+        stack.enter_context(mode(model, training))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(

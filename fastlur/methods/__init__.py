@@ -1,17 +1,63 @@
-"""The methods, one file each. A method is a class with `prepare`, `direction` and `finish` (see `base.Method`)."""
+"""The methods, one file each, found by their presence. A method is a `Recipe` with a `direction` (see `base`)."""
 
 from __future__ import annotations
 
-from fastlur.errors import ArgumentError, nearest
-from fastlur.methods.base import Method
-from fastlur.methods.lur import LUR
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
 
-METHODS: dict[str, type[Method]] = {"lur": LUR}
+from fastlur.errors import ArgumentError, nearest
+from fastlur.methods.base import Cost, Direction, Method, Recipe, State
+
+__all__ = ["METHODS", "Cost", "Direction", "Recipe", "State", "available", "preset", "resolve"]
+
+PARTS = ("prepare", "direction", "finish")
+
+
+def _found() -> dict[str, type[Recipe]]:
+    """The named recipes of the modules beside this one, LUR first."""
+    recipes: list[type[Recipe]] = []
+    for entry in iter_modules(__path__):
+        module = import_module(f"{__name__}.{entry.name}")
+        mine = [
+            value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__
+        ]
+        recipes += [
+            value for value in mine if issubclass(value, Recipe) and value is not Recipe and "name" in vars(value)
+        ]
+    return {recipe.name: recipe for recipe in sorted(recipes, key=lambda recipe: (recipe.name != "lur", recipe.name))}
+
+
+METHODS: dict[str, type[Recipe]] = _found()
+globals().update({recipe.__name__: recipe for recipe in METHODS.values()})  # fastlur.methods.ScissorHands and so on
 
 
 def available() -> dict[str, str]:
-    """The methods by name, each with one line about it."""
-    return {name: (method.__doc__ or "").strip().splitlines()[0] for name, method in METHODS.items()}
+    """The methods by name, each with one line about it: what it does, and what a step costs with its defaults."""
+    return {
+        name: f"{(recipe.__doc__ or '').strip().splitlines()[0]} ({recipe().cost})" for name, recipe in METHODS.items()
+    }
+
+
+def preset(method: str, name: str) -> dict[str, Any]:
+    """Published settings as keyword arguments of `unlearn`.
+
+    Example:
+        >>> fastlur.unlearn(model, forget, retain, **fastlur.methods.preset("salun", "cifar10"))   # doctest: +SKIP
+
+    Args:
+        method: the method's name.
+        name: the preset's, one of `fastlur.methods.METHODS[method].presets`.
+
+    Raises:
+        ArgumentError: there is no such method or preset.
+    """
+    recipe = _recipe(method)
+    if name not in recipe.presets:
+        known = nearest(name, recipe.presets) if recipe.presets else "it has none"
+        raise ArgumentError(f"name={name!r} is no preset of {method}; {known}")
+    settings = dict(recipe.presets[name])
+    return settings | {"method": recipe(**settings.pop("method", {}))}
 
 
 def resolve(method: str | Method) -> Method:
@@ -21,12 +67,13 @@ def resolve(method: str | Method) -> Method:
         ArgumentError: no such name (the nearest one is suggested), or not a method.
     """
     if isinstance(method, str):
-        if method not in METHODS:
-            raise ArgumentError(f"method={method!r} is unknown; {nearest(method, METHODS)}")
-        return METHODS[method]()
+        return _recipe(method)()
     if isinstance(method, type) or not all(callable(getattr(method, part, None)) for part in PARTS):
         raise ArgumentError(f"method={method!r} is neither a name nor an instance with {', '.join(PARTS)}")
     return method
 
 
-PARTS = ("prepare", "direction", "finish")
+def _recipe(name: str) -> type[Recipe]:
+    if name not in METHODS:
+        raise ArgumentError(f"method={name!r} is unknown; {nearest(name, METHODS)}")
+    return METHODS[name]

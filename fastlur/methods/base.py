@@ -1,42 +1,93 @@
-"""The protocol of a method: three small functions. Whoever adds a method adds one file and touches nothing else."""
+"""The protocol of a method: three small functions. Whoever adds a method adds one file and touches nothing else.
+
+A method of one's own is a subclass of `Recipe`, passed as an instance: `unlearn(…, method=Mine())`. Those that ship
+with the package are the modules beside this one; each is found by its presence.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+from torch import Tensor
+
+from fastlur.errors import ArgumentError, finite
+from fastlur.losses import BoundedForgetting
 from fastlur.passes import Loss, Passes
 from fastlur.space import Vector
 
 
 class Direction(NamedTuple):
-    """The vector to descend along, as a sum of two: what retaining and what forgetting contribute.
+    """The vector to descend along, as a sum of two, and what the update adds to it in the same walk.
 
-    A method that only knows the sum gives it as `retain` alone.
+    Attributes:
+        retain: what retaining contributes, or the whole sum where a method only knows that.
+        forget: what forgetting contributes.
+        mask: bool; where it is False nothing moves, weight decay included.
+        l1: factor of an L1 penalty on the weights.
+        prox: factor of the proximal term ½·prox·Σ F (θ − θ₀)².
+        theta0: its centre.
+        fisher: its weights F; None: 1.
     """
 
     retain: Vector
     forget: Vector | None = None
+    mask: Vector | None = None
+    l1: float = 0.0
+    prox: float = 0.0
+    theta0: Vector | None = None
+    fisher: Vector | None = None
 
 
-class State(Protocol):
-    """What a method carries from step to step; it alone knows what is in it."""
+class State:
+    """What a method carries from step to step. This one carries nothing; subclass it to add something."""
 
     def vectors(self) -> dict[str, Vector]:
         """The vectors that the next step depends on, by name: what a checkpoint must hold."""
-        ...
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Other tensors that the next step depends on, by name; they are written to in place on resuming."""
+        return {}
 
     def resume(self, names: Sequence[str]) -> dict[str, Vector]:
         """The vectors to read back, given the names that `vectors` had; the caller fills them."""
-        ...
+        return self.vectors()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step of a method costs, in units that hold for any model.
+
+    Attributes:
+        passes: forwards with a backward, each over one batch.
+        forwards: forwards alone.
+        products: Hessian-vector products.
+        buffers: parameter-sized vectors beyond the parameters and the optimizer's, gradients included.
+        note: what else there is to pay, such as a search before the first step.
+    """
+
+    passes: float
+    forwards: float = 0
+    products: float = 0
+    buffers: float = 2
+    note: str = ""
+
+    def __str__(self) -> str:
+        parts = [f"{self.passes:g} passes" if self.passes != 1 else "1 pass"]
+        parts += [f"{self.forwards:g} forwards" if self.forwards != 1 else "1 forward"] if self.forwards else []
+        parts += ["a Hessian-vector product"] if self.products else []
+        parts += [f"{self.buffers:g} buffers" if self.buffers != 1 else "1 buffer"]
+        return ", ".join(parts) + (f"; {self.note}" if self.note else "")
 
 
 class Method(Protocol):
-    """A way to forget.
+    """A way to forget. `Recipe` below has all of it but `direction`.
 
     Attributes:
         name: as `unlearn(method=…)` takes it.
-        forget_weight: the factor λ on the forget loss.
+        forget_weight: the factor λ ≥ 0 on the forget loss.
     """
 
     name: ClassVar[str]
@@ -50,8 +101,8 @@ class Method(Protocol):
         """The forget loss where the user gives none."""
         ...
 
-    def prepare(self, passes: Passes) -> State:
-        """Once, before the first step."""
+    def prepare(self, passes: Passes) -> Any:
+        """Once, before the first step; returns a `State`."""
         ...
 
     def direction(self, passes: Passes, state: Any) -> Direction:
@@ -65,3 +116,72 @@ class Method(Protocol):
     def settings(self) -> dict[str, Any]:
         """What distinguishes this instance, as plain JSON values."""
         ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What methods have in common: subclass it as a frozen dataclass, name it, and write `direction`.
+
+    Class attributes:
+        name: as `unlearn(method=…)` takes it.
+        training: passes run in train mode (normalisation by the batch); False: in eval mode, statistics as given.
+        own_objective: the method defines what it minimises on the forget data; a `forget_loss` is refused.
+        steps: how many steps where the user says nothing; None: as many as `unlearn` takes; 0: it works without.
+        presets: published settings by name: arguments of `unlearn`, those of the method itself under "method".
+    """
+
+    name: ClassVar[str] = "unnamed"
+    training: ClassVar[bool] = True
+    own_objective: ClassVar[bool] = False
+    steps: ClassVar[int | None] = None
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    @property
+    def forget_weight(self) -> float:
+        """λ; 1 unless the method has an argument of that name."""
+        return 1.0
+
+    @property
+    def cost(self) -> Cost:
+        """Of a step."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what a step costs")
+
+    def default_forget_loss(self, task: str) -> Loss:
+        """Bounded gradient ascent."""
+        return BoundedForgetting()
+
+    def prepare(self, passes: Passes) -> Any:
+        """Nothing to do."""
+        return State()
+
+    def direction(self, passes: Passes, state: Any) -> Direction:
+        """The one function that every method has to write."""
+        raise NotImplementedError(f"{type(self).__name__} has no direction")
+
+    def finish(self, passes: Passes, state: Any) -> None:
+        """Nothing to do."""
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments, as plain JSON values."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
+
+def check_range(name: str, value: object, low: float = 0.0, high: float | None = None, example: object = None) -> None:
+    """Refuse what is not a finite number in [low, high].
+
+    Raises:
+        ArgumentError: with the range and an example.
+    """
+    if not finite(value) or value < low or (high is not None and value > high):
+        span = f"≥ {low:g}" if high is None else f"in [{low:g}, {high:g}]"
+        such = "" if example is None else f", such as {example}"
+        raise ArgumentError(f"{name}={value!r} must be a finite number {span}{such}")
+
+
+def _plain(value: Any) -> Any:
+    """A value of a dataclass field as JSON knows it."""
+    if hasattr(value, "__dataclass_fields__"):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastlur import meta, ops
 from fastlur.errors import ArgumentError, nearest, number
-from fastlur.losses import BoundedForgetting
-from fastlur.methods.base import Direction
-from fastlur.passes import Loss, Passes, Which
+from fastlur.methods.base import Cost, Direction, Recipe, State
+from fastlur.passes import Passes, Which
 from fastlur.space import Vector
 
 Order = Literal["retain_first", "forget_first"]
@@ -21,7 +20,7 @@ RELATIVE_DEFAULT = 0.1
 
 
 @dataclass(frozen=True)
-class LUR:
+class LUR(Recipe):
     """Minimise both losses along a meta-gradient that aligns the forgetting and the retaining one.
 
     order="retain_first":  min L_r(θ) + λ L_f(θ − α∇L_r(θ))
@@ -66,9 +65,11 @@ class LUR:
         if not number(self.forget_weight):
             raise ArgumentError(f"forget_weight={self.forget_weight!r} must be a finite number ≥ 0, such as 0.2")
 
-    def default_forget_loss(self, task: str) -> Loss:
-        """Bounded gradient ascent."""
-        return BoundedForgetting()
+    @property
+    def cost(self) -> Cost:
+        """Two passes, or what the mode takes; the two gradients and the displaced point."""
+        passes = 3 if self.gradient == "secant" else 2
+        return Cost(passes=passes, products=int(self.gradient == "exact"), buffers=3)
 
     def prepare(self, passes: Passes) -> LURState:
         """Allocate: the two gradients and the displaced point, a parameter-sized buffer each, whatever the mode."""
@@ -83,15 +84,8 @@ class LUR:
         state.kept = self.gradient == "optimistic"
         return Direction(inner, outer) if self.order == "retain_first" else Direction(outer, inner)
 
-    def finish(self, passes: Passes, state: LURState) -> None:
-        """Nothing to do."""
 
-    def settings(self) -> dict[str, Any]:
-        """The arguments."""
-        return asdict(self)
-
-
-class LURState:
+class LURState(State):
     """The arena of a rule over a module in flat storage, and the gradient that `optimistic` keeps.
 
     Vectors beyond parameters and optimizer: `inner_gradient`, `outer_gradient` and `point`. Once displaced along, the

@@ -1,0 +1,222 @@
+"""What a careful user of torch would write for each vector operation: several spellings, the best of which counts.
+
+`v` is five vectors, lists of tensors of equal shapes: v[0] and v[1] are read, v[2] is written (weights, or an output),
+v[3] and v[4] are moments. Each spelling computes what the operation in `bench_ops.ours` computes, temporaries
+allocated beforehand where torch allows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Arm = Callable[[], object]
+Vectors = list[list[Tensor]]
+
+ALPHA, LR, MOMENTUM, DECAY, L1, PROX = 0.1, 1e-3, 0.9, 1e-4, 1e-6, 1e-3
+DOTS = (-0.5, 1.0, 1.0)
+_each: Any = torch  # its _foreach functions are private to the type checker
+
+
+def eager(name: str, v: Vectors) -> dict[str, Arm]:
+    """The spellings without a compiler; "foreach" is among them for every operation."""
+    return _EAGER[name](v)
+
+
+def _grad_dot(v: Vectors) -> dict[str, Arm]:
+    pairs = [(x.view(-1), y.view(-1)) for x, y in zip(v[0], v[1], strict=True)]
+    factors = ((v[0], v[1]), (v[0], v[0]), (v[1], v[1]))
+    return {
+        "dot": lambda: [(torch.dot(x, y), torch.dot(x, x), torch.dot(y, y)) for x, y in pairs],
+        "foreach": lambda: [[x.sum() for x in _each._foreach_mul(p, q)] for p, q in factors],
+    }
+
+
+def _displace(v: Vectors) -> dict[str, Arm]:
+    def foreach() -> None:
+        _each._foreach_copy_(v[2], v[0])
+        _each._foreach_add_(v[2], v[1], alpha=-ALPHA)
+
+    def out() -> None:
+        for theta, d, o in zip(v[0], v[1], v[2], strict=True):
+            torch.sub(theta, d, alpha=ALPHA, out=o)
+
+    return {"foreach": foreach, "out=": out}
+
+
+def _project(v: Vectors) -> dict[str, Arm]:
+    dots = torch.tensor(DOTS, device=v[0][0].device)
+
+    def factor() -> Tensor:
+        return torch.where(dots[0] < 0, -dots[0] / dots[1], 0.0)
+
+    def addcmul() -> None:  # the decision stays on the device
+        t = factor()
+        for a, b in zip(v[0], v[1], strict=True):
+            b.addcmul_(a, t)
+
+    return {"foreach": lambda: _each._foreach_add_(v[1], v[0], alpha=float(factor())), "addcmul": addcmul}
+
+
+def _regularize(v: Vectors) -> dict[str, Arm]:
+    away = [torch.empty_like(x) for x in v[0]]
+
+    def value(theta: list[Tensor], apart: list[Tensor]) -> list[Tensor]:
+        norms, lengths = _each._foreach_norm(theta, 2), _each._foreach_norm(theta, 1)
+        distances = _each._foreach_norm(apart, 2)
+        return [
+            0.5 * DECAY * n * n + L1 * length + 0.5 * PROX * d * d
+            for n, length, d in zip(norms, lengths, distances, strict=True)
+        ]
+
+    def foreach() -> list[Tensor]:
+        _each._foreach_add_(v[2], v[0], alpha=DECAY)
+        _each._foreach_add_(v[2], _each._foreach_sign(v[0]), alpha=L1)
+        _each._foreach_copy_(away, v[0])
+        _each._foreach_sub_(away, v[1])
+        _each._foreach_add_(v[2], away, alpha=PROX)
+        return value(v[0], away)
+
+    def out() -> list[Tensor]:
+        for theta, theta0, gradient, apart in zip(v[0], v[1], v[2], away, strict=True):
+            gradient.add_(theta, alpha=DECAY)
+            gradient.add_(torch.sign(theta, out=apart), alpha=L1)
+            gradient.add_(torch.sub(theta, theta0, out=apart), alpha=PROX)
+        return value(v[0], away)
+
+    return {"foreach": foreach, "out=": out}
+
+
+def _optimizer(kind: Any, v: Vectors, **options: Any) -> Arm:
+    parameters = [torch.nn.Parameter(x) for x in v[2]]
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    gradients = [parameter.grad for parameter in parameters]
+    made = kind(parameters, lr=LR, weight_decay=DECAY, **options)
+
+    def step() -> None:
+        for a, u, gradient in zip(v[0], v[1], gradients, strict=True):
+            torch.add(a, u, out=gradient)
+        made.step()
+
+    return step
+
+
+def _sgd(v: Vectors) -> dict[str, Arm]:
+    make = torch.optim.SGD
+    return {
+        "foreach": _optimizer(make, v, momentum=MOMENTUM, foreach=True),
+        "fused": _optimizer(make, v, momentum=MOMENTUM, fused=True),
+    }
+
+
+def _adamw(v: Vectors) -> dict[str, Arm]:
+    return {
+        "foreach": _optimizer(torch.optim.AdamW, v, foreach=True),
+        "fused": _optimizer(torch.optim.AdamW, v, fused=True),
+    }
+
+
+def _extrapolate(v: Vectors) -> dict[str, Arm]:
+    def foreach() -> None:
+        _each._foreach_copy_(v[2], v[0])
+        _each._foreach_lerp_(v[2], v[1], -ALPHA)
+
+    def lerp() -> None:
+        for theta, theta0, memorised in zip(v[2], v[0], v[1], strict=True):
+            torch.lerp(theta0, memorised, -ALPHA, out=theta)
+
+    return {"foreach": foreach, "lerp out=": lerp}
+
+
+def _saliency(v: Vectors) -> dict[str, Arm]:
+    def foreach() -> None:
+        _each._foreach_copy_(v[2], v[0])
+        _each._foreach_mul_(v[2], v[1])
+        _each._foreach_abs_(v[2])
+
+    def out() -> None:
+        for gradient, theta, o in zip(v[0], v[1], v[2], strict=True):
+            torch.mul(gradient, theta, out=o).abs_()
+
+    return {"foreach": foreach, "out=": out}
+
+
+_EAGER: dict[str, Callable[[Vectors], dict[str, Arm]]] = {
+    "grad_dot": _grad_dot,
+    "displace": _displace,
+    "project": _project,
+    "regularize": _regularize,
+    "sgd": _sgd,
+    "adamw": _adamw,
+    "extrapolate": _extrapolate,
+    "saliency": _saliency,
+}
+OPERATIONS = tuple(_EAGER)
+
+
+def compiled(name: str, v: Vectors) -> Arm:
+    """The operation as one function of lists through `torch.compile`, shapes fixed."""
+    dots = torch.tensor(DOTS, device=v[0][0].device)
+    count = torch.ones((), device=v[0][0].device)
+
+    def grad_dot(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+        return [torch.stack(((x * y).sum(), (x * x).sum(), (y * y).sum())) for x, y in zip(a, b, strict=True)]
+
+    def displace(out: list[Tensor], theta: list[Tensor], d: list[Tensor]) -> None:
+        for o, x, y in zip(out, theta, d, strict=True):
+            o.copy_(x - ALPHA * y)
+
+    def project(a: list[Tensor], b: list[Tensor], dots: Tensor) -> None:
+        t = torch.where(dots[0] < 0, -dots[0] / dots[1], 0.0)
+        for x, y in zip(a, b, strict=True):
+            y.copy_(y + t * x)
+
+    def regularize(grad: list[Tensor], theta: list[Tensor], theta0: list[Tensor]) -> list[Tensor]:
+        values = []
+        for g, x, x0 in zip(grad, theta, theta0, strict=True):
+            away = x - x0
+            g.copy_(g + DECAY * x + L1 * x.sign() + PROX * away)
+            values.append(0.5 * DECAY * (x * x).sum() + L1 * x.abs().sum() + 0.5 * PROX * (away * away).sum())
+        return values
+
+    def sgd(theta: list[Tensor], a: list[Tensor], u: list[Tensor], m: list[Tensor]) -> None:
+        for t, x, y, first in zip(theta, a, u, m, strict=True):
+            first.copy_(MOMENTUM * first + x + y + DECAY * t)
+            t.copy_(t - LR * first)
+
+    def adamw(
+        theta: list[Tensor], a: list[Tensor], u: list[Tensor], m: list[Tensor], s: list[Tensor], count: Tensor
+    ) -> None:
+        for t, x, y, first, second in zip(theta, a, u, m, s, strict=True):
+            g = x + y
+            first.copy_(0.9 * first + 0.1 * g)
+            second.copy_(0.999 * second + 0.001 * g * g)
+            away = (first / (1 - 0.9**count)) / ((second / (1 - 0.999**count)).sqrt() + 1e-8)
+            t.copy_(t * (1 - LR * DECAY) - LR * away)
+
+    def extrapolate(theta: list[Tensor], theta0: list[Tensor], memorised: list[Tensor]) -> None:
+        for t, x0, x in zip(theta, theta0, memorised, strict=True):
+            t.copy_(x0 * (1 + ALPHA) - ALPHA * x)
+
+    def saliency(out: list[Tensor], grad: list[Tensor], theta: list[Tensor]) -> None:
+        for o, g, t in zip(out, grad, theta, strict=True):
+            o.copy_((g * t).abs())
+
+    functions: dict[str, tuple[Callable[..., object], tuple[Any, ...]]] = {
+        "grad_dot": (grad_dot, (v[0], v[1])),
+        "displace": (displace, (v[2], v[0], v[1])),
+        "project": (project, (v[0], v[1], dots)),
+        "regularize": (regularize, (v[2], v[0], v[1])),
+        "sgd": (sgd, (v[2], v[0], v[1], v[3])),
+        "adamw": (adamw, (v[2], v[0], v[1], v[3], v[4], count)),
+        "extrapolate": (extrapolate, (v[2], v[0], v[1])),
+        "saliency": (saliency, (v[2], v[0], v[1])),
+    }
+    function, arguments = functions[name]
+    torch._dynamo.reset()
+    made = torch.compile(function, fullgraph=True, dynamic=False)
+    return lambda: made(*arguments)

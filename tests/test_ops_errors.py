@@ -192,3 +192,22 @@ def test_scalars_may_be_parameters_too():
     ops.displace(out, theta, d, alpha, norm2=torch.nn.Parameter(torch.tensor(4.0)))
     torch.testing.assert_close(out, theta - 0.25 * d)
     assert not out.requires_grad and alpha.grad is None
+
+
+@pytest.mark.xfail(strict=True, reason="no look at the device: the fake serves, and nothing is done")
+@pytest.mark.parametrize(
+    ("operation", "name"), [("project", "dots"), ("meta_update", "control"), ("meta_update", "hyper")]
+)
+def test_scalars_on_another_device_than_the_vectors(operation, name):
+    elsewhere = {name: scalars(operation)[name].to("meta")}
+    refused(operation, vectors(operation), rf"{name}\b.* on meta", **elsewhere)
+
+
+@pytest.mark.xfail(strict=True, reason="no look at the device: the fake serves, and nothing is done")
+@pytest.mark.parametrize("name", ["control", "dots", "hyper", "losses"])
+def test_scalars_of_step_control_on_two_devices(name):
+    control, hyper = decided()
+    given = {"control": control, "dots": DOTS.clone(), "losses": torch.ones(2), "hyper": hyper}
+    given[name] = given[name].to("meta")
+    with pytest.raises(fastlur.ArgumentError, match="on meta"):
+        ops.step_control(**given)

@@ -74,11 +74,13 @@ class Curvature:
     def _by_autograd(self) -> Callable[[list[Tensor]], Sequence[Tensor | None]]:
         leaves = self._leaves
         # attention by its plain algorithm: the fused ones cannot be differentiated twice
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            with Twice():
+        # and no checkpointing, which would run the model again where the leaves no longer stand in it
+        hooks = torch.autograd.graph.disable_saved_tensors_hooks("it recomputes or moves saved tensors")
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), refused():
+            with Twice(), hooks:  # type: ignore[no-untyped-call]
                 loss, self.buffers = self._value(leaves)
-            with refused():
-                found = torch.autograd.grad(loss * self._weight, leaves, create_graph=True, allow_unused=True)
+            found = torch.autograd.grad(loss * self._weight, leaves, create_graph=True, allow_unused=True)
+            _check_twice(found)
         self.loss = loss.detach()
         self.gradient: list[Tensor | None] = [None if each is None else each.detach() for each in found]
         outputs = [(i, each) for i, each in enumerate(found) if each is not None and each.requires_grad]
@@ -145,15 +147,26 @@ class _Evaluator(nn.Module):
         return loss(self.model, batch)
 
 
+def _check_twice(gradient: Sequence[Tensor | None]) -> None:
+    """Refuse a graph with a dead end: asked for given leaves only, autograd would pass it over in silence."""
+    for node in _nodes(*(each for each in gradient if each is not None)):
+        if node.name() in ("torch::autograd::Error", "torch::autograd::NotImplemented"):
+            raise RuntimeError("an operation in it has no second derivative")
+
+
 def _behind(loss: Tensor) -> Iterator[Tensor]:
     """The leaf tensors of the graph behind a loss."""
+    return (node.variable for node in _nodes(loss) if hasattr(node, "variable"))
+
+
+def _nodes(*outputs: Tensor) -> Iterator[Any]:
+    """Every node of the graph behind some tensors, once."""
     seen: set[object] = set()
-    waiting = [loss.grad_fn]
+    waiting: list[Any] = [output.grad_fn for output in outputs]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
+        yield node
         waiting.extend(following for following, _ in node.next_functions)

@@ -77,7 +77,7 @@ class Curvature:
         # and no checkpointing, which would run the model again where the leaves no longer stand in it
         hooks = torch.autograd.graph.disable_saved_tensors_hooks("it recomputes or moves saved tensors")
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), refused():
-            with Twice(), hooks:  # type: ignore[no-untyped-call]
+            with Twice(), hooks:
                 loss, self.buffers = self._value(leaves)
             found = torch.autograd.grad(loss * self._weight, leaves, create_graph=True, allow_unused=True)
             _check_twice(found)

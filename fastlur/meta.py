@@ -3,7 +3,7 @@
 A is the inner loss and B the outer one; a = ∇A(θ), u = ∇B(θ − αa), H the Hessian of A at θ. Expanding B shows what the
 composition is for: B(θ − αa) = B(θ) − α⟨∇A, ∇B⟩ + O(α²), so its minimisation aligns the two gradients.
 
-    exact        a + u − αHu            two passes and a Hessian-vector product (torch.func)
+    exact        a + u − αHu            two passes and a Hessian-vector product
     secant       ∇A(θ − αu) + u         three passes; exact + O(α²), and nothing is differentiated twice
     first_order  a + u                  two passes; keeps half of the alignment
     optimistic   w + u, u = ∇B(θ − αd), w = ∇A(θ − αu), d the w of the last step (∇A(θ) at the first)

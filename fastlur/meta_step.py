@@ -38,6 +38,7 @@ class MetaStep(Step):
         memory_format: `torch.channels_last` for convolutional models.
         compile: run the forward through `torch.compile` (not in "exact", which transforms the plain module).
         seed: of dropout and other draws inside the passes.
+        keep_graph: False: "exact" builds the inner gradient's graph anew for the Hessian-vector product.
 
     Raises:
         ArgumentError, ModelError: see there; nothing was changed then.
@@ -64,10 +65,11 @@ class MetaStep(Step):
         memory_format: torch.memory_format | None = None,
         compile: bool = False,
         seed: int = 0,
+        keep_graph: bool = True,
     ) -> None:
         super().__init__(
             model,
-            LUR(inner_lr, forget_weight, gradient, order, relative_inner_lr),
+            LUR(inner_lr, forget_weight, gradient, order, relative_inner_lr, keep_graph=keep_graph),
             {"retain": loss or cross_entropy, "forget": forget_loss or BoundedForgetting()},
             optimizer=optimizer,
             lr=lr,

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
+from fastlur.curvature import By, Curvature, Pull, put
 from fastlur.data import Feed
-from fastlur.errors import ArgumentError, DataError, ModelError, not_scalar
+from fastlur.errors import ArgumentError, DataError, not_scalar
 from fastlur.space import ParameterSpace, Vector
 from fastlur.statistics import Statistics
 from fastlur.world import derive, passing, seed_torch
@@ -72,8 +73,6 @@ class Passes:
         self._forward = space.model if forward is None else forward
         self._batches: dict[Which, Any] = {}
         self._tracked = False
-        self._evaluator = _Evaluator(space.model)
-        self._graph_reach: dict[Which, set[int]] = {}
 
     @property
     def feed(self) -> Feed:
@@ -152,48 +151,33 @@ class Passes:
         with torch.no_grad(), self.space.at(at), self.statistics.frozen():
             return self._evaluate(which, lambda own, batch: (loss or own)(self._forward, batch))
 
-    def linearize(self, which: Which, out: Vector) -> Callable[[Vector, Vector], None]:
+    def linearize(self, which: Which, out: Vector, *, keep_graph: bool = True, by: By = "autograd") -> Pull:
         """out ← weight · ∇loss at θ; returns H, where H(v, hv) sets hv ← weight · (Hessian of the loss at θ) v.
 
-        torch.func's `vjp` of `grad`: the gradient is the primal of the Hessian-vector product and is not computed
-        again. The product may be taken once; it holds the graph until then. Attention runs by its plain algorithm
-        here, since the fused ones cannot be differentiated twice.
+        The product may be taken once.
+
+        Args:
+            which: the side whose batch is taken.
+            out: written.
+            keep_graph: the product shares its forward and the gradient with this call, whose graph is held until then.
+                False: a plain pass now and a fresh one in the product, which needs less memory in between.
+            by: "autograd", or "func" for torch.func.
+
+        Raises:
+            ModelError: here or by the product: the model cannot be differentiated twice.
         """
-        space, names = self.space, self.space.names
-        buffers = {f"model.{name}": buffer for name, buffer in space.model.named_buffers()}
-
-        def value(parameters: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
-            # statistics move in copies made in here: a transform must not write to tensors from outside it
-            moved = {name: buffer.clone() for name, buffer in buffers.items()}
-            everywhere = {f"model.{name}": parameters[slot.names[0]] for slot in space.slots for name in slot.names}
-            state = everywhere | moved
-            loss = self._evaluate(
-                which, lambda loss, batch: torch.func.functional_call(self._evaluator, state, (loss, batch))
-            )
-            return loss * self.weights[which], (loss.detach(), {name: state[name] for name in moved})
-
-        with sdpa_kernel(SDPBackend.MATH):
-            here = dict(zip(names, space.theta.views, strict=True))
-            try:
-                found: Any = torch.func.vjp(torch.func.grad(value, has_aux=True), here, has_aux=True)
-            except (RuntimeError, NotImplementedError) as error:
-                said = str(error).splitlines()[0]
-                what = f"gradient='exact' cannot differentiate this model twice ({said}); use 'secant'"
-                raise ModelError(what) from error
-            gradient, pull, (loss, moved) = found
-        self.values.setdefault(which, loss.detach())
+        fresh = partial(Curvature, self.space, lambda call: self._evaluate(which, call), self.weights[which], by)
+        if not keep_graph:
+            self.gradient(which, out)
+            return lambda v, hv: fresh().product(v, hv)
+        curvature = fresh()
+        self.values.setdefault(which, curvature.loss)
+        if self._first_retain(which):
+            self.statistics.take(curvature.buffers)
         with torch.no_grad():
-            if self._first_retain(which):
-                self.statistics.take({name.removeprefix("model."): buffer for name, buffer in moved.items()})
-            torch._foreach_copy_(out.views, [gradient[name].detach() for name in names])
-        space.reached |= self._reach(which)
-
-        def curvature(v: Vector, hv: Vector) -> None:
-            (product,) = pull(dict(zip(names, v.views, strict=True)))
-            with torch.no_grad():
-                torch._foreach_copy_(hv.views, [product[name].detach() for name in names])
-
-        return curvature
+            put(curvature.gradient, out)
+        self.space.reached |= {i for i, each in enumerate(curvature.gradient) if each is not None}
+        return curvature.product
 
     def _evaluate(self, which: Which, call: Callable[[Loss, Any], Any]) -> Tensor:
         # the same numbers for every pass of this loss in this step: the same dropout mask
@@ -211,15 +195,6 @@ class Passes:
         self._tracked |= first
         return first
 
-    def _reach(self, which: Which) -> set[int]:
-        """The slots that the loss depends on, read once off the graph of a forward: transforms do not tell."""
-        if which not in self._graph_reach:
-            with self.statistics.frozen():
-                loss = self._evaluate(which, lambda loss, batch: loss(self.space.model, batch))
-            index = {id(p): i for i, slot in enumerate(self.space.slots) for p in slot.parameters}
-            self._graph_reach[which] = {index[id(p)] for p in _leaves(loss) if id(p) in index}
-        return self._graph_reach[which]
-
 
 def scalar(value: Any, which: Which) -> Tensor:
     """The value, if it is a loss that can be minimised.
@@ -233,28 +208,3 @@ def scalar(value: Any, which: Which) -> Tensor:
     if torch.is_grad_enabled() and not value.requires_grad:
         raise DataError(f"{name}: depends on no parameter that may move; check `parameters`, and detach() in the loss")
     return value.reshape(())
-
-
-class _Evaluator(nn.Module):
-    """A loss as a module with the model inside, so that `functional_call` can replace the model's tensors."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, loss: Loss, batch: Any) -> Tensor:
-        return loss(self.model, batch)
-
-
-def _leaves(loss: Tensor) -> Iterator[Tensor]:
-    """The leaf tensors of the graph behind a loss."""
-    seen: set[object] = set()
-    waiting = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        waiting.extend(following for following, _ in node.next_functions)

@@ -38,8 +38,9 @@ class LUR(Recipe):
             Hessian-vector product) or "first_order" (two, half of the alignment).
         order: which loss makes the inner step.
         relative_inner_lr: the inner step has length `inner_lr` whatever the gradient's norm: α = inner_lr/‖∇‖.
-
         trim: None. (A trim before the first step, as some published runs have it, is not part of this version.)
+        keep_graph: for "exact": hold the inner gradient's graph until the Hessian-vector product. False: build it anew
+            then, for another forward and backward and less memory while the outer gradient is taken.
 
     Raises:
         ArgumentError: a value out of range, or an unknown mode or order.
@@ -51,6 +52,7 @@ class LUR(Recipe):
     order: Order = "retain_first"
     relative_inner_lr: bool = False
     trim: None = None
+    keep_graph: bool = True
 
     name: ClassVar[str] = "lur"
 
@@ -68,14 +70,15 @@ class LUR(Recipe):
     @property
     def cost(self) -> Cost:
         """Two passes, or what the mode takes; the two gradients and the displaced point."""
-        passes = 3 if self.gradient == "secant" else 2
+        again = self.gradient == "exact" and not self.keep_graph
+        passes = 3 if self.gradient == "secant" or again else 2
         return Cost(passes=passes, products=int(self.gradient == "exact"), buffers=3)
 
     def prepare(self, passes: Passes) -> LURState:
         """Allocate: the two gradients and the displaced point, a parameter-sized buffer each, whatever the mode."""
         relative = self.relative_inner_lr or self.inner_lr is None
         inner_lr = RELATIVE_DEFAULT if self.inner_lr is None else self.inner_lr
-        return LURState(passes, self.order, self.gradient, inner_lr, relative)
+        return LURState(passes, self.order, self.gradient, inner_lr, relative, self.keep_graph)
 
     def direction(self, passes: Passes, state: LURState) -> Direction:
         """The aligned inner gradient and the outer one."""
@@ -92,8 +95,16 @@ class LURState(State):
     inner gradient is no longer needed and is overwritten by the next one.
     """
 
-    def __init__(self, passes: Passes, order: Order, gradient: meta.Gradient, inner_lr: float, relative: bool) -> None:
-        self.passes, self.relative = passes, relative
+    def __init__(
+        self,
+        passes: Passes,
+        order: Order,
+        gradient: meta.Gradient,
+        inner_lr: float,
+        relative: bool,
+        keep_graph: bool = True,
+    ) -> None:
+        self.passes, self.relative, self.keep_graph = passes, relative, keep_graph
         self.first: Which = "retain" if order == "retain_first" else "forget"
         self.second: Which = "forget" if order == "retain_first" else "retain"
         self.inner_gradient = passes.space.vector()
@@ -114,7 +125,7 @@ class LURState(State):
 
     def linearized(self) -> tuple[Vector, Callable[[Vector, Tensor | None], Vector]]:
         """∇A, and the Hessian's part of the direction; the displaced point is free by then and holds the product."""
-        curvature = self.passes.linearize(self.first, self.inner_gradient)
+        curvature = self.passes.linearize(self.first, self.inner_gradient, keep_graph=self.keep_graph)
         a, product = self.inner_gradient, self.point
 
         def aligned(v: Vector, norm2: Tensor | None) -> Vector:

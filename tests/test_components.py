@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
 import pytest
 import torch
-from helpers import blobs, mlp, run, same, state
+from helpers import Interrupted, blobs, interrupt, mlp, run, same, state
 from torch import nn
 from torch.nn import functional
 
@@ -24,6 +25,8 @@ CPU = torch.device("cpu")
 
 def normed() -> nn.Module:
     layers = [nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 4)]
+    nn.init.uniform_(layers[1].bias)
+    nn.init.uniform_(layers[1].running_mean)
     return nn.Sequential(*layers).double()
 
 
@@ -52,16 +55,19 @@ def trimmed(model, forget, **settings):
 
 
 class TestTrim:
+    @pytest.mark.parametrize("make", [lambda: mlp(dtype=torch.float64), normed])
     @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.97, 1.0])
-    def test_what_is_salient_above_the_threshold_is_drawn_anew(self, sparsity):
-        model, forget = mlp(dtype=torch.float64), blobs(20, dtype=torch.float64)
+    def test_what_is_salient_above_the_threshold_is_drawn_anew(self, sparsity, make):
+        model, forget = make().train(), blobs(20, dtype=torch.float64)
         a = [sum(g.abs() for g in each) for each in zip(*gradients(model, forget), strict=True)]
         saliency = [(g * p).abs() for g, p in zip(a, model.parameters(), strict=True)]
         every = torch.cat([s.reshape(-1) for s in saliency]).sort().values
         limit = every[max(1, math.floor(sparsity * len(every) + 1e-9)) - 1]
-        before, after = trimmed(model, forget, sparsity=sparsity)
-        for (name, old), s in zip(before.items(), saliency, strict=True):
-            assert torch.equal(after[name] != old, (s > limit) & ((old != 0) | (name.endswith("weight")))), name
+        names = [name for name, _ in model.named_parameters()]
+        before, after = trimmed(model.train(), forget, sparsity=sparsity)
+        for name, s in zip(names, saliency, strict=True):
+            chosen = isinstance(model.get_submodule(name.partition(".")[0]), nn.Linear)
+            assert torch.equal(after[name] != before[name], (s > limit) & chosen), name
 
     def test_weights_are_kaiming_uniform_and_biases_zero(self):
         torch.manual_seed(3)
@@ -84,6 +90,19 @@ class TestTrim:
             changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
             assert changed == moved, layers
 
+    def test_a_vector_that_is_no_bias_stays(self):
+        class Scaled(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.scale, self.inside = nn.Parameter(torch.rand(6)), nn.Linear(6, 4)
+
+            def forward(self, x):
+                return self.inside(x * self.scale)
+
+        before, after = trimmed(Scaled().double(), blobs(20, dtype=torch.float64), sparsity=0.0)
+        assert torch.equal(before["scale"], after["scale"])
+        assert not torch.equal(before["inside.bias"], after["inside.bias"])
+
     def test_a_glob_without_a_match_is_refused_and_the_model_untouched(self):
         model = mlp()
         before = state(model)
@@ -105,7 +124,7 @@ class TestTrim:
 class TestSaliencyMask:
     @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
     def test_it_holds_the_largest_share_of_the_summed_gradient(self, share):
-        model, forget = mlp(dtype=torch.float64), blobs(20, dtype=torch.float64)
+        model, forget = mlp(classes=2, dtype=torch.float64), blobs(20, classes=2, dtype=torch.float64)
         saliency = [sum(each).abs() for each in zip(*gradients(model, forget), strict=True)]
         every = torch.cat([s.reshape(-1) for s in saliency])
         order = every.argsort(descending=True)[: math.ceil(share * len(every) - 1e-9)]
@@ -143,6 +162,21 @@ class TestSaliencyMask:
         at = torch.cat([view.reshape(-1) for view in seen[0].views])
         assert not torch.equal(at, before)
         assert torch.equal(at, torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+
+
+def test_a_run_with_both_goes_on_bit_for_bit_after_an_interruption(tmp_path):
+    method = fastlur.LUR(trim=Trim(0.5), mask=SaliencyMask())
+    first, forget, retain = normed().float(), blobs(12), blobs(20)
+    second = copy.deepcopy(first)
+    third = copy.deepcopy(first)
+    run(first, forget, retain, method=method, steps=4)
+    options = {"method": method, "steps": 4, "checkpoint": tmp_path / "kept", "checkpoint_every": 1}
+    with pytest.raises(Interrupted):
+        run(second, forget, retain, callbacks=[interrupt], **options)
+    steps = []
+    run(third, forget, retain, callbacks=[lambda event: steps.append(event.step)], **options)
+    assert steps == [3, 4]
+    assert same(state(first), state(third))
 
 
 @pytest.mark.parametrize(

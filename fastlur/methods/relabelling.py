@@ -37,15 +37,20 @@ def random_label_loss(model: Any, batch: Any) -> Tensor:
     return functional.cross_entropy(wide(logits), random_labels(targets, logits.shape[-1]))
 
 
-def uniform_loss(model: Any, batch: Any) -> Tensor:
-    """Mean cross-entropy in nats towards the uniform distribution over the classes; at least log(classes).
+def wrong_label_loss(model: Any, batch: Any) -> Tensor:
+    """Mean cross-entropy in nats towards the uniform distribution over the wrong classes; at least log(classes − 1).
 
-    That is the expectation of the cross-entropy towards labels drawn uniformly from all classes, without their noise.
+    The expectation of `random_label_loss` over its draws: the same aim without their noise.
     """
     logits, targets = logits_and_targets(model, batch)
+    classes = logits.shape[-1]
+    if classes < 2:
+        raise DataError(f"model: has {classes} logit; a wrong label needs at least two classes")
     counts = targets != IGNORED
-    each = -functional.log_softmax(wide(logits), -1).mean(-1)
-    return torch.where(counts, each, 0.0).sum() / counts.sum().clamp(min=1)
+    logs = functional.log_softmax(wide(logits), -1)
+    true = logs.gather(-1, torch.where(counts, targets, 0).unsqueeze(-1)).squeeze(-1)
+    each = (true - logs.sum(-1)) / (classes - 1)
+    return torch.where(counts, each, 0.0).sum() / counts.sum()
 
 
 class TwoGradients(State):

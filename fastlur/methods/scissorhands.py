@@ -11,7 +11,7 @@ from fastlur.losses import negative_cross_entropy
 from fastlur.methods.base import Cost, Direction, Recipe, check_range
 from fastlur.methods.components import Layers, Trim, check_batches
 from fastlur.methods.repair import PublishedRepair, Repair
-from fastlur.passes import Loss, Passes
+from fastlur.passes import Passes
 
 Form = Literal["cleaned", "as_published"]
 LAYERS = ("layer3.*", "layer4.*", "fc.*")
@@ -20,7 +20,14 @@ LAYERS = ("layer3.*", "layer4.*", "fc.*")
 def _published(lr: float, sparsity: float, forget_weight: float, **more: Any) -> dict[str, Any]:
     """One published run on a ResNet-18."""
     method = {"forget_weight": forget_weight, "trim": Trim(sparsity, LAYERS), "layers": LAYERS, **more}
-    return {"method": method, "lr": lr, "epochs": 10, "momentum": 0.9, "weight_decay": 5e-4}
+    return {
+        "method": method,
+        "forget_loss": negative_cross_entropy,
+        "lr": lr,
+        "epochs": 10,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+    }
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,12 @@ class ScissorHands(Recipe):
 
     Each epoch, at a frozen copy φ of θ in eval mode: m_t = ∇L_f(φ; forget batch t), t = 1 … T, on the chosen layers.
     Each step g = ∇[L_r(retain) + λ L_f(forget)]; if any ⟨g, m_t⟩ < 0: g ← g + Mv, v = argmin_{v ≥ ½}
-    ½ vᵀ(MᵀM + 10⁻³I)v + (Mᵀg)ᵀv. Once the forget data are used up within the epoch, plain retain steps follow. L_f is
-    −cross-entropy.
+    ½ vᵀ(MᵀM + 10⁻³I)v + (Mᵀg)ᵀv. Once the forget data are used up within the epoch, plain retain steps follow.
+
+    L_f is −cross-entropy; the presets have it plain, as published. Since v ≥ ½ however large the memories are, and
+    plain ascent has gradients that grow as it goes on, this runs away where the forget data are not random ones (it
+    does on a class of digits). The default is therefore `fastlur.losses.BoundedForgetting`, the same until 10 nats
+    above chance.
 
     An epoch is as many steps as the longer side has batches; where the retain data are the shorter they come round
     again. In the trim, normalisation layers are left out, and so they are of the chosen layers here.
@@ -86,10 +97,6 @@ class ScissorHands(Recipe):
         if self.form == "as_published":
             return Cost(passes=2, buffers=3 + self.memories, note=f"{note}; solved on the host")
         return Cost(passes=2, buffers=1 + self.memories, note=note)
-
-    def default_forget_loss(self, task: str) -> Loss:
-        """Plain gradient ascent."""
-        return negative_cross_entropy
 
     def prepare(self, passes: Passes) -> Repair:
         """Allocate the gradient and the memories; the first step of an epoch fills them."""

@@ -10,7 +10,7 @@ import torch
 from fastlur.methods.base import Cost, Direction, Recipe, check_range
 from fastlur.methods.components import check_batches
 from fastlur.methods.importance import importance
-from fastlur.methods.relabelling import TwoGradients, uniform_loss
+from fastlur.methods.relabelling import TwoGradients, wrong_label_loss
 from fastlur.passes import Loss, Passes
 
 
@@ -22,9 +22,10 @@ class SelectiveAmnesia(Recipe):
     model as given, estimated by the mean over forget and retain batches of the squared gradient, in eval mode.
 
     Source: Heng & Soh, "Selective Amnesia", arXiv 2305.10120, which is about generative models. Reconstructed for
-    classification: the surrogate L_s is the cross-entropy towards the uniform distribution over the classes. Uniformly
-    random labels have the same expected gradient, but their noise would have to be averaged away; both are bounded
-    below, as a surrogate has to be, and neither prefers one wrong answer. Gradients are squared batch by batch.
+    classification: the surrogate L_s is the cross-entropy towards the uniform distribution over the wrong classes. It
+    is bounded below, as a surrogate has to be, prefers no wrong answer, and is the expectation of random wrong labels
+    without their noise. (With the true class among them, an item may keep it as the largest of almost equal
+    probabilities: on digits a class so taught was still recognised.) Gradients are squared batch by batch.
 
     Args:
         retain_weight: γ ≥ 0.
@@ -54,8 +55,8 @@ class SelectiveAmnesia(Recipe):
         return Cost(passes=2, buffers=4, note="once: a pass over forget and retain data for the Fisher information")
 
     def default_forget_loss(self, task: str) -> Loss:
-        """The surrogate: cross-entropy towards the uniform distribution."""
-        return uniform_loss
+        """The surrogate: cross-entropy towards all wrong classes alike."""
+        return wrong_label_loss
 
     def prepare(self, passes: Passes) -> Amnesia:
         """Estimate the Fisher information and keep θ₀."""

@@ -146,6 +146,21 @@ class Passes:
             self.values.setdefault(which, value.detach())
             torch.autograd.backward(value * weight, inputs=self.space.leaves())
 
+    def joint(self, out: Vector) -> None:
+        """out ← ∇ of both losses at θ, each times its weight, by one backward: what two adding passes give as well.
+
+        The activations of both batches are alive at once.
+        """
+        sides: tuple[Which, Which] = ("retain", "forget")
+        with self.space.collect(out):
+            parts = []
+            for which in sides:
+                with self._moving_statistics(which):
+                    value = self._evaluate(which, lambda own, batch: own(self._forward, batch))
+                self.values.setdefault(which, value.detach())
+                parts.append(value * self.weights[which])
+            torch.autograd.backward(parts[0] + parts[1], inputs=self.space.leaves())
+
     def value(self, which: Which, at: Vector | None = None, *, loss: Loss | None = None) -> Tensor:
         """The loss at the point, shape (), without a gradient: one forward, which moves no statistics."""
         with torch.no_grad(), self.space.at(at), self.statistics.frozen():

@@ -8,10 +8,23 @@ from typing import Any
 
 from fastlur.errors import ArgumentError, nearest
 from fastlur.methods.base import Cost, Direction, Method, Recipe, State
+from fastlur.methods.components import SaliencyMask, Trim
 
-__all__ = ["METHODS", "Cost", "Direction", "Recipe", "State", "available", "preset", "resolve"]
+__all__ = [
+    "METHODS",
+    "Cost",
+    "Direction",
+    "Recipe",
+    "SaliencyMask",
+    "State",
+    "Trim",
+    "available",
+    "preset",
+    "resolve",
+]
 
 PARTS = ("prepare", "direction", "finish")
+COMPONENTS = {"trim": "fastlur.methods.Trim()", "mask": "fastlur.methods.SaliencyMask()"}
 
 
 def _found() -> dict[str, type[Recipe]]:
@@ -70,6 +83,10 @@ def resolve(method: str | Method) -> Method:
         return _recipe(method)()
     if isinstance(method, type) or not all(callable(getattr(method, part, None)) for part in PARTS):
         raise ArgumentError(f"method={method!r} is neither a name nor an instance with {', '.join(PARTS)}")
+    for part, example in COMPONENTS.items():
+        value = getattr(method, part, None)
+        if value is not None and (isinstance(value, type) or not callable(value)):
+            raise ArgumentError(f"{part}={value!r} is no component; pass {example}, or None")
     return method
 
 

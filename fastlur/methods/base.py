@@ -6,8 +6,8 @@ with the package are the modules beside this one; each is found by its presence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
@@ -128,7 +128,14 @@ class Recipe:
         own_objective: the method defines what it minimises on the forget data; a `forget_loss` is refused.
         steps: how many steps where the user says nothing; None: as many as `unlearn` takes; 0: it works without.
         presets: published settings by name: arguments of `unlearn`, those of the method itself under "method".
+
+    Args:
+        trim: what is done to the weights before anything else, such as `fastlur.methods.Trim()`; None: nothing.
+        mask: says once which weights may move at all, such as `fastlur.methods.SaliencyMask()`; None: all.
     """
+
+    trim: Callable[[Passes], None] | None = field(default=None, kw_only=True)
+    mask: Callable[[Passes], Vector] | None = field(default=None, kw_only=True)
 
     name: ClassVar[str] = "unnamed"
     training: ClassVar[bool] = True
@@ -163,7 +170,7 @@ class Recipe:
 
     def settings(self) -> dict[str, Any]:
         """The arguments, as plain JSON values."""
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
 
 
 def check_range(name: str, value: object, low: float = 0.0, high: float | None = None, example: object = None) -> None:
@@ -181,7 +188,7 @@ def check_range(name: str, value: object, low: float = 0.0, high: float | None =
 def _plain(value: Any) -> Any:
     """A value of a dataclass field as JSON knows it."""
     if hasattr(value, "__dataclass_fields__"):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, tuple | list):
         return [_plain(each) for each in value]
     return value if isinstance(value, str | int | float | bool | None) else repr(value)

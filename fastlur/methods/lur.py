@@ -38,9 +38,10 @@ class LUR(Recipe):
             Hessian-vector product) or "first_order" (two, half of the alignment).
         order: which loss makes the inner step.
         relative_inner_lr: the inner step has length `inner_lr` whatever the gradient's norm: α = inner_lr/‖∇‖.
-        trim: None. (A trim before the first step, as some published runs have it, is not part of this version.)
         keep_graph: for "exact": hold the inner gradient's graph until the Hessian-vector product. False: build it anew
             then, for another forward and backward and less memory while the outer gradient is taken.
+        trim: `fastlur.methods.Trim(…)` before the first step, as some published runs have it; None: no trim.
+        mask: see `Recipe`.
 
     Raises:
         ArgumentError: a value out of range, or an unknown mode or order.
@@ -51,15 +52,12 @@ class LUR(Recipe):
     gradient: meta.Gradient = "optimistic"
     order: Order = "retain_first"
     relative_inner_lr: bool = False
-    trim: None = None
     keep_graph: bool = True
 
     name: ClassVar[str] = "lur"
 
     def __post_init__(self) -> None:
         meta.check_gradient(self.gradient)
-        if self.trim is not None:
-            raise ArgumentError(f"trim={self.trim!r}: this version has no trim; leave it None")
         if self.inner_lr is not None:
             meta.check_inner_lr(self.inner_lr)
         if self.order not in get_args(Order):

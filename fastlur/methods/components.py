@@ -1,0 +1,158 @@
+"""Parts that any method can switch on: a trim before the first step, and a mask of the weights that may move.
+
+    fastlur.unlearn(model, forget, retain, method=fastlur.LUR(trim=Trim(), mask=SaliencyMask()))
+
+Both measure saliency by the retain loss on the forget data (cross-entropy, for classifiers), in eval mode: a batch of
+one class, normalised by its own statistics, would not be judged as the model judges it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from fastlur import ops
+from fastlur.errors import ArgumentError, ModelError
+from fastlur.methods.base import check_range
+from fastlur.passes import Passes
+from fastlur.space import ParameterSpace, Vector
+from fastlur.world import derive, seed_torch
+
+Layers = str | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class Trim:
+    """Re-initialise the weights that matter most to the forget data, once, before the first step.
+
+    With a = Σ_j |∇CE(θ; forget batch j)| and the saliency |a ⊙ θ| over all moving parameters: in the chosen layers,
+    where it exceeds the ⌊sparsity·N⌋-th smallest, weights are drawn anew (Kaiming-uniform with a = √5, as linear and
+    convolutional layers are initialised) and biases become 0. Parameters of normalisation layers stay, and so do
+    one-dimensional ones that are no bias (a scale, a class token): nothing says how to draw those.
+
+    Source: ScissorHands, arXiv 2401.06187. Eval mode and "all batches" are reconstructed.
+
+    Args:
+        sparsity: share in [0, 1] of all moving parameters that stays; 1: nothing is trimmed.
+        layers: globs of parameter names, such as ("layer4.*", "fc.*"); None: every layer.
+        batches: how many forget batches, ≥ 1; None: all, each item once.
+
+    Raises:
+        ArgumentError: a value out of range. ModelError: a glob matches nothing that moves.
+    """
+
+    sparsity: float = 0.97
+    layers: Layers = None
+    batches: int | None = None
+
+    def __post_init__(self) -> None:
+        check_range("sparsity", self.sparsity, 0.0, 1.0, 0.97)
+        check_batches(self.batches)
+
+    def __call__(self, passes: Passes) -> None:
+        """Trim θ; two parameter-sized vectors, given back at the end."""
+        space = passes.space
+        slots = chosen_slots(space, self.layers)
+        total, gradient = space.vector(), space.vector()
+        for batch in passes.feed.batches("forget", self.batches, "trim"):
+            with passes.aside({"forget": batch}):
+                passes.gradient("forget", gradient, loss=passes.losses["retain"], weight=1.0)
+            ops.saliency(gradient.flats, gradient.flats)
+            ops.displace(total.flats, total.flats, gradient.flats, -1.0)
+        ops.saliency(total.flats, total.flats, space.theta.flats)
+        limit = ops.threshold(total.spans, self.sparsity)  # the gaps between slots are no parameters
+        seed_torch(derive(passes.seed, "trim"), space.device)
+        with torch.no_grad():
+            for index in slots:
+                weight, slot = space.theta.views[index], space.slots[index]
+                fresh = torch.zeros(slot.shape, dtype=weight.dtype, device=weight.device)
+                if weight.dim() > 1 and weight.numel():
+                    torch.nn.init.kaiming_uniform_(fresh, a=math.sqrt(5))
+                elif not any(name.rpartition(".")[2].endswith("bias") for name in slot.names):
+                    continue
+                salient = total.views[index] > limit.to(weight.dtype)
+                weight.copy_(torch.where(salient, fresh, weight))
+
+
+@dataclass(frozen=True)
+class SaliencyMask:
+    """Let only the weights move that matter most to the forget data; the others stay bit for bit, weight decay or not.
+
+    The mask holds the largest `share` of |∇CE_f(θ₀)| over all moving parameters, the gradient summed over the forget
+    batches. A weight on which the forget data do not depend is never in it.
+
+    Source: SalUn, arXiv 2310.12508. Eval mode is reconstructed.
+
+    Args:
+        share: in [0, 1], of all moving parameters; 1: all move.
+        batches: how many forget batches, ≥ 1; None: all, each item once.
+
+    Raises:
+        ArgumentError: a value out of range.
+    """
+
+    share: float = 0.5
+    batches: int | None = None
+
+    def __post_init__(self) -> None:
+        check_range("share", self.share, 0.0, 1.0, 0.5)
+        check_batches(self.batches)
+
+    def __call__(self, passes: Passes) -> Vector:
+        """The mask: bool, a byte a parameter; one parameter-sized vector more while it is made."""
+        space = passes.space
+        gradient, mask = space.vector(), space.vector(torch.bool)
+        if self.share == 1:
+            for every in mask.flats:
+                every.fill_(True)
+            return mask
+        for batch in passes.feed.batches("forget", self.batches, "mask"):
+            with passes.aside({"forget": batch}):
+                passes.gradient("forget", gradient, loss=passes.losses["retain"], weight=1.0, add=True)
+        ops.saliency(gradient.flats, gradient.flats)
+        # 1 − share as people write it: 0.1 for 0.9, where floating point has a little less
+        limit = ops.threshold(gradient.spans, float(1 - Fraction(str(self.share))))
+        for keep, salient in zip(mask.flats, gradient.flats, strict=True):
+            keep.copy_(salient > limit.to(salient.dtype))
+        return mask
+
+
+def chosen_slots(space: ParameterSpace, layers: Layers) -> list[int]:
+    """The slots that globs choose (None: all), without those of normalisation layers.
+
+    Raises:
+        ModelError: a glob matches no moving parameter.
+    """
+    normal = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in space.model.named_modules(remove_duplicate=False)
+        if "norm" in type(module).__name__.lower()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    names = [name for slot in space.slots for name in slot.names]
+    globs = ["*"] if layers is None else [layers] if isinstance(layers, str) else list(layers)
+    for glob in globs:
+        if not fnmatch.filter(names, glob):
+            some = ", ".join(names[:8])
+            raise ModelError(f"layers: {glob!r} matches no parameter that moves; names are like {some}")
+    return [
+        index
+        for index, slot in enumerate(space.slots)
+        if not normal & set(slot.names)
+        and any(fnmatch.fnmatchcase(name, glob) for name in slot.names for glob in globs)
+    ]
+
+
+def check_batches(batches: object, name: str = "batches") -> None:
+    """Refuse what is no number of batches.
+
+    Raises:
+        ArgumentError: with the remedy.
+    """
+    if batches is not None and (not isinstance(batches, int) or isinstance(batches, bool) or batches < 1):
+        raise ArgumentError(f"{name}={batches!r} must be a positive whole number, or None for all")

@@ -1,0 +1,194 @@
+"""What every method owes, whatever it does: found by its presence, it is tested by its presence."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import itertools
+import json
+import weakref
+
+import pytest
+import torch
+from helpers import Interrupted, blobs, images, interrupt, mlp, run, same, state
+from torch import nn
+
+import fastlur
+from fastlur import passes as passes_module
+from fastlur.data import Feed, source
+from fastlur.losses import cross_entropy, negative_cross_entropy
+from fastlur.methods import METHODS, SaliencyMask
+from fastlur.space import ParameterSpace
+from fastlur.step import Step
+
+NAMES = sorted(METHODS)
+STEPPING = [name for name in NAMES if METHODS[name].steps != 0]
+
+# Pairs whose first updates may agree, with the reason.
+ALIASES: dict[frozenset[str], str] = {}
+
+
+def bare(name, **settings):
+    """The method without what it does to the weights before the first step."""
+    return dataclasses.replace(METHODS[name](), trim=None, **settings)
+
+
+def stepping(model, method, forget, retain, losses=None, **options) -> Step:
+    """A step over the model with the data at hand, as `unlearn` assembles it."""
+    sources = {"forget": source(forget, "forget", 8), "retain": source(retain, "retain", 8)}
+    losses = losses or {"retain": cross_entropy, "forget": method.default_forget_loss("classification")}
+    return Step(model, method, losses, feed=Feed(sources, 0, torch.device("cpu")), steps=9, **options)
+
+
+def flat(model):
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).clone()
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestEveryMethod:
+    def test_says_what_it_does_and_what_that_costs(self, name):
+        line = fastlur.methods.available()[name]
+        assert line == f"{METHODS[name].__doc__.strip().splitlines()[0]} ({METHODS[name]().cost})"
+        assert METHODS[name].__doc__[0].isupper()
+        assert "Source:" in METHODS[name].__doc__ or "econstructed" in METHODS[name].__doc__
+
+    def test_its_settings_are_plain_json_and_a_preset_is_a_call_of_unlearn(self, name):
+        assert json.loads(json.dumps(METHODS[name]().settings())) == METHODS[name]().settings()
+        for preset in METHODS[name].presets:
+            settings = fastlur.methods.preset(name, preset)
+            assert isinstance(settings["method"], METHODS[name])
+            assert set(settings) <= set(inspect.signature(fastlur.unlearn).parameters)
+
+    def test_the_same_call_gives_the_same_model(self, name, cnn):
+        twin, data = copy.deepcopy(cnn), (images(12), images(20))
+        run(cnn, *data, method=name)
+        torch.rand(3)  # a caller's own draws in between do not matter
+        run(twin, *data, method=name)
+        assert same(state(cnn), state(twin))
+
+    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+    def test_an_interrupted_run_goes_on_bit_for_bit(self, name, optimizer, tmp_path):
+        model = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Dropout(0.3), nn.Linear(9, 4))
+        twin, data = copy.deepcopy(model), (blobs(12), blobs(40))
+        options = {"method": name, "optimizer": optimizer, "steps": 7}
+        run(twin, *data, **options)
+        first = copy.deepcopy(model)
+        saving = {"checkpoint": tmp_path / "run", "checkpoint_every": 1}
+        if METHODS[name].steps != 0:
+            with pytest.raises(Interrupted):
+                run(first, *data, callbacks=[interrupt], **options, **saving)
+        done = run(model, *data, **options, **saving)
+        assert same(state(model), state(twin))
+        assert len(done.history["step"]) == (7 if METHODS[name].steps != 0 else 0)
+
+    def test_the_model_leaves_as_it_came(self, name, cnn):
+        cnn[0].weight.requires_grad_(False)
+        cnn.train()
+        cnn[3].eval()
+        before = list(cnn.named_parameters()), [m.training for m in cnn.modules()], cnn[0].weight.clone()
+        wanting = [p.requires_grad for p in cnn.parameters()]
+        run(cnn, method=name)
+        assert all(p is q for (_, p), (_, q) in zip(before[0], cnn.named_parameters(), strict=True))
+        assert all(p.grad is None for p in cnn.parameters())
+        assert [m.training for m in cnn.modules()] == before[1]
+        assert [p.requires_grad for p in cnn.parameters()] == wanting
+        assert torch.equal(cnn[0].weight, before[2])
+        assert len({p.untyped_storage().data_ptr() for p in cnn.parameters()}) == len(list(cnn.parameters()))
+        moved = int(cnn[1].num_batches_tracked)
+        assert moved <= (0 if METHODS[name].steps == 0 else 3)  # at most one retain pass a step
+        copy.deepcopy(cnn)
+
+    @pytest.mark.parametrize("sizes", [(1, 20), (30, 10)])
+    def test_a_single_forget_item_and_more_to_forget_than_to_keep(self, name, sizes, cnn):
+        result = run(cnn, images(sizes[0]), images(sizes[1]), method=name, epochs=2, steps=None)
+        assert all(bool(torch.isfinite(value).all()) for value in state(cnn).values())
+        assert name in result.summary()
+
+    def test_gradients_that_vanish_coincide_or_cancel_do_no_harm(self, name):
+        nothing = lambda model, batch: cross_entropy(model, batch) * 0.0
+        cases = {
+            "zero": (nothing, nothing),
+            "the same": (cross_entropy, cross_entropy),
+            "opposite": (cross_entropy, negative_cross_entropy),
+        }
+        for case, (keep, go) in cases.items():
+            model, data = mlp(), blobs(8)
+            start = flat(model)
+            with stepping(model, METHODS[name](), data, data, {"retain": keep, "forget": go}) as step:
+                for _ in range(3 if METHODS[name].steps != 0 else 0):
+                    step(data, data)
+                step.finish()
+            assert bool(torch.isfinite(flat(model)).all()), case
+            assert case != "zero" or torch.equal(flat(model), start)
+
+
+@pytest.mark.parametrize("name", STEPPING)
+class TestEveryStep:
+    def test_masked_weights_stay_whatever_the_weight_decay(self, name):
+        model = mlp()
+        before = flat(model)
+        run(model, blobs(12), blobs(20), method=bare(name, mask=SaliencyMask(0.3)), weight_decay=0.5)
+        assert 0 < float((flat(model) != before).float().mean()) <= 0.31
+
+    def test_it_costs_what_it_says(self, name, monkeypatch):
+        """Forwards and backwards of steps that are neither the first nor the last of an epoch, and the vectors kept."""
+        made, counts = [], {"forward": 0, "backward": 0}
+        vector, backward = ParameterSpace.vector, torch.autograd.backward
+
+        def recorded(space, dtype=None):
+            new = vector(space, dtype)
+            made.append(weakref.ref(new))
+            return new
+
+        def counted(*arguments, **keywords):
+            counts["backward"] += 1
+            return backward(*arguments, **keywords)
+
+        monkeypatch.setattr(ParameterSpace, "vector", recorded)
+        monkeypatch.setattr(passes_module.torch.autograd, "backward", counted)
+        model, forget, retain = mlp(), blobs(32), blobs(64)
+        method = METHODS[name]()
+        with stepping(model, method, forget, retain) as step:
+            model.register_forward_hook(lambda *_: counts.update(forward=counts["forward"] + 1))
+            batches = [(blobs(8), blobs(8)) for _ in range(4)]
+            step(*batches[0])
+            counts.update(forward=0, backward=0)
+            for pair in batches[1:]:
+                step(*pair)
+            optimizer = {id(each) for each in (step.update.first, step.update.second)}
+            kept = [ref() for ref in made if ref() is not None and id(ref()) not in optimizer]
+            size = sum(f.nbytes for f in step.space.theta.flats)
+            buffers = sum(f.nbytes for each in kept for f in each.flats) / size
+        cost = method.cost
+        if not cost.products:  # a product is neither
+            assert counts["backward"] == 3 * cost.passes
+            assert counts["forward"] == 3 * (cost.passes + cost.forwards)
+        assert buffers == pytest.approx(cost.buffers, abs=0.01)
+
+
+def test_no_two_methods_are_the_same_one():
+    """First updates on one model and one pair of batches; what is alike is listed with the reason."""
+    torch.manual_seed(3)
+    model, (inputs, targets), retain = mlp(), blobs(16), blobs(16)
+    forget = 6 * inputs, targets  # so large that SSD too finds weights that matter more to them
+    updates = {}
+    for name in NAMES:
+        copied = copy.deepcopy(model)
+        run(copied, forget, retain, method=name, steps=1, batch_size=16)
+        updates[name] = flat(copied) - flat(model)
+    assert all(float(update.norm()) > 0 for update in updates.values())
+    for one, other in itertools.combinations(NAMES, 2):
+        if frozenset((one, other)) not in ALIASES:
+            scale = max(float(updates[one].norm()), float(updates[other].norm()))
+            assert float((updates[one] - updates[other]).norm()) > 1e-4 * scale, (one, other)
+
+
+def test_a_method_without_steps_is_a_whole_run():
+    asked = []
+    model = mlp()
+    result = run(model, blobs(12), blobs(20), method="ssd", steps=50, stop=lambda event: asked.append(event) or "no")
+    assert len(result.history["step"]) == 0
+    assert result.ended == "all steps done"
+    assert "0 steps" in result.summary()
+    assert not asked

@@ -27,7 +27,7 @@ FLOORS = [
     {"ops"},
     {"statistics", "space", "losses", "info", "data"},
     {"passes", "meta"},
-    {"content", "evaluate", "methods.base"},
+    {"content", "evaluate", "methods.base", "frozen", "fresh"},
     {"methods.components", "overlap", "checks", "update"},
     {name for name in MODULES if name.startswith("methods.")} - {"methods.base", "methods.components"},
     {"methods"},

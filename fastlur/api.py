@@ -159,13 +159,15 @@ def unlearn(
     sources, contents, firsts = _look_at_data(forget, retain, batch_size, seed, where)
     if not allow_overlap:
         overlap.check(forget, retain, contents["forget"], contents["retain"])
-    classifies: dict[Which, bool] = {"forget": forget_loss is None, "retain": loss is None}
+    uses_forget = getattr(method, "uses_forget", True)
+    classifies: dict[Which, bool] = {"forget": forget_loss is None and uses_forget, "retain": loss is None}
     kind = checks.task_of(task, firsts) if any(classifies.values()) else task
     losses: dict[Which, Loss] = {
         "retain": loss or cross_entropy,
         "forget": forget_loss or method.default_forget_loss(kind),
     }
-    checks.trial(model, losses, firsts, contents, classifies=classifies, device=where, precision=precision)
+    tried: dict[Which, Loss] = losses if uses_forget else {"retain": losses["retain"]}
+    checks.trial(model, tried, firsts, contents, classifies=classifies, device=where, precision=precision)
     if forget_loss is not None and getattr(method, "own_objective", False):
         raise ArgumentError(f"forget_loss: {method.name} defines what it minimises on the forget data; leave it None")
     total = _length(sources, steps, epochs, getattr(method, "steps", None))

@@ -100,14 +100,14 @@ def trial(
     device: torch.device,
     precision: str,
 ) -> None:
-    """Evaluate both losses once as a step would, leaving no trace: no gradient, no statistics, no random state.
+    """Evaluate the losses once as a step would, leaving no trace: no gradient, no statistics, no random state.
 
     Raises:
         DataError: the model or a loss cannot take a batch, a label is outside the logits, a loss is not a finite
             scalar, or batch norm cannot work with so small a batch.
     """
     with borrowed_random(device), passing(model, device, precision), Statistics(model).frozen():
-        for which in ("forget", "retain"):
+        for which in losses:
             batch = to_device(batches[which], device)
             try:
                 if classifies[which]:

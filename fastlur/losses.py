@@ -8,7 +8,7 @@ last dimension of logits for every target: shape (*targets.shape, classes).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -105,9 +105,53 @@ class BoundedForgetting:
         return f"BoundedForgetting(cap={self.cap})"
 
 
+class Remembering:
+    """A model that is run once on the same inputs: called again with them, it returns what it returned.
+
+    So a loss of the user's and one of a method share a forward, and statistics move once.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._known = model, dict[tuple[object, ...], tuple[Any, ...]]()
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """The model's output."""
+        key = *map(id, inputs), *((name, id(value)) for name, value in named.items())
+        if key not in self._known:
+            self._known[key] = self._model(*inputs, **named), inputs, named  # held, so that no id is used again
+        return self._known[key][0]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def divergence(teacher: Tensor, logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² · mean KL(softmax(teacher/T) ‖ softmax(logits/T)) in nats over the rows that count, shape ().
+
+    Args:
+        teacher: logits to compare with, shape (n, classes), without a gradient.
+        logits: of the model, shape (n, classes).
+        targets: shape (n,); only whether one is −100, a row that does not count, matters.
+        temperature: T > 0; the factor T² keeps the size of the gradient.
+    """
+    wanted, given = (functional.log_softmax(_wide(each) / temperature, dim=-1) for each in (teacher, logits))
+    rows = functional.kl_div(given, wanted, reduction="none", log_target=True).sum(-1)
+    counts = (targets != IGNORED).to(rows.dtype)
+    return temperature**2 * (rows * counts).sum() / counts.sum()
+
+
+def distillation(teacher: Tensor, temperature: float = 1.0) -> Callable[[Any, Any], Tensor]:
+    """The `divergence` from given logits as a loss `(model, batch) -> scalar`."""
+    return lambda model, batch: divergence(teacher, *logits_and_targets(model, batch), temperature)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in _HALF else logits
+
+
 def _mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     try:
-        return functional.cross_entropy(logits.float() if logits.dtype in _HALF else logits, targets)
+        return functional.cross_entropy(_wide(logits), targets)
     except IndexError as error:  # the CPU's; what could be checked beforehand was
         raise DataError(f"a target is outside the model's {logits.shape[-1]} logits: {error}") from error
 

@@ -6,7 +6,7 @@ pass moves the normalisation statistics, which precision.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -33,6 +33,7 @@ class Passes:
         step: number of the step that is being made, from 1; 0 before the first.
         steps: how many are planned; None where nobody said.
         values: the losses of this step so far, unweighted, by side.
+        forward: what losses are called with as the model.
 
     Args:
         space: the moving parameters.
@@ -70,7 +71,7 @@ class Passes:
         self.statistics = Statistics(space.model)
         self.values: dict[Which, Tensor] = {}
         self._feed = feed
-        self._forward = space.model if forward is None else forward
+        self.forward = space.model if forward is None else forward
         self._batches: dict[Which, Any] = {}
         self._tracked = False
 
@@ -126,6 +127,7 @@ class Passes:
         loss: Loss | None = None,
         weight: float | Tensor | None = None,
         add: bool = False,
+        also: Sequence[Tensor] = (),
     ) -> None:
         """out ← weight · ∇loss at the point, by one forward and one backward.
 
@@ -136,15 +138,16 @@ class Passes:
             loss: another loss than the side's own.
             weight: another factor than the side's own; a tensor may stay on the device.
             add: add to `out` instead of overwriting it.
+            also: leaves outside the space that the loss depends on; their `.grad` is added to.
 
         Raises:
             DataError: the loss is not a scalar that depends on a moving parameter.
         """
         weight = self.weights[which] if weight is None else weight
         with self.space.at(at), self.space.collect(out, add), self._moving_statistics(which):
-            value = self._evaluate(which, lambda own, batch: (loss or own)(self._forward, batch))
+            value = self._evaluate(which, lambda own, batch: (loss or own)(self.forward, batch))
             self.values.setdefault(which, value.detach())
-            torch.autograd.backward(value * weight, inputs=self.space.leaves())
+            torch.autograd.backward(value * weight, inputs=[*self.space.leaves(), *also])
 
     def joint(self, out: Vector) -> None:
         """out ← ∇ of both losses at θ, each times its weight, by one backward: what two adding passes give as well.
@@ -164,7 +167,7 @@ class Passes:
     def value(self, which: Which, at: Vector | None = None, *, loss: Loss | None = None) -> Tensor:
         """The loss at the point, shape (), without a gradient: one forward, which moves no statistics."""
         with torch.no_grad(), self.space.at(at), self.statistics.frozen():
-            return self._evaluate(which, lambda own, batch: (loss or own)(self._forward, batch))
+            return self._evaluate(which, lambda own, batch: (loss or own)(self.forward, batch))
 
     def linearize(self, which: Which, out: Vector, *, keep_graph: bool = True, by: By = "autograd") -> Pull:
         """out ← weight · ∇loss at θ; returns H, where H(v, hv) sets hv ← weight · (Hessian of the loss at θ) v.

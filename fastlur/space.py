@@ -94,6 +94,7 @@ class ParameterSpace:
             p for p in model.parameters() if p.requires_grad and id(p) not in {id(q) for _, g in groups for q in g}
         ]
         self.reached: set[int] = set()
+        self.collecting = False  # a pass is going on: its graph may be alive
         with torch.no_grad():
             self.theta = Vector(self.slots, [torch.zeros(n, dtype=d, device=self.device) for d, n in sizes.items()])
             for slot, view in zip(self.slots, self.theta.views, strict=True):
@@ -148,11 +149,13 @@ class ParameterSpace:
         if not add:
             out.zero_()
         try:
+            self.collecting = True
             for slot, view in zip(self.slots, out.views, strict=True):
                 for parameter in slot.parameters:
                     parameter.grad = view
             yield
         finally:
+            self.collecting = False
             self.drop_gradients()
 
     def leaves(self) -> list[nn.Parameter]:

@@ -43,6 +43,22 @@ class Statistics:
             for module, name, value in before:
                 _put(module, name, value)
 
+    def copies(self) -> list[Saved]:
+        """Every buffer as it is now, to be used with `at`."""
+        return _copies([*self._norms, *self._others])
+
+    @contextmanager
+    def at(self, saved: list[Saved]) -> Iterator[None]:
+        """Inside, the buffers have the values that they had when `saved` was made."""
+        before = self.copies()
+        try:
+            for module, name, value in saved:
+                _put(module, name, value)
+            yield
+        finally:
+            for module, name, value in before:
+                _put(module, name, value)
+
     def take(self, values: dict[str, Tensor]) -> None:
         """Give the buffers these values, by their names in the model."""
         for name, value in values.items():
@@ -51,7 +67,7 @@ class Statistics:
 
     def save(self) -> None:
         """Remember the buffers as they are, before the passes of a step."""
-        self._saved = _copies([*self._norms, *self._others])
+        self._saved = self.copies()
 
     def keep(self, ok: Tensor) -> None:
         """Keep what has moved since `save` where the flag `ok`, a 0-d tensor, is up; put it back where it is down."""

@@ -80,6 +80,7 @@ class Step:
             raise
         self.step = 0
         self._unread: list[StepStats] = []
+        self._nothing = torch.full((), math.nan, device=self.space.device)  # the loss of a side without a pass
 
     @torch.inference_mode(False)
     def __call__(self, forget: Any, retain: Any) -> StepStats:
@@ -107,9 +108,8 @@ class Step:
             raise
         passes.statistics.keep(self.update.control[OK])
         self.step += 1
-        nothing = torch.full((), math.nan, device=device)
-        values = passes.values
-        stats = StepStats(self.step, values.get("forget", nothing), values.get("retain", nothing), dots)
+        forget_loss, retain_loss = (passes.values.get(side, self._nothing) for side in ("forget", "retain"))
+        stats = StepStats(self.step, forget_loss, retain_loss, dots)
         self._unread.append(stats)
         if device.type == "cpu" or len(self._unread) >= READ_EVERY:
             self.check()
@@ -124,15 +124,21 @@ class Step:
         unread, self._unread = self._unread, []
         if bool(self.update.control[OK]):
             return
-        bad = next((s for s in unread if not bool(torch.isfinite(s.numbers()).all())), None)
+        bad, culprit = next(((s, name) for s in unread if (name := self._culprit(s))), (None, ""))
         if bad is None:
             raise NonFiniteError("a loss or gradient was not finite in an earlier step; the model is as before it")
-        culprit = next((n for n, v in zip(FIELDS, bad.numbers().tolist(), strict=True) if not math.isfinite(v)), "loss")
         raise NonFiniteError(
             f"step {bad.step}: {culprit} is not finite (forget loss {float(bad.forget_loss):.4g}, retain loss "
             f"{float(bad.retain_loss):.4g}); the model is as after step {bad.step - 1}. "
             "Lower lr, inner_lr or forget_weight, or look for NaN in the data"
         )
+
+    def _culprit(self, stats: StepStats) -> str:
+        """The first number of a step that is not finite; that a side was not evaluated is no fault."""
+        for name, value in zip(FIELDS, stats.numbers().tolist(), strict=True):
+            if not math.isfinite(value) and getattr(stats, name) is not self._nothing:
+                return name
+        return ""
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on beside the model itself: moments and kept gradients by parameter name."""

@@ -29,7 +29,7 @@ FLOORS = [
     {"statistics", "space", "losses", "info", "data", "twice"},
     {"curvature"},
     {"passes", "meta"},
-    {"content", "evaluate", "methods.base"},
+    {"content", "evaluate", "methods.base", "frozen", "fresh"},
     {"methods.components", "methods.importance", "methods.relabelling", "overlap", "checks", "update"},
     {"methods.repair"},
     {name for name in MODULES if name.startswith("methods.")} - SHARED,

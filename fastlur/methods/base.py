@@ -56,6 +56,21 @@ class State:
         return self.vectors()
 
 
+class Gradient(State):
+    """Room for the gradient of one side. Every step overwrites it, so that nothing is carried."""
+
+    def __init__(self, passes: Passes) -> None:
+        self.gradient = passes.space.vector()
+
+
+class Gradients(State):
+    """Room for the gradients of both sides. Every step overwrites them, so that nothing is carried."""
+
+    def __init__(self, passes: Passes) -> None:
+        self.retain = passes.space.vector()
+        self.forget = passes.space.vector()
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a step of a method costs, in units that hold for any model.
@@ -126,6 +141,7 @@ class Recipe:
         name: as `unlearn(method=…)` takes it.
         training: passes run in train mode (normalisation by the batch); False: in eval mode, statistics as given.
         own_objective: the method defines what it minimises on the forget data; a `forget_loss` is refused.
+        uses_forget: False: no forget batch is ever passed through the model, so the data need not fit a loss.
         steps: how many steps where the user says nothing; None: as many as `unlearn` takes; 0: it works without.
         presets: published settings by name: arguments of `unlearn`, those of the method itself under "method".
 
@@ -140,6 +156,7 @@ class Recipe:
     name: ClassVar[str] = "unnamed"
     training: ClassVar[bool] = True
     own_objective: ClassVar[bool] = False
+    uses_forget: ClassVar[bool] = True
     steps: ClassVar[int | None] = None
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -14,7 +14,7 @@ from torch.nn import functional
 from fastlur import ops
 from fastlur.errors import ArgumentError, nearest
 from fastlur.frozen import Frozen
-from fastlur.losses import ABOVE_CHANCE, IGNORED, logits_and_targets
+from fastlur.losses import IGNORED, logits_and_targets
 from fastlur.methods.base import Cost, Direction, Recipe, State, check_range
 from fastlur.passes import Loss, Passes
 from fastlur.space import Vector
@@ -48,7 +48,7 @@ class MOX(Recipe):
     last one left, keeps to that, and must not find an earlier forget set among its retain data.
 
     Source: "Memorize to Forget", arXiv 2602.06441; objective, extrapolation, α, momentum and settings are reconstructed
-    from accounts of it. The search for α, the bound on `target` and what a round is are this package's.
+    from accounts of it. The search for α, the cap on `target` and what a round is are this package's.
 
     Args:
         alpha: α in [0, 1000], 4 in the publication. None: the largest of 0.5, 0.71, 1, … 32 up to which the retain loss
@@ -60,7 +60,10 @@ class MOX(Recipe):
         memorise: "plain", or "npo": (2/β) log σ(−β log(p_θ/p_θ₀)) of the true class in place of the cross-entropy.
         beta: β > 0 of "npo".
         target: the class to be answered instead, or for each class the one to be answered instead of it: the mean CE
-            towards it is subtracted while memorising, up to log(classes) + 10 nats, since it is unbounded. None: any.
+            towards it is subtracted while memorising. This begins with steep gradients where the model is sure of
+            itself; bound them (on digits, SGD diverged without `max_grad_norm=0.1`). None: whatever comes.
+        target_cap: nats ≥ 0 by which that CE may rise over what it is at θ₀; beyond, an item is left alone, since the
+            term is unbounded below.
 
     Raises:
         ArgumentError: a value out of range.
@@ -73,6 +76,7 @@ class MOX(Recipe):
     memorise: Form = "plain"
     beta: float = 0.1
     target: int | tuple[int, ...] | None = None
+    target_cap: float = 4.0
 
     name: ClassVar[str] = "mox"
     training: ClassVar[bool] = False
@@ -102,6 +106,7 @@ class MOX(Recipe):
         check_range("retain_limit", self.retain_limit, example=0.05)
         check_range("momentum", self.momentum, 0, 1, example=0.675)
         check_range("beta", self.beta, example=0.1)
+        check_range("target_cap", self.target_cap, example=4)
         for name in ("momentum", "beta"):
             if getattr(self, name) == 0:
                 raise ArgumentError(f"{name}=0 would leave nothing; give a number > 0")
@@ -117,8 +122,7 @@ class MOX(Recipe):
     def cost(self) -> Cost:
         """A pass of each side, the model as given on the retain batch (and the forget batch), one search at the end."""
         note = "at the end up to 14 forwards over 8 retain batches, to find alpha" if self.alpha is None else ""
-        forwards = 2 if self.memorise == "npo" else 1
-        return Cost(passes=2, forwards=forwards, buffers=3 if self.momentum == 1 else 4, note=note)
+        return Cost(passes=2, forwards=1 + self._compares, buffers=3 if self.momentum == 1 else 4, note=note)
 
     def prepare(self, passes: Passes) -> MOXState:
         """Keep the weights as given; refuse what could not be finished.
@@ -137,9 +141,8 @@ class MOX(Recipe):
         """The gradients of both parts of the memorising loss."""
         if self.momentum < 1 and passes.steps is not None and self._begins_a_round(passes.step, passes.steps):
             state.fold(passes.space.theta)
-        npo = self.memorise == "npo"
         kept = state.frozen.logits("retain")
-        given = state.frozen.logits("forget") if npo else None
+        given = state.frozen.logits("forget") if self._compares else None
         passes.gradient("retain", state.retain, loss=lambda model, batch: divergence(kept, model, batch), weight=1.0)
         passes.gradient("forget", state.forget, loss=self._memory(given, state.wanted), weight=1.0)
         return Direction(state.retain, state.forget)
@@ -175,6 +178,12 @@ class MOX(Recipe):
             if not loss(alpha) <= allowed:
                 break
             best = alpha
+        if not best:
+            warnings.warn(
+                f"MOX: alpha={ALPHAS[0]:g} already raises the retain loss by more than retain_limit="
+                f"{self.retain_limit:g}, so the model stays as given; memorise with fewer steps or a lower lr",
+                stacklevel=2,
+            )
         return best
 
     def _begins_a_round(self, step: int, steps: int) -> bool:
@@ -184,19 +193,24 @@ class MOX(Recipe):
         def loss(model: Any, batch: Any) -> Tensor:
             logits, targets = logits_and_targets(model, batch)
             likely = _log_probabilities(logits)
-            own = functional.nll_loss(likely, targets) if given is None else self._npo(likely, given, targets)
+            if self.memorise == "npo":
+                ratio = _rise(likely, given, targets)
+                own = _mean(functional.logsigmoid(-self.beta * ratio) * (2 / self.beta), targets)
+            else:
+                own = functional.nll_loss(likely, targets)
             if wanted is None:
                 return own
-            instead = torch.where(targets == IGNORED, targets, wanted[targets.clamp(min=0) % len(wanted)])
-            cap = math.log(logits.shape[-1]) + ABOVE_CHANCE
-            return own - functional.nll_loss(likely, instead).clamp(max=cap)
+            classes = logits.shape[-1]
+            if len(wanted) not in (1, classes) or max(self._wanted()) >= classes:
+                raise ArgumentError(f"target={self.target!r} does not fit the model's {classes} classes")
+            instead = wanted[targets.clamp(min=0) % len(wanted)]
+            return own - _mean((-_rise(likely, given, instead)).clamp(max=self.target_cap), targets)
 
         return loss
 
-    def _npo(self, likely: Tensor, given: Tensor, targets: Tensor) -> Tensor:
-        true = targets.clamp(min=0)[:, None]
-        ratio = (likely.gather(-1, true) - _log_probabilities(given).gather(-1, true)).squeeze(-1)
-        return _mean(functional.logsigmoid(-self.beta * ratio) * (2 / self.beta), targets)
+    @property
+    def _compares(self) -> bool:
+        return self.memorise == "npo" or self.target is not None
 
     def _wanted(self) -> tuple[int, ...]:
         if self.target is None:
@@ -244,6 +258,13 @@ def divergence(reference: Tensor, model: Any, batch: Any) -> Tensor:
 
 def _log_probabilities(logits: Tensor) -> Tensor:
     return functional.log_softmax(logits.float() if logits.dtype.itemsize < 4 else logits, dim=-1)
+
+
+def _rise(likely: Tensor, given: Tensor | None, classes: Tensor) -> Tensor:
+    """log(p_θ/p_θ₀) of one class a row, shape (n,)."""
+    assert given is not None
+    index = classes.clamp(min=0)[:, None]
+    return (likely.gather(-1, index) - _log_probabilities(given).gather(-1, index)).squeeze(-1)
 
 
 def _mean(each: Tensor, targets: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ class Passes:
             parts = []
             for which in sides:
                 with self._moving_statistics(which):
-                    value = self._evaluate(which, lambda own, batch: own(self._forward, batch))
+                    value = self._evaluate(which, lambda own, batch: own(self.forward, batch))
                 self.values.setdefault(which, value.detach())
                 parts.append(value * self.weights[which])
             torch.autograd.backward(parts[0] + parts[1], inputs=self.space.leaves())

@@ -201,4 +201,4 @@ def test_settings_are_plain_json_and_components_are_keywords_only():
     assert settings["trim"] == {"sparsity": 0.97, "layers": ["a.*"], "batches": None}
     assert fastlur.LUR(0.1, 0.3, "secant", "forget_first", True).trim is None
     with pytest.raises(TypeError):
-        fastlur.LUR(0.1, 0.3, "secant", "forget_first", True, Trim())
+        fastlur.LUR(0.1, 0.3, "secant", "forget_first", True, True, Trim())

@@ -141,15 +141,15 @@ class MOX(Recipe):
         """The gradients of both parts of the memorising loss."""
         if self.momentum < 1 and passes.steps is not None and self._begins_a_round(passes.step, passes.steps):
             state.fold(passes.space.theta)
-        kept = state.frozen.logits("retain")
-        given = state.frozen.logits("forget") if self._compares else None
+        kept = state.frozen.logits(passes.batch("retain"))
+        given = state.frozen.logits(passes.batch("forget")) if self._compares else None
         passes.gradient("retain", state.retain, loss=lambda model, batch: divergence(kept, model, batch), weight=1.0)
         passes.gradient("forget", state.forget, loss=self._memory(given, state.wanted), weight=1.0)
         return Direction(state.retain, state.forget)
 
     def finish(self, passes: Passes, state: MOXState) -> None:
         """Extrapolate; what memorising did not move stays bit for bit."""
-        theta, given, found = passes.space.theta, state.frozen.theta, state.retain
+        theta, given, found = passes.space.theta, state.frozen.point, state.retain
         state.fold(theta)
         with torch.no_grad():
             memorised = state.forget if state.average is None else state.average
@@ -163,7 +163,7 @@ class MOX(Recipe):
     def _search(self, passes: Passes, state: MOXState, memorised: Vector) -> float:
         """The largest α up to which the retain loss stays within its limit."""
         batches = list(passes.feed.batches("retain", PROBES, draw="mox"))
-        found, given = state.retain, state.frozen.theta
+        found, given = state.retain, state.frozen.point
 
         def loss(alpha: float) -> float:
             ops.extrapolate(found.flats, given.flats, memorised.flats, alpha)
@@ -236,7 +236,7 @@ class MOXState(State):
         """average ← η θ + (1 − η) average; the first is taken whole."""
         if self.average is not None:
             eta = self.momentum if self.folded else 1.0
-            ops.extrapolate(self.average.flats, self.frozen.theta.flats, theta.flats, -1.0, eta)  # α = −1: θ itself
+            ops.extrapolate(self.average.flats, self.frozen.point.flats, theta.flats, -1.0, eta)  # α = −1: θ itself
             self.folded = True
 
     def vectors(self) -> dict[str, Vector]:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastlur.errors import ModelError
@@ -24,6 +25,7 @@ from fastlur.twice import Twice
 
 By = Literal["autograd", "func"]
 Evaluate = Callable[[Callable[[Any, Any], Tensor]], Tensor]  # call(loss, batch) ↦ the checked loss
+_ONCE = once_differentiable(lambda ctx: None).__code__  # that of everything it wraps
 Pull = Callable[[Vector, Vector], None]
 
 
@@ -40,13 +42,22 @@ class Curvature:
         evaluate: runs the loss: given `call(loss, batch)`, with the batch, the seed and the checks of the pass.
         weight: the factor on the loss.
         by: "autograd", or "func" for torch.func.
+        buffers: the model's buffers to start from, by name; None: as they are.
 
     Raises:
         ModelError: the model cannot be differentiated twice.
     """
 
-    def __init__(self, space: ParameterSpace, evaluate: Evaluate, weight: float, by: By = "autograd") -> None:
+    def __init__(
+        self,
+        space: ParameterSpace,
+        evaluate: Evaluate,
+        weight: float,
+        by: By = "autograd",
+        buffers: dict[str, Tensor] | None = None,
+    ) -> None:
         self._space, self._evaluate, self._weight = space, evaluate, weight
+        self._start = dict(space.model.named_buffers()) if buffers is None else buffers
         self._evaluator = _Evaluator(space.model)
         self._leaves = [view.detach().requires_grad_() for view in space.theta.views]
         self._product = self._by_func() if by == "func" else self._by_autograd()
@@ -66,7 +77,7 @@ class Curvature:
         """The loss over these tensors in place of the parameters, and the buffers after it."""
         slots = self._space.slots
         # statistics move in copies: a graph, or a transform, must not see tensors that others write to
-        moved = {f"model.{name}": buffer.clone() for name, buffer in self._space.model.named_buffers()}
+        moved = {f"model.{name}": buffer.clone() for name, buffer in self._start.items()}
         state = moved | {f"model.{n}": leaf for slot, leaf in zip(slots, leaves, strict=True) for n in slot.names}
         loss = self._evaluate(lambda own, batch: torch.func.functional_call(self._evaluator, state, (own, batch)))
         return loss, {name.removeprefix("model."): state[name].detach() for name in moved}
@@ -104,12 +115,21 @@ class Curvature:
         gradient, pull, (self.loss, self.buffers) = found
         reached = self._reached()
         self.gradient = [each.detach() if i in reached else None for i, each in enumerate(gradient)]
-        return lambda v: [each.detach() for each in pull(v)[0]]
+
+        def product(v: list[Tensor]) -> Sequence[Tensor | None]:
+            with torch.no_grad():  # otherwise a third graph is recorded
+                return [each.detach() for each in pull(v, retain_graph=False)[0]]
+
+        return product
 
     def _reached(self) -> set[int]:
-        """The slots that the loss depends on, read off the graph of a forward: transforms do not tell."""
-        with torch.enable_grad():
+        """The slots that the loss depends on, read off the graph of a forward: transforms do not tell.
+
+        Nor do they tell of a function that is differentiable once, whose part of the product would be zero.
+        """
+        with torch.enable_grad(), refused():
             loss, _ = self._value(self._leaves)
+            _check_once(loss)
         index = {id(leaf): i for i, leaf in enumerate(self._leaves)}
         return {index[id(leaf)] for leaf in _behind(loss) if id(leaf) in index}
 
@@ -152,6 +172,14 @@ def _check_twice(gradient: Sequence[Tensor | None]) -> None:
     for node in _nodes(*(each for each in gradient if each is not None)):
         if node.name() in ("torch::autograd::Error", "torch::autograd::NotImplemented"):
             raise RuntimeError("an operation in it has no second derivative")
+
+
+def _check_once(loss: Tensor) -> None:
+    """Refuse a forward through functions marked `once_differentiable`."""
+    for node in _nodes(loss):
+        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+        if getattr(backward, "__code__", None) is _ONCE:
+            raise RuntimeError(f"{node._forward_cls.__name__} is marked once_differentiable")
 
 
 def _behind(loss: Tensor) -> Iterator[Tensor]:

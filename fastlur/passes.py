@@ -186,8 +186,9 @@ class Passes:
         """
         fresh = partial(Curvature, self.space, lambda call: self._evaluate(which, call), self.weights[which], by)
         if not keep_graph:
+            before = {name: buffer.clone() for name, buffer in self.space.model.named_buffers()}
             self.gradient(which, out)
-            return lambda v, hv: fresh().product(v, hv)
+            return lambda v, hv: fresh(buffers=before).product(v, hv)
         curvature = fresh()
         self.values.setdefault(which, curvature.loss)
         if self._first_retain(which):

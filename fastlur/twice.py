@@ -3,7 +3,8 @@
 torch's own second derivatives of these two are correct but dear: that of a convolution computes a weight gradient as a
 convolution with the batch as channels and a kernel as large as the image, and that of batch norm walks over its
 operands some thirty times. Inside `Twice`, `conv1d`, `conv2d`, `conv3d` and `batch_norm` in train mode run as functions
-whose second derivatives use the kernels of the first. Whatever is not of the plain kind goes to torch as it came.
+whose second derivatives use the kernels of the first; third ones (a loss with a gradient penalty) are right too, where
+torch's own batch norm is not. Whatever is not of the plain kind goes to torch as it came.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -34,7 +35,8 @@ class Twice(TorchFunctionMode):
 
 
 def _transformed() -> bool:
-    return bool(torch._C._are_functorch_transforms_active())
+    """Whether the loss transforms itself (vmap, jvp, dual numbers), for which the functions here have no rules."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def _convolution(
@@ -113,7 +115,6 @@ class _ConvolutionBackward(torch.autograd.Function):
         return aten.convolution_backward(g, x, w, sizes, *how, mask)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, h: Tensor | None, v: Tensor | None, c: Tensor | None) -> Any:
         g, x, w = ctx.saved_tensors
         need_g, need_x, need_w = ctx.needs_input_grad[:3]
@@ -165,13 +166,15 @@ class _BatchNormBackward(torch.autograd.Function):
         return found
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, h: Tensor, v: Tensor, c: Tensor) -> Any:
         g, x, w, mean, s, gx, g1 = ctx.saved_tensors  # gx = ⟨g, x̂⟩, g1 = Σg, and hx, h1 alike
         n = x.numel() // x.shape[1]
         to_g, hx, h1 = aten.native_batch_norm_backward(h, x, w, None, None, mean, s, True, ctx.eps, [True] * 3)
+        over = [d for d in range(x.dim()) if d != 1]
+        if torch.is_grad_enabled():  # a third derivative is wanted: the statistics must be seen to depend on x
+            mean, s = x.mean(over), (x.var(over, correction=0) + ctx.eps).rsqrt()
         to_g.addcmul_(x, _wide(v * s, x)).add_(_wide(c - v * s * mean, x))
-        k = (h * g).sum([d for d in range(x.dim()) if d != 1]) - (h1 * g1 + hx * gx) / n
+        k = (h * g).sum(over) - (h1 * g1 + hx * gx) / n
         on_h, on_g = -w * s * gx / n, v - w * s * hx / n
         on_x = -s * (s * (on_h * hx + on_g * gx) + w * k * s * s) / n  # on x itself: x̂ = s (x − mean)
         constant = -s * (on_h * h1 + on_g * g1) / n - on_x * mean

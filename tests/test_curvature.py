@@ -83,6 +83,72 @@ def test_second_derivatives_are_torchs(name):
         torch.testing.assert_close(own, theirs.expand_as(own), rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["conv2d", "groups", "batch_norm", "two dims"])
+def test_third_derivatives_are_right(name):
+    """Against elementary operations where it is batch norm: torch's own has a wrong third derivative."""
+    operation, *shapes = OPERATIONS[name]
+    torch.manual_seed(1)
+    operands = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+    def spelled(x, w, b):
+        over, shape = [0, *range(2, x.dim())], (-1, *[1] * (x.dim() - 2))
+        mean, var = x.mean(over).view(shape), x.var(over, correction=0).view(shape)
+        return (x - mean) * (var + 1e-5).rsqrt() * w.view(shape) + b.view(shape)
+
+    found = []
+    for ours in (False, True):
+        if ours:
+            with Twice():
+                outputs = [operation(*operands)]
+        else:
+            outputs = [spelled(*operands) if len(shapes[1]) == 1 else operation(*operands)]
+        torch.manual_seed(2)
+        for _ in range(3):
+            # by shape: numbers drawn like a tensor follow its strides
+            mixed = sum((each.square() * torch.randn(each.shape, dtype=each.dtype)).sum() for each in outputs)
+            outputs = torch.autograd.grad(mixed, operands, create_graph=True)
+        found.append(outputs)
+    for theirs, own in zip(*found, strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-9, atol=1e-9 * float(theirs.detach().abs().max()))
+
+
+def test_a_loss_may_hold_a_gradient_penalty(job):
+    """Its Hessian is a third derivative of the layers."""
+    model, forget, retain = job
+
+    def loss(m, batch):
+        x = batch[0].clone().requires_grad_()
+        value = functional.cross_entropy(m(x), batch[1])
+        (slope,) = torch.autograd.grad(value, x, create_graph=True)
+        return value + slope.square().sum()
+
+    found = {}
+    for gradient in ("exact", "secant", "first_order"):
+        with fastlur.MetaStep(
+            copy.deepcopy(model), loss, cross_entropy, lr=0.0, gradient=gradient, inner_lr=1e-5
+        ) as step:
+            step(forget, retain)
+            found[gradient] = direction(step)
+    part = norm(minus(found["first_order"], found["exact"]))
+    assert norm(minus(found["secant"], found["exact"])) < 0.01 * part
+
+
+def test_buffers_that_a_forward_lives_by_start_where_the_gradient_started():
+    torch.manual_seed(0)
+    first = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8))
+    model = nn.Sequential(first, nn.Tanh(), nn.Linear(8, 3)).double()
+    first.parametrizations.weight[0]._u.copy_(functional.normalize(torch.randn(8), dim=0))  # far from converged
+    batch = torch.randn(8, 6, dtype=torch.float64), torch.randint(0, 3, (8,))
+    found = []
+    for keep_graph in (True, False):
+        with fastlur.MetaStep(
+            copy.deepcopy(model), lr=0.0, gradient="exact", inner_lr=0.3, keep_graph=keep_graph
+        ) as step:
+            step(batch, batch)
+            found.append(direction(step))
+    assert norm(minus(*found)) <= 1e-12 * norm(found[0])
+
+
 @pytest.mark.parametrize("case", ["eval", "unbatched", "no_grad", "transform"])
 def test_what_is_not_of_the_plain_kind_goes_to_torch(case):
     x, w = torch.randn(2, 6, 6), torch.randn(3, 2, 3, 3, requires_grad=True)
@@ -139,11 +205,16 @@ def test_autograd_and_transforms_agree_while_the_model_stands_elsewhere(job, kee
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
 
 
-def test_a_model_that_cannot_be_differentiated_twice_is_named(job):
+@pytest.mark.parametrize("by", ["autograd", "func"])
+def test_a_model_that_cannot_be_differentiated_twice_is_named(job, by):
     class Once(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x):
+        def forward(x):
             return x.clone()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
 
         @staticmethod
         @torch.autograd.function.once_differentiable
@@ -152,8 +223,10 @@ def test_a_model_that_cannot_be_differentiated_twice_is_named(job):
 
     model, forget, retain = job
     loss = lambda m, batch: functional.cross_entropy(Once.apply(m(batch[0])), batch[1])
-    with (
-        fastlur.MetaStep(model, loss, gradient="exact") as step,
-        pytest.raises(ModelError, match="use 'secant'"),
-    ):
+    space = ParameterSpace(model)
+    passes = Passes(space, {"forget": cross_entropy, "retain": loss}, {"forget": 0.5, "retain": 2.0})
+    with passes.of_step(1, forget, retain), pytest.raises(ModelError, match="use 'secant'"):
+        passes.linearize("retain", space.vector(), by=by)
+    space.close()
+    with fastlur.MetaStep(model, loss, gradient="exact") as step, pytest.raises(ModelError, match="use 'secant'"):
         step(forget, retain)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from fastlur.errors import DataError
 from fastlur.methods import METHODS, SaliencyMask
 from fastlur.methods.importance import groups
 from fastlur.methods.relabelling import random_label_loss, random_labels, wrong_label_loss
+from fastlur.space import ParameterSpace
+from fastlur.step import Step
 
 SGD = {"momentum": 0.0, "schedule": "constant", "batch_size": 64}
 
@@ -140,8 +143,6 @@ class TestSelectiveAmnesia:
             torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-11)
 
     def test_the_fisher_information_is_the_mean_over_the_batches_of_both_sides(self):
-        from fastlur.step import Step
-
         seen = []
         whole = Step.__init__
 
@@ -182,6 +183,21 @@ class TestSSD:
         with pytest.raises(fastlur.NonFiniteError, match="forget: a gradient"):
             run(model, (x, y), blobs(8), method="ssd", loss=fails)
         assert all(torch.equal(before[name], value) for name, value in state(model).items())
+
+    def test_it_holds_as_many_vectors_as_it_says(self, monkeypatch):
+        made, most = [], []
+        vector = ParameterSpace.vector
+
+        def recorded(space, dtype=None):
+            new = vector(space, dtype)
+            made.append(weakref.ref(new))
+            most.append(sum(ref() is not None for ref in made))
+            return new
+
+        monkeypatch.setattr(ParameterSpace, "vector", recorded)
+        method = METHODS["ssd"]()
+        run(mlp(), blobs(8), blobs(8), method=method)
+        assert max(most) == method.cost.buffers + 1  # and the optimizer's
 
     def test_a_mask_has_nothing_to_act_on(self):
         with pytest.raises(fastlur.ArgumentError, match="mask="):

@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from helpers import blobs, mlp, run, same, state
+from helpers import Interrupted, blobs, interrupt, mlp, run, same, state
 from torch import nn
 from torch.nn import functional
 
@@ -149,6 +149,18 @@ class TestEpochs:
                 step(blobs(8), blobs(8))
         epoch = ["anchor", *["joint_gradient", "project"] * 2, *["retain_gradient"] * 2]
         assert done == epoch * 2
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_a_run_interrupted_within_an_epoch_goes_on_with_its_memories(self, count, tmp_path):
+        model, (forget, retain) = mlp(dtype=torch.float64), data(48, 32)
+        twin, first = copy.deepcopy(model), copy.deepcopy(model)
+        options = {"method": ScissorHands(0.4, count, trim=None), "steps": 6, "lr": 0.3}
+        saving = {"checkpoint": tmp_path / "run", "checkpoint_every": 1}
+        run(twin, forget, retain, **options)
+        with pytest.raises(Interrupted):
+            run(first, forget, retain, callbacks=[interrupt], **options, **saving)
+        run(model, forget, retain, **options, **saving)
+        assert same(state(model), state(twin))
 
     def test_a_part_can_be_run_alone(self):
         forget, retain = blobs(16), blobs(32)

@@ -128,7 +128,7 @@ class TestBoundaryShrink:
                 seen.append(nearest_classes(held.given, forget, 0.3))
                 return super().direction(passes, held)
 
-        moved(Watched(), model, forget, retain, steps=60)
+        moved(Watched(retain_weight=0.0), model, forget, retain, steps=200, lr=0.5)
         assert all(torch.equal(labels, seen[0]) for labels in seen)
         assert torch.equal(model(forget[0]).argmax(-1), seen[0])
 
@@ -248,3 +248,11 @@ def test_an_interrupted_run_goes_on_bit_for_bit(name, cnn, tmp_path):
         fastlur.unlearn(part, *data, **options, callbacks=[interrupt])
     fastlur.unlearn(again, *data, **options)
     assert same(state(whole), state(again))
+
+
+def test_the_divergence_counts_what_the_targets_count():
+    teacher, student = torch.randn(2, 6, 4, dtype=F64)
+    targets = torch.tensor([0, 1, -100, 2, -100, 3])
+    kept = targets >= 0
+    found = fastlur.losses.divergence(teacher, student, targets, 3.0)
+    torch.testing.assert_close(found, kl(teacher[kept], student[kept], 3.0))

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import Interrupted, blobs, interrupt, mlp, same, state
+from helpers import Interrupted, blobs, interrupt, mlp, run, same, state
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -106,14 +106,15 @@ class TestSchedules:
             descend(twin, 0.5 * r + f)
         torch.testing.assert_close(flat(model.parameters()), flat(twin.parameters()))
 
-    def test_the_weight_of_eupmu_follows_the_retain_loss(self, data):
+    @pytest.mark.parametrize("fall", [0.01, -0.5])
+    def test_the_weight_of_eupmu_follows_the_retain_loss(self, data, fall):
         model, (forget, retain) = mlp(dtype=F64), data
         twin, last = copy.deepcopy(model), copy.deepcopy(model)
         w = torch.zeros((), dtype=F64, requires_grad=True)
         adam = torch.optim.Adam([w], lr=0.3, weight_decay=0.05)
         weights = []
         for _ in range(6):
-            change = entropy(last, retain).log() - entropy(twin, retain).log() - 0.01
+            change = entropy(last, retain).log() - entropy(twin, retain).log() - fall
             w.grad = change.detach()
             adam.step()
             weights.append(w.item())
@@ -121,10 +122,13 @@ class TestSchedules:
             confidence = 0.25 + torch.softmax(twin(forget[0]), -1)[torch.arange(8), forget[1]].mean()
             loss = confidence.log() + max(w.item(), 0.0) * entropy(twin, retain).log()
             descend(twin, gradient(twin, loss))
-        method = methods.EUPMU(weight_lr=0.3, decay=0.05, required_fall=0.01)
-        moved(method, model, forget, retain, steps=6)
+        method = methods.EUPMU(weight_lr=0.3, decay=0.05, required_fall=fall)
+        seen = []
+        moved(method, model, forget, retain, steps=6, callbacks=[lambda event: seen.append(event.stats)])
         torch.testing.assert_close(flat(model.parameters()), flat(twin.parameters()))
-        assert max(weights) > 0
+        assert max(weights) > 0 if fall > 0 else min(weights) < 0
+        assert float(seen[-1].retain_loss) > 0  # the losses, not their logarithms
+        assert float(seen[-1].forget_loss) > 0.25
 
 
 def grads(model, data):
@@ -202,6 +206,54 @@ def test_data_of_any_kind_can_be_trained_on_without_a_forget_pass():
     fastlur.unlearn(model, (x, torch.ones(16, 1)), (x + 1, x.sum(1, True)), method="fine_tune", loss=loss, steps=2)
 
 
+class TestBrakes:
+    def test_a_long_gradient_is_cut_and_a_short_one_is_not(self, data):
+        model, (forget, retain) = mlp(dtype=F64), data
+        climb = -gradient(model, entropy(model, forget))
+        options = {"steps": 1, "forget_loss": fastlur.losses.negative_cross_entropy}
+        for longest, wanted in ((0.01, 0.01 * climb / climb.norm()), (100.0, climb)):
+            method = methods.GradientAscent(max_norm=longest)
+            torch.testing.assert_close(moved(method, copy.deepcopy(model), forget, retain, **options), wanted)
+
+    def test_the_climb_ends_for_good_when_the_retain_loss_has_risen(self, data):
+        model, (forget, _) = mlp(dtype=F64), data
+        options = {
+            "steps": 30,
+            "momentum": 0.9,
+            "forget_loss": fastlur.losses.negative_cross_entropy,
+            "allow_overlap": True,
+        }
+        went = {}
+        for rise in (0.1, 1e6):
+            method, twin = methods.GradientAscent(max_norm=10.0, max_rise=rise), copy.deepcopy(model)
+            losses = []
+            moved(
+                method,
+                twin,
+                forget,
+                (forget[0], forget[1]),
+                callbacks=[lambda e, out=losses: out.append(e.stats)],
+                **options,
+            )
+            went[rise] = [round(float(stats.retain_loss), 9) for stats in losses]  # batches come in any order
+        ended = next(number for number, loss in enumerate(went[0.1]) if loss > went[0.1][0] + 0.1)
+        assert went[0.1][: ended + 1] == went[1e6][: ended + 1]
+        assert len(set(went[0.1][ended:])) == 1  # momentum does not go on either
+        assert went[1e6][-1] > went[0.1][-1]
+
+    def test_losses_are_those_of_the_finished_model(self, cnn):
+        seen = []
+
+        def climbing(model, batch):
+            seen.append(any(module.training for module in model.modules()))
+            return fastlur.losses.negative_cross_entropy(model, batch)
+
+        before = state(cnn)
+        run(cnn, method="gradient_ascent", forget_loss=climbing)
+        assert seen[1:] == [False] * 3  # after the trial
+        assert all(torch.equal(value, before[name]) for name, value in state(cnn).items() if "running" in name)
+
+
 def test_ascent_ends_at_the_loss_of_guessing(data):
     model = mlp(dtype=F64)
     with torch.no_grad():
@@ -217,8 +269,8 @@ def test_a_loss_that_blows_up_is_named_although_the_other_side_has_none(data):
         calls.append(1)
         return fastlur.losses.cross_entropy(model, batch) * (float("inf") if len(calls) > 2 else 1)
 
-    with pytest.raises(fastlur.NonFiniteError, match="step 2: forget_loss"):
-        moved("gradient_ascent", mlp(dtype=F64), *data, steps=4, forget_loss=breaks)
+    with pytest.raises(fastlur.NonFiniteError, match="step 2: retain_loss"):
+        moved("fine_tune", mlp(dtype=F64), *data, steps=4, loss=breaks)
 
 
 @pytest.mark.parametrize("name", ["gru", "eupmu", "pcgrad"])

@@ -70,3 +70,13 @@ def test_it_forgets_and_keeps_with_its_defaults(name, scene, trained):
         assert error(model, job.forget) > (95 if scene == "class" else 70)
         assert error(model, job.retain) < allowed
         assert error(model, job.test) < allowed + 5
+
+
+def test_the_brakes_of_ascent_save_the_rest_where_the_published_form_ruins_it(trained):
+    job, given = trained["class"]
+    lost = {}
+    for bounded in (True, False):
+        model = copy.deepcopy(given)
+        run(model, job.forget, job.retain, method=METHODS["gradient_ascent"](bounded=bounded), steps=STEPS)
+        lost[bounded] = error(model, job.retain)
+    assert lost[True] < 12 < 40 < lost[False]

@@ -13,6 +13,7 @@ from fastlur.errors import (
 )
 from fastlur.evaluate import Evaluation, evaluate
 from fastlur.info import info
+from fastlur.likelihood import likelihood_ratio_attack
 from fastlur.meta import meta_gradient
 from fastlur.meta_step import MetaStep
 from fastlur.methods.lur import LUR
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "evaluate",
     "info",
+    "likelihood_ratio_attack",
     "meta_gradient",
     "methods",
     "unlearn",

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
-import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from fastlur.data import source, to_device
-from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError
-from fastlur.losses import IGNORED, logits_and_targets
-from fastlur.world import borrowed_random, mode
+from fastlur.attacks import auc, auc_interval, membership
+from fastlur.errors import ArgumentError, number
+from fastlur.result import Result
+from fastlur.scores import scores
+
+__all__ = ["Evaluation", "evaluate", "membership"]
 
 GAP = ("ua", "ra", "ta", "mia")
+ATTACKS = {
+    "confidence": "confidence",
+    "correctness": "hit",
+    "entropy": "entropy",
+    "modified_entropy": "modified_entropy",
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,13 @@ class Evaluation:
         gap: mean |metric − the reference's| over ua, ra, ta and mia, in percentage points; None without a reference.
             Measured against a model retrained without the forget set this is what counts: a large ua by itself is not
             success.
+        loss_auc_interval: DeLong's 95 % confidence interval of `loss_auc`.
+        attacks: what `mia` is, for attacks on four things a model gives away: "confidence" (`mia` itself),
+            "correctness" (is the answer right), "entropy" and "modified_entropy" of the answer.
+        per_class: accuracy in percent of every class that occurs, for "forget", "retain" and "test".
+        seconds: what unlearning took (RTE); None where nobody said.
+        gaps: |figure − the reference's| for every figure above that both have, by name, such as "ua",
+            "attacks.entropy" or "per_class.retain.3"; None without a reference.
     """
 
     ua: float
@@ -44,54 +54,77 @@ class Evaluation:
     mia: float
     loss_auc: float
     gap: float | None = None
+    loss_auc_interval: tuple[float, float] | None = None
+    attacks: dict[str, float] = field(default_factory=dict)
+    per_class: dict[str, dict[int, float]] = field(default_factory=dict)
+    seconds: float | None = None
+    gaps: dict[str, float] | None = None
 
-    def as_dict(self) -> dict[str, float | None]:
-        """The metrics by name, as plain numbers."""
-        return asdict(self)
+    __hash__ = None  # type: ignore[assignment]  # it holds dicts
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything by name, as JSON knows it: classes are text, the interval is a list."""
+        plain = asdict(self)
+        plain["per_class"] = {side: {str(c): v for c, v in every.items()} for side, every in self.per_class.items()}
+        plain["loss_auc_interval"] = None if self.loss_auc_interval is None else list(self.loss_auc_interval)
+        return plain
 
     def __str__(self) -> str:
+        low_high = self.loss_auc_interval
+        interval = "" if low_high is None else f" [{low_high[0]:.3f}, {low_high[1]:.3f}]"
         gap = "" if self.gap is None else f"  gap {self.gap:.2f}"
+        spent = "" if self.seconds is None else f"  RTE {self.seconds:.1f} s"
         return (
             f"UA {self.ua:.1f}  RA {self.ra:.1f}  TA {self.ta:.1f}  MIA {self.mia:.1f}  "
-            f"loss-AUC {self.loss_auc:.3f}{gap}"
+            f"loss-AUC {self.loss_auc:.3f}{interval}{gap}{spent}"
         )
 
 
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | Result,
     *,
     forget: Any,
     retain: Any,
     test: Any,
     reference: nn.Module | Evaluation | None = None,
     batch_size: int = 512,
+    seconds: float | None = None,
 ) -> Evaluation:
     """Measure a classifier on forget, retain and test data, in eval mode, without touching anything of it.
 
     Args:
-        model: the classifier; its output (or its `.logits`) is of shape (*targets.shape, classes).
+        model: the classifier; its output (or its `.logits`) is of shape (*targets.shape, classes). Or the `Result` of
+            `unlearn`, whose model and seconds are taken.
         forget: what was to be forgotten, labelled data as `unlearn` takes them.
         retain: what was to be kept, likewise.
         test: data that no model was trained on, likewise.
-        reference: a model retrained without the forget set, or its `Evaluation`; gives `gap`.
+        reference: a model retrained without the forget set, or its `Evaluation`; gives `gap` and `gaps`.
         batch_size: for data that do not come in batches.
+        seconds: what unlearning took, to be recorded.
 
     Raises:
         DataError: data of an unknown kind, empty, or not fitting the model.
         ArgumentError: `reference` is neither a model nor an `Evaluation`.
     """
-    scores = [
-        _scores(model, data, name, batch_size)
-        for data, name in ((forget, "forget"), (retain, "retain"), (test, "test"))
-    ]
-    (forget_p, forget_hit, forget_loss), (retain_p, retain_hit, _), (test_p, test_hit, test_loss) = scores
-    against = np.concatenate([np.zeros(len(forget_loss)), np.ones(len(test_loss))])
+    if isinstance(model, Result):
+        seconds = model.seconds if seconds is None else seconds
+        model = model.model
+    if seconds is not None and not number(seconds):
+        raise ArgumentError(f"seconds={seconds!r} must be a finite number ≥ 0, or None")
+    gone = scores(model, forget, "forget", batch_size)
+    kept = scores(model, retain, "retain", batch_size)
+    new = scores(model, test, "test", batch_size)
+    attacks = {name: membership(*(getattr(each, what) for each in (kept, new, gone))) for name, what in ATTACKS.items()}
     result = Evaluation(
-        ua=100 - 100 * float(forget_hit.mean()),
-        ra=100 * float(retain_hit.mean()),
-        ta=100 * float(test_hit.mean()),
-        mia=membership(retain_p, test_p, forget_p),
-        loss_auc=float(roc_auc_score(against, np.concatenate([forget_loss, test_loss]))),
+        ua=100 - 100 * float(gone.hit.mean()),
+        ra=100 * float(kept.hit.mean()),
+        ta=100 * float(new.hit.mean()),
+        mia=attacks["confidence"],
+        loss_auc=auc(gone.loss, new.loss),
+        loss_auc_interval=auc_interval(gone.loss, new.loss),
+        attacks=attacks,
+        per_class={"forget": gone.per_class(), "retain": kept.per_class(), "test": new.per_class()},
+        seconds=seconds,
     )
     if reference is None:
         return result
@@ -99,56 +132,15 @@ def evaluate(
         reference = evaluate(reference, forget=forget, retain=retain, test=test, batch_size=batch_size)
     if not isinstance(reference, Evaluation):
         raise ArgumentError(f"reference: a {type(reference).__name__} is neither a model nor an Evaluation")
-    gap = sum(abs(getattr(result, name) - getattr(reference, name)) for name in GAP) / len(GAP)
-    return Evaluation(**{**result.as_dict(), "gap": gap})
+    mine, theirs = _figures(result), _figures(reference)
+    gaps = {name: abs(value - theirs[name]) for name, value in mine.items() if name in theirs}
+    return replace(result, gap=sum(gaps[name] for name in GAP) / len(GAP), gaps=gaps)
 
 
-def membership(member: np.ndarray, stranger: np.ndarray, asked: np.ndarray) -> float:
-    """Share of `asked`, percent, that an attack trained on `member` against `stranger` calls a stranger.
-
-    Each is the confidences of a model in the true class, shape (n,). Both sides weigh the same in training, whatever
-    their sizes.
-    """
-    x = np.concatenate([member, stranger])[:, None].astype(np.float64)
-    y = np.concatenate([np.ones(len(member)), np.zeros(len(stranger))])
-    mean, spread = x.mean(), max(float(x.std()), 1e-12)
-    attack = LogisticRegression(class_weight="balanced").fit((x - mean) / spread, y)
-    called = attack.predict((asked[:, None].astype(np.float64) - mean) / spread)
-    return 100 * float((called == 0).mean())
-
-
-def _scores(model: nn.Module, data: Any, name: str, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Confidence in the true class, hit or miss, and loss in nats, one entry an item (a target that counts)."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model: a {type(model).__name__} is no torch.nn.Module")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError(f"batch_size={batch_size!r} must be a positive whole number")
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    parts: list[Tensor] = []
-    with mode(model, False), torch.no_grad(), borrowed_random(device):
-        for batch in source(data, name, batch_size).once():
-            try:
-                logits, targets = logits_and_targets(model, to_device(batch, device))
-            except FastlurError:
-                raise
-            except Exception as error:
-                said = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise DataError(f"{name}: the model cannot take a batch ({type(error).__name__}: {said})") from error
-            parts.append(_each(logits, targets.long(), name))
-    if not parts or not sum(part.shape[1] for part in parts):
-        raise DataError(f"{name}: is empty; pass at least one labelled item")
-    confidence, hit, loss = torch.cat(parts, dim=1).cpu().numpy()
-    return confidence, hit, loss
-
-
-def _each(logits: Tensor, targets: Tensor, name: str) -> Tensor:
-    """The three rows of `_scores` for one batch; targets of −100 do not count."""
-    counted = targets != IGNORED
-    logits, targets = logits[counted].double(), targets[counted]
-    classes = logits.shape[-1]
-    if targets.numel() and not (int(targets.min()) >= 0 and int(targets.max()) < classes):
-        raise DataError(f"{name}: holds labels outside the model's {classes} logits; labels go from 0 to {classes - 1}")
-    loss = functional.cross_entropy(logits, targets, reduction="none")
-    if not bool(torch.isfinite(loss).all()):
-        raise DataError(f"{name}: the loss of an item is not finite; look for NaN in the data or the model")
-    return torch.stack((torch.exp(-loss), (logits.argmax(-1) == targets).double(), loss))
+def _figures(of: Evaluation) -> dict[str, float]:
+    """Everything that can be compared with a reference, by name."""
+    found = {name: getattr(of, name) for name in (*GAP, "loss_auc")}
+    found |= {f"attacks.{name}": value for name, value in of.attacks.items()}
+    return found | {
+        f"per_class.{side}.{label}": value for side, every in of.per_class.items() for label, value in every.items()
+    }

@@ -1,0 +1,104 @@
+"""The likelihood-ratio attack on a model: the strongest of the membership attacks here, and by far the dearest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, SequentialSampler
+
+from fastlur.attacks import LikelihoodRatio, likelihood_ratio
+from fastlur.errors import ArgumentError, DataError
+from fastlur.scores import scores
+from fastlur.world import derive
+
+
+def likelihood_ratio_attack(
+    model: nn.Module,
+    data: Any,
+    *,
+    shadows: Sequence[tuple[nn.Module, ArrayLike]] | None = None,
+    train: Callable[[Tensor], nn.Module] | None = None,
+    count: int = 8,
+    pooled: bool | None = None,
+    batch_size: int = 512,
+    seed: int = 0,
+) -> LikelihoodRatio:
+    """Score every item of `data` by how much more the model's answer looks like that of a model trained with it.
+
+    What it costs: `count` trainings from scratch, each as dear as the training of the model attacked (unless shadow
+    models are given), and one pass over `data` for each. A few shadows give a rough attack; the publication uses 256.
+
+    Example:
+        >>> from torch.utils.data import ConcatDataset, TensorDataset
+        >>> audited = tuple(torch.cat(p) for p in zip(forget, test))                        # doctest: +SKIP
+        >>> found = fastlur.likelihood_ratio_attack(model, audited, train=train_without)    # doctest: +SKIP
+        >>> found.auc(torch.arange(len(audited[1])) < len(forget[1]))                       # doctest: +SKIP
+
+    After unlearning, ask about the forget items and as many that were never seen: an AUC of ½ says that the model does
+    not answer as one that was trained on the former. Items that no shadow was trained on are judged "offline", by how
+    unusually sure of them the model is; as soon as one was, all are judged "online" and need shadows of both kinds.
+
+    Args:
+        model: the one attacked.
+        data: the items asked about, labelled, in an order of their own (a shuffling loader is refused).
+        shadows: pairs of a model trained like the one attacked, and bool, shape (n,): which of the items it saw.
+        train: makes such a model, given the indices of the items, shape (m,), int64, that it is to be trained on
+            besides whatever else it takes; used where `shadows` is None. Every item goes into half of the shadows.
+        count: how many shadows to train, even and ≥ 2.
+        pooled: see `fastlur.attacks.likelihood_ratio`; None: one variance for all items below 64 shadows.
+        batch_size: for data that do not come in batches.
+        seed: which items go into which shadow.
+
+    Returns:
+        The `LikelihoodRatio`: scores, and what they are worth where the truth is known.
+
+    Raises:
+        ArgumentError: neither or both of `shadows` and `train`, or too few shadows for an item.
+        DataError: data that shuffle, or do not fit a model.
+    """
+    if (shadows is None) == (train is None):
+        raise ArgumentError("shadows: give either trained shadow models or train=, a function that makes one")
+    if isinstance(data, DataLoader) and not _in_order(data):
+        raise DataError("data: a loader that draws its own order; pass the data set, or a loader with shuffle=False")
+    asked = scores(model, data, "data", batch_size).log_odds
+    if shadows is None:
+        shadows = _trained(train, len(asked), count, seed)
+    if not shadows:
+        raise ArgumentError("shadows=[] is empty; pass at least one model trained without the items")
+    said, inside = [], []
+    for shadow, seen in shadows:
+        said.append(scores(shadow, data, "data", batch_size).log_odds)
+        inside.append(np.asarray(seen, bool))
+        if inside[-1].shape != asked.shape:
+            raise ArgumentError(f"shadows: membership of shape {inside[-1].shape} for {len(asked)} items")
+    has = np.stack(inside)
+    few = len(shadows) < 64 if pooled is None else pooled
+    found = likelihood_ratio(asked, np.stack(said), has, pooled=few)
+    return LikelihoodRatio(found, online=bool(has.any()), shadows=len(shadows))
+
+
+def _trained(
+    train: Callable[[Tensor], nn.Module] | None, items: int, count: int, seed: int
+) -> list[tuple[nn.Module, np.ndarray]]:
+    """Shadow models in pairs, one trained on a random half of the items, the other on the rest."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < 2 or count % 2:
+        raise ArgumentError(f"count={count!r} must be an even whole number ≥ 2: shadows come in complementary pairs")
+    assert train is not None
+    made = []
+    for pair in range(count // 2):
+        order = np.random.default_rng(derive(seed, "shadow", pair)).permutation(items)
+        for half in (order[: items // 2], order[items // 2 :]):
+            seen = np.zeros(items, bool)
+            seen[half] = True
+            made.append((train(torch.from_numpy(np.flatnonzero(seen))), seen))
+    return made
+
+
+def _in_order(loader: DataLoader[Any]) -> bool:
+    batches = loader.batch_sampler
+    return isinstance(loader.sampler if batches is None else getattr(batches, "sampler", None), SequentialSampler)

@@ -102,7 +102,7 @@ def unlearn(
             makes no steps (SSD) makes none whatever is asked.
         epochs: the same in epochs; fractions are allowed.
         batch_size: items of each side a step, for data that do not come in batches.
-        lr: learning rate; None: 0.03 for SGD, 1e-3 for AdamW.
+        lr: learning rate; None: 0.03 for SGD, 1e-3 for AdamW, or what is usual with the method.
         schedule: "linear" (down to 0 at the end) or "constant".
         optimizer: "sgd", "adamw", or a `torch.optim.Optimizer`, which keeps its own learning rate.
         momentum: of SGD, in [0, 1).
@@ -173,7 +173,8 @@ def unlearn(
     total = _length(sources, steps, epochs, getattr(method, "steps", None))
     if lr is not None and not isinstance(optimizer, str):
         raise ArgumentError(f"lr={lr!r}: the optimizer that was passed keeps its own; set it there")
-    base = lr if lr is not None else DEFAULT_LR.get(str(optimizer), 0.0)
+    usual = DEFAULT_LR | getattr(method, "rates", {})
+    base = lr if lr is not None else usual.get(str(optimizer), 0.0)
 
     settings = {
         "fastlur": __version__,

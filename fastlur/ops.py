@@ -68,9 +68,9 @@ def _register(name: str) -> None:
             return operate(*arguments)
         with torch.no_grad():  # on finished gradients, as any optimizer works: nothing here is differentiated
             result = operate(*arguments)
-        if backend == "triton":  # which writes behind autograd's back; plain torch tells it by itself
-            written = [tensor for i in mutable for tensor in _tensors(arguments[i])]
-            increment_version([tensor for tensor in written if not tensor.is_inference()])
+        # Triton writes behind autograd's back, and plain torch may leave out what the schema says is written
+        written = [tensor for i in mutable for tensor in _tensors(arguments[i])]
+        increment_version([tensor for tensor in written if not tensor.is_inference()])
         return result
 
     _library.impl(name, serve, "CompositeExplicitAutograd")

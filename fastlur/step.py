@@ -98,8 +98,8 @@ class Step:
         try:
             with borrowed_random(device), passes.of_step(self.step + 1, forget, retain):
                 direction = self.method.direction(passes, self.state)
-                if self.mask is not None and direction.mask is None:
-                    direction = direction._replace(mask=self.mask)
+                if self.mask is not None:
+                    direction = direction._replace(mask=_both(self.mask, direction.mask))
                 with torch.no_grad():
                     dots = self.update.decide(direction, list(passes.values.values()))
                     self.update.apply(direction)
@@ -237,3 +237,12 @@ def _check_numbers(
         raise ArgumentError(f"max_grad_norm={max_grad_norm!r} must be a positive number, or None")
     if precision not in PRECISIONS:
         raise ArgumentError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+
+
+def _both(mask: Vector, own: Vector | None) -> Vector:
+    """A mask and the method's own, which takes what the two have in common."""
+    if own is None:
+        return mask
+    for mine, flat in zip(own.flats, mask.flats, strict=True):
+        mine.logical_and_(flat)
+    return own

@@ -10,19 +10,22 @@ from helpers import run
 from torch import nn
 from torch.nn import functional
 
+import fastlur
 from fastlur.demo import SCENARIOS, Scenario, scenario
 from fastlur.methods import METHODS
 
 STEPS = 60
 
-# Largest error on the data to keep, in percent, where it is not 5; None: nothing is asked but an end. With the reason.
+# Least error on the data to forget and largest on those to keep, in percent; None: nothing is asked but an end. First
+# for all, then what differs, with the reason.
+ASKED = {"class": (95, 5), "mislabelled": (70, 5)}
 FADES = "keeping on training does not forget by itself, and that is what it is here to show"
-KEEPS = {
-    ("gradient_ascent", "class"): (12, "nothing holds what is to be kept"),
-    ("gradient_ascent", "mislabelled"): (30, "nothing holds what is to be kept"),
-    **{(name, scene): (None, FADES) for name in ("fine_tune", "l1_sparse") for scene in SCENARIOS},
-    ("ssd", "class"): (12, "α wants to be chosen for each model; there is no training to repair anything"),
-    ("ssd", "mislabelled"): (None, "dampening what scattered wrong labels lean on dampens what every item leans on"),
+OTHERWISE = {
+    ("gradient_ascent", "class"): (90, 12, "nothing holds what is to be kept but the brakes"),
+    ("gradient_ascent", "mislabelled"): (40, 15, "the brakes hold before scattered labels are gone"),
+    **{(name, scene): (None, None, FADES) for name in ("fine_tune", "l1_sparse") for scene in SCENARIOS},
+    ("ssd", "class"): (95, 12, "α wants to be chosen for each model; there is no training to repair anything"),
+    ("ssd", "mislabelled"): (None, None, "what scattered wrong labels lean on is what every item leans on"),
 }
 
 
@@ -65,18 +68,16 @@ def test_it_forgets_and_keeps_with_its_defaults(name, scene, trained):
     job, model = trained[scene]
     model = copy.deepcopy(model)
     run(model, job.forget, job.retain, method=name, steps=STEPS, batch_size=128)
-    allowed, _ = KEEPS.get((name, scene), (5, ""))
-    if allowed is not None:
-        assert error(model, job.forget) > (95 if scene == "class" else 70)
-        assert error(model, job.retain) < allowed
-        assert error(model, job.test) < allowed + 5
+    gone, lost, *_ = OTHERWISE.get((name, scene), ASKED[scene])
+    if gone is not None:
+        assert error(model, job.forget) > gone
+        assert error(model, job.retain) < lost
+        assert error(model, job.test) < lost + 5
 
 
-def test_the_brakes_of_ascent_save_the_rest_where_the_published_form_ruins_it(trained):
-    job, given = trained["class"]
-    lost = {}
-    for bounded in (True, False):
-        model = copy.deepcopy(given)
-        run(model, job.forget, job.retain, method=METHODS["gradient_ascent"](bounded=bounded), steps=STEPS)
-        lost[bounded] = error(model, job.retain)
-    assert lost[True] < 12 < 40 < lost[False]
+def test_without_its_brakes_ascent_ruins_the_model(trained):
+    job, model = trained["class"]
+    model = copy.deepcopy(model)
+    with pytest.raises(fastlur.NonFiniteError):
+        run(model, job.forget, job.retain, method=METHODS["gradient_ascent"](bounded=False), steps=STEPS)
+    assert error(model, job.retain) > 40  # as it is after the last step that was finite

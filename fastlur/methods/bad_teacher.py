@@ -34,14 +34,14 @@ class BadTeacher(Recipe):
         ArgumentError: a value out of range.
     """
 
-    forget_weight: float = 3.0
+    forget_weight: float = 2.5
     temperature: float = 2.0
 
     name: ClassVar[str] = "bad_teacher"
     own_objective: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_range("forget_weight", self.forget_weight, example=3.0)
+        check_range("forget_weight", self.forget_weight, example=2.5)
         check_range("temperature", self.temperature, low=1e-3, high=1e3, example=2.0)
 
     @property

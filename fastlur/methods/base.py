@@ -24,7 +24,8 @@ class Direction(NamedTuple):
     Attributes:
         retain: what retaining contributes, or the whole sum where a method only knows that.
         forget: what forgetting contributes.
-        mask: bool; where it is False nothing moves, weight decay included.
+        mask: bool; where it is False nothing moves, weight decay included. It is changed: a mask that the user asked for
+            is taken into it.
         l1: factor of an L1 penalty on the weights.
         prox: factor of the proximal term ½·prox·Σ F (θ − θ₀)².
         theta0: its centre.
@@ -143,6 +144,7 @@ class Recipe:
         own_objective: the method defines what it minimises on the forget data; a `forget_loss` is refused.
         uses_forget: False: no forget batch is ever passed through the model, so the data need not fit a loss.
         steps: how many steps where the user says nothing; None: as many as `unlearn` takes; 0: it works without.
+        rates: learning rates by optimizer where the user says nothing and `unlearn`'s do not fit.
         presets: published settings by name: arguments of `unlearn`, those of the method itself under "method".
 
     Args:
@@ -158,6 +160,7 @@ class Recipe:
     own_objective: ClassVar[bool] = False
     uses_forget: ClassVar[bool] = True
     steps: ClassVar[int | None] = None
+    rates: ClassVar[dict[str, float]] = {}
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     @property

@@ -24,8 +24,8 @@ class Direction(NamedTuple):
     Attributes:
         retain: what retaining contributes, or the whole sum where a method only knows that.
         forget: what forgetting contributes.
-        mask: bool; where it is False nothing moves, weight decay included. It is changed: a mask that the user asked for
-            is taken into it.
+        mask: bool; where it is False nothing moves, weight decay included. It is changed: a mask that the user
+            asked for is taken into it.
         l1: factor of an L1 penalty on the weights.
         prox: factor of the proximal term ½·prox·Σ F (θ − θ₀)².
         theta0: its centre.

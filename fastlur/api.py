@@ -28,7 +28,7 @@ from fastlur.methods import resolve
 from fastlur.methods.base import Method
 from fastlur.passes import Loss, Which
 from fastlur.result import Result
-from fastlur.space import Selection, select
+from fastlur.slots import Selection, select
 from fastlur.step import Step
 from fastlur.world import borrowed_random, derive, determinism, kept_modes, seed_loading
 

@@ -9,7 +9,7 @@ from fastlur import meta
 from fastlur.losses import BoundedForgetting, cross_entropy
 from fastlur.methods.lur import LUR, Order
 from fastlur.passes import Loss
-from fastlur.space import Selection
+from fastlur.slots import Selection
 from fastlur.step import Step
 
 

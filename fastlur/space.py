@@ -12,41 +12,17 @@ build and free their graph inside one swap.
 
 from __future__ import annotations
 
-import fnmatch
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from fastlur.errors import ModelError
-
-Selection = None | str | Sequence[str] | Callable[[str, nn.Parameter], bool]
+from fastlur.slots import Selection, Slot, layout, select, tied
 
 _open: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules whose parameters are in flat storage now
-
-ALIGN = 64  # bytes; what torch's own CPU allocations have, and a multiple of the 16 that GPU kernels want
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where one parameter lives. Tied parameters share a slot."""
-
-    names: tuple[str, ...]
-    parameters: tuple[nn.Parameter, ...]
-    group: int
-    offset: int
-    shape: torch.Size
-    stride: tuple[int, ...]
-    original_stride: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return self.shape.numel()
 
 
 class Vector:
@@ -86,15 +62,16 @@ class ParameterSpace:
     ) -> None:
         if model in _open:
             raise ModelError("model: is open in another step, whose close() would undo this one; close that first")
-        groups = _tied(model, select(model, parameters))
+        groups = tied(model, select(model, parameters))
         self.model = model
-        self.slots, sizes = _layout(groups, memory_format)
+        self.slots, sizes = layout(groups, memory_format)
         self.device = self.slots[0].parameters[0].device
         self._frozen = [
             p for p in model.parameters() if p.requires_grad and id(p) not in {id(q) for _, g in groups for q in g}
         ]
         self.reached: set[int] = set()
-        self.collecting = False  # a pass is going on: its graph may be alive
+        self._out: Vector | None = None  # where the pass that is going on collects
+        self._written: set[int] = set()  # slots of it that hold something to be added to
         with torch.no_grad():
             self.theta = Vector(self.slots, [torch.zeros(n, dtype=d, device=self.device) for d, n in sizes.items()])
             for slot, view in zip(self.slots, self.theta.views, strict=True):
@@ -106,7 +83,7 @@ class ParameterSpace:
         for index, slot in enumerate(self.slots):
             for parameter in slot.parameters:
                 parameter.grad = None
-                hook = parameter.register_post_accumulate_grad_hook(self._note(index))  # type: ignore[no-untyped-call]
+                hook = parameter.register_post_accumulate_grad_hook(self._take(index))  # type: ignore[no-untyped-call]
                 self._hooks.append(hook)
         self.closed = False
         _open.add(model)
@@ -140,22 +117,26 @@ class ParameterSpace:
         finally:
             self._point_at(before)
 
+    @property
+    def collecting(self) -> bool:
+        """A pass is going on: its graph may be alive."""
+        return self._out is not None
+
     @contextmanager
     def collect(self, out: Vector, add: bool = False) -> Iterator[None]:
-        """Inside, a backward pass adds the gradient into `out`, cleared first; slots it reaches join `reached`.
+        """Inside, a backward pass puts the gradient into `out`; slots it reaches join `reached`, others are 0 there.
 
-        With `add` nothing is cleared.
+        With `add` it is added to what `out` holds. Each gradient is taken as soon as autograd has made it, while it is
+        in the cache, and freed: adding up in `out` itself would cost clearing it and reading it once more.
         """
-        if not add:
-            out.zero_()
+        self._out, self._written = out, set(range(len(self.slots))) if add else set()
+        self.drop_gradients()  # what the caller left there is not ours to add up
         try:
-            self.collecting = True
-            for slot, view in zip(self.slots, out.views, strict=True):
-                for parameter in slot.parameters:
-                    parameter.grad = view
             yield
+            for index in set(range(len(self.slots))) - self._written:
+                out.spans[index].zero_()
         finally:
-            self.collecting = False
+            self._out = None
             self.drop_gradients()
 
     def leaves(self) -> list[nn.Parameter]:
@@ -210,108 +191,20 @@ class ParameterSpace:
             for parameter in slot.parameters:
                 parameter.data = view
 
-    def _note(self, index: int) -> Callable[[Tensor], None]:
-        return lambda _: self.reached.add(index)
+    def _take(self, index: int) -> Callable[[Tensor], None]:
+        def take(parameter: Tensor) -> None:
+            self.reached.add(index)
+            out, gradient = self._out, parameter.grad
+            if out is None or gradient is None:
+                return
+            parameter.grad = None
+            view = out.views[index]
+            if index in self._written:  # tied objects, or checkpointing that runs a backward within the backward
+                view.add_(gradient)
+            elif gradient.layout is torch.strided:
+                view.copy_(gradient)
+            else:
+                view.zero_().add_(gradient)
+            self._written.add(index)
 
-
-def select(model: nn.Module, parameters: Selection) -> list[tuple[str, nn.Parameter]]:
-    """The (name, parameter) pairs that may move; a tied parameter appears once for each of its names.
-
-    Raises:
-        ModelError: there are none, or a pattern matches no parameter at all.
-    """
-    named = list(model.named_parameters(remove_duplicate=False))
-    if not (parameters is None or callable(parameters) or _patterns(parameters)):
-        raise ModelError(f"parameters={parameters!r} must be None, a glob, several, or a predicate (name, parameter)")
-    patterns = [parameters] if isinstance(parameters, str) else parameters
-    if patterns is None:
-        chosen = {id(p) for _, p in named}
-    elif callable(patterns):
-        chosen = {id(p) for name, p in named if patterns(name, p)}
-    else:
-        for pattern in patterns:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in named):
-                some = ", ".join(name for name, _ in named[:8])
-                raise ModelError(f"parameters: {pattern!r} matches no parameter of the model; names are like {some}")
-        chosen = {id(p) for name, p in named if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
-    moving = [(name, p) for name, p in named if id(p) in chosen and p.requires_grad]
-    if not moving:
-        if named and not any(p.is_floating_point() for _, p in named):
-            dtype = named[0][1].dtype
-            raise ModelError(f"model: its parameters are {dtype}, not floating point; unlearn before quantising it")
-        what = "model" if parameters is None else "parameters"
-        raise ModelError(f"{what}: no trainable parameter to move; set requires_grad on some, or choose others")
-    for name, p in moving:
-        if not p.is_floating_point() or p.layout != torch.strided or not _plain(p):
-            kind = f"{p.dtype}, {p.layout}, {type(p.data).__name__}"
-            raise ModelError(f"model: parameter {name!r} is {kind}; only dense floating-point tensors can be moved")
-    devices = sorted({str(p.device) for _, p in moving})
-    if len(devices) > 1 or devices == ["meta"]:
-        raise ModelError(f"model: the moving parameters are on {', '.join(devices)}; put them on one real device")
-    return moving
-
-
-def _patterns(value: object) -> bool:
-    if isinstance(value, str):
-        return True
-    return isinstance(value, Sequence) and bool(value) and all(isinstance(each, str) for each in value)
-
-
-def _plain(parameter: nn.Parameter) -> bool:
-    return type(parameter.data) is Tensor
-
-
-def _tied(
-    model: nn.Module, moving: list[tuple[str, nn.Parameter]]
-) -> list[tuple[tuple[str, ...], tuple[nn.Parameter, ...]]]:
-    """Group names and objects that are one parameter: the same object, or objects over the very same memory."""
-    names: dict[object, list[str]] = {}
-    objects: dict[object, list[nn.Parameter]] = {}
-    for name, p in moving:
-        key = _place(p)
-        names.setdefault(key, []).append(name)
-        held = objects.setdefault(key, [])
-        if not any(p is other for other in held):
-            held.append(p)
-    chosen = {id(p) for _, p in moving}
-    still: list[tuple[str, Tensor]] = [(name, p) for name, p in model.named_parameters() if id(p) not in chosen]
-    still += list(model.named_buffers())
-    first: list[tuple[str, Tensor]] = [(names[key][0], objects[key][0]) for key in names]
-    extents = sorted((*_extent(p), name, id(p) in chosen) for name, p in first + still if p.numel())
-    for (_, end, name, moves), (begin, _, other, too) in pairwise(extents):
-        if begin < end and (moves or too):
-            raise ModelError(
-                f"model: {name!r} and {other!r} share memory but are not one parameter that may move as a whole; "
-                "clone one of them, or let both move or neither"
-            )
-    return [(tuple(names[key]), tuple(objects[key])) for key in names]
-
-
-def _place(p: nn.Parameter) -> object:
-    return (p.data_ptr(), p.shape, p.stride(), p.dtype) if p.numel() else id(p)
-
-
-def _extent(p: Tensor) -> tuple[int, int]:
-    last = sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
-    return p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size()
-
-
-def _layout(
-    groups: list[tuple[tuple[str, ...], tuple[nn.Parameter, ...]]], memory_format: torch.memory_format | None
-) -> tuple[list[Slot], dict[torch.dtype, int]]:
-    """Lay the parameters out one after the other, one buffer a dtype, each aligned."""
-    sizes: dict[torch.dtype, int] = {}
-    slots = []
-    for names, parameters in groups:
-        p = parameters[0]
-        # empty_like keeps the strides of a dense tensor (channels_last, transposed) and makes others contiguous
-        original = torch.empty_like(p, device="meta")
-        laid = original
-        if memory_format is not None and p.dim() == 4:
-            laid = torch.empty_like(p, device="meta", memory_format=memory_format)
-        offset = sizes.get(p.dtype, 0)
-        step = ALIGN // p.element_size()
-        sizes[p.dtype] = -(-(offset + p.numel()) // step) * step
-        group = list(sizes).index(p.dtype)
-        slots.append(Slot(names, parameters, group, offset, p.shape, laid.stride(), original.stride()))
-    return slots, sizes
+        return take

@@ -14,7 +14,8 @@ from fastlur.errors import ArgumentError, CheckpointError, ModelError, NonFinite
 from fastlur.methods.base import Method
 from fastlur.passes import Loss, Passes, Which
 from fastlur.reference import OK
-from fastlur.space import ParameterSpace, Selection, Vector
+from fastlur.slots import Selection
+from fastlur.space import ParameterSpace, Vector
 from fastlur.stats import FIELDS, StepStats
 from fastlur.update import Update, check_optimizer
 from fastlur.world import borrowed_random, derive, seed_torch

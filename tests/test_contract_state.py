@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from helpers import MODES, ORDERS, Interrupted, blobs, images, run, same, state
 from torch import nn
 
 import fastlur
+from fastlur.statistics import put_back
 
 
 class TestStatistics:
@@ -177,3 +179,18 @@ class TestNonFinite:
         with pytest.raises(fastlur.NonFiniteError, match="step 2"):
             step.check()
         step.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("ok", [0.0, 1.0])
+def test_buffers_are_put_back_by_their_bits_or_not_at_all(dtype, ok):
+    """As where nobody may wait for the flag: on the device, for what is not finite too."""
+    odd = [-math.inf, math.nan, 0.0, -0.0, 1.0, 3e38] if dtype.is_floating_point else [0, 1, 255, 7, 1, 0]
+    before = torch.tensor(odd, dtype=torch.float64).to(dtype)
+    now = before.flip(0).clone()
+    wanted = (now if ok else before).clone()
+    given = before.clone()
+    put_back([now, torch.zeros(2)], [before, torch.zeros(2)], torch.tensor(ok, dtype=torch.float64))
+    bits = torch.uint8
+    assert torch.equal(now.view(bits), wanted.view(bits))
+    assert torch.equal(before.view(bits), given.view(bits))

@@ -1,6 +1,6 @@
 """How the work beside the passes grows: with the number of parameters, and of tensors.
 
-A step of `optimistic` and a plain two-loss step over a model that is nothing but parameters: its loss reads each of them
+A step of `optimistic` over a model that is nothing but parameters: its loss reads each of them
 once, so that the passes are as cheap as they can be. What a step takes beyond its own two passes, measured in the same
 run, is what is listed: per parameter it should be flat in their number, and flat in the number of tensors.
 """

@@ -1,4 +1,4 @@
-"""What the parts of ScissorHands cost, in both forms: trim, anchors of an epoch, a step in conflict, a retain-only step.
+"""What the parts of ScissorHands cost in both forms: trim, anchors of an epoch, step in conflict, retain-only step.
 
 Beside them LUR's steps, all in one run, as ratios to a plain two-loss step. Conflicts are made, not awaited: the memory
 is set against the gradient.

@@ -16,11 +16,16 @@ from torch import nn
 import fastlur
 from fastlur.data import Feed, source
 from fastlur.losses import cross_entropy, negative_cross_entropy
-from fastlur.methods import METHODS, SaliencyMask
+from fastlur.methods import METHODS, SaliencyMask, Trim
 from fastlur.step import Step
 
 NAMES = sorted(METHODS)
 STEPPING = [name for name in NAMES if METHODS[name].steps != 0]
+
+PROMISED = (
+    "lur ltu mox scissorhands salun random_label gradient_ascent neggrad_plus fine_tune l1_sparse pcgrad gru eupmu "
+    "selective_amnesia boundary_shrink boundary_expand ssd scrub bad_teacher retrain"
+)
 
 # Pairs whose first updates may agree, with the reason.
 ALIASES: dict[frozenset[str], str] = {
@@ -42,6 +47,12 @@ def stepping(model, method, forget, retain, losses=None, **options) -> Step:
 
 def flat(model):
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).clone()
+
+
+def test_they_are_all_there():
+    assert set(NAMES) == set(PROMISED.split()) == set(fastlur.methods.available())
+    assert all(METHODS[name].name == name for name in NAMES)
+    assert all(getattr(fastlur.methods, METHODS[name].__name__) is METHODS[name] for name in NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -129,11 +140,29 @@ class TestEveryMethod:
 
 @pytest.mark.parametrize("name", STEPPING)
 class TestEveryStep:
-    def test_masked_weights_stay_whatever_the_weight_decay(self, name):
+    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+    def test_masked_weights_stay_whatever_the_weight_decay(self, name, optimizer):
         model = mlp()
-        before = flat(model)
-        run(model, blobs(12), blobs(20), method=bare(name, mask=SaliencyMask(0.3)), weight_decay=0.5)
+        before, options = flat(model), {"weight_decay": 0.5, "optimizer": optimizer, "lr": 1e-3}
+        run(model, blobs(12), blobs(20), method=bare(name, mask=SaliencyMask(0.3)), **options)
         assert 0 < float((flat(model) != before).float().mean()) <= 0.31
+
+    def test_weight_decay_moves_what_no_mask_holds(self, name):
+        model, twin = mlp(), mlp()
+        twin.load_state_dict(model.state_dict())
+        data = blobs(12), blobs(20)
+        for each, decay in ((model, 0.0), (twin, 0.5)):
+            run(each, *data, method=bare(name, mask=None), weight_decay=decay, lr=1e-3)
+        assert not torch.equal(flat(model), flat(twin))
+
+    def test_a_trim_comes_before_everything_else(self, name):
+        """Without a learning rate it is all that happens; what a method keeps as the model as given is trimmed too."""
+        model, data = mlp(), (blobs(12), blobs(20))
+        twin, before = copy.deepcopy(model), flat(model)
+        run(twin, *data, method=METHODS["fine_tune"](trim=Trim(0.5)), lr=0.0)
+        run(model, *data, method=dataclasses.replace(bare(name, mask=None), trim=Trim(0.5)), lr=0.0)
+        assert not torch.equal(flat(twin), before)
+        assert torch.equal(flat(model), flat(twin))
 
 
 def test_no_two_methods_are_the_same_one():

@@ -48,7 +48,8 @@ class MOX(Recipe):
     last one left, keeps to that, and must not find an earlier forget set among its retain data.
 
     Source: "Memorize to Forget", arXiv 2602.06441; objective, extrapolation, α, momentum and settings are reconstructed
-    from accounts of it. The search for α, the cap on `target` and what a round is are this package's.
+    from accounts of it. The search for α, the cap on `target` and what a round is are this package's. The presets lack
+    the epoch of warm-up, which is no schedule of `unlearn`.
 
     Args:
         alpha: α in [0, 1000], 4 in the publication. None: the largest of 0.5, 0.71, 1, … 32 up to which the retain loss

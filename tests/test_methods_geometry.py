@@ -1,0 +1,59 @@
+"""Where two gradients lead, whatever the losses they come from: linear ones, whose gradients are chosen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Point, blobs
+
+import fastlur
+from fastlur import methods
+
+F64 = torch.float64
+A, B = torch.tensor([3.0, -1.0, 2.0, 0.5], dtype=F64), torch.tensor([-1.0, 2.0, 0.5, 1.0], dtype=F64)
+
+CASES = {
+    "in conflict": (A, B),
+    "in agreement": (A, -B),
+    "at right angles": (torch.tensor([1.0, 0, 0, 0], dtype=F64), torch.tensor([0.0, 2, 0, 0], dtype=F64)),
+    "the same": (A, A),
+    "exactly opposite": (A, -A),
+    "opposite, the other longer": (A, -9 * A),
+    "nothing to retain": (torch.zeros(4, dtype=F64), B),
+    "nothing to forget": (A, torch.zeros(4, dtype=F64)),
+    "nothing": (torch.zeros(4, dtype=F64), torch.zeros(4, dtype=F64)),
+}
+
+
+def without(f, r):
+    """f less its component against r, if it has one."""
+    return f - (f @ r) / (r @ r) * r if f @ r < 0 else f
+
+
+def repaired(g, m):
+    """ScissorHands with one memory, by the programme's closed form."""
+    return g + max(0.5, float(-(g @ m) / (m @ m + 1e-3))) * m if g @ m < 0 else g
+
+
+RULES = {
+    "neggrad_plus": (methods.NegGradPlus(0.6), lambda r, f: 0.6 * r + 0.4 * f),
+    "pcgrad": (methods.PCGrad(0.5), lambda r, f: without(r, f / 2) + without(f / 2, r)),
+    "gru": (methods.GRU(0.5, retain_weight=2.0), lambda r, f: 2 * r + without(f / 2, r)),
+    "gru alone": (methods.GRU(0.5, retain_weight=0.0), lambda r, f: without(f / 2, r)),
+    "lur": (fastlur.LUR(forget_weight=0.5), lambda r, f: r + 0.5 * f),  # what is straight cannot be aligned
+    "gradient_ascent": (methods.GradientAscent(bounded=False), lambda r, f: f),
+    "scissorhands": (methods.ScissorHands(0.5, trim=None), lambda r, f: repaired(r + 0.5 * f, f)),
+    "selective_amnesia": (methods.SelectiveAmnesia(0.7), lambda r, f: 0.7 * r + f),  # at its centre
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", RULES)
+def test_the_first_step_with_any_two_losses(name, case):
+    (method, rule), (r, f) = RULES[name], CASES[case]
+    model = Point(torch.zeros(4, dtype=F64))
+    losses = {"loss": lambda m, batch: m() @ r, "forget_loss": lambda m, batch: m() @ f}
+    options = {"steps": 1, "lr": 1.0, "momentum": 0.0, "schedule": "constant", "progress": False}
+    fastlur.unlearn(model, blobs(4), blobs(4), method=method, **losses, **options)
+    assert bool(torch.isfinite(model.x).all())
+    torch.testing.assert_close(-model.x.detach(), rule(r, f), rtol=1e-10, atol=1e-12)

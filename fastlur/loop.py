@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from fastlur.data import Stream
 from fastlur.history import History
+from fastlur.interrupt import Interrupted
 from fastlur.stats import StepStats
 from fastlur.step import Step
 from fastlur.world import borrowed_random
@@ -48,6 +49,7 @@ def run(
     history: History,
     observers: Sequence[Observer] = (),
     progress: bool = True,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> str:
     """Step until `steps` are done or an observer answers with something true; returns why it ended.
 
@@ -60,14 +62,23 @@ def run(
         history: filled on the way.
         observers: called in order after every step; the first true answer ends the run, as text its reason.
         progress: show a bar on standard error.
+        interrupted: looked at after every step, when all observers have seen it.
+
+    Raises:
+        Interrupted: it was so; the step last counted is whole.
     """
     device = step.space.device
     with tqdm(total=steps, initial=step.step, disable=not progress, desc="unlearn", unit="step") as bar:
         while step.step < steps:
             rate = lr(step.step)
             step.update.set_lr(rate)
-            with borrowed_random(device):
-                batches = next(forget), next(retain)
+            try:
+                with borrowed_random(device):
+                    batches = next(forget), next(retain)
+            except Exception as error:
+                if interrupted():  # Ctrl-C ends the workers of a loader as well
+                    raise Interrupted(f"after step {step.step} of {steps}") from error
+                raise
             stats = step(*batches)
             used = step.update.lr
             if history.add(stats, rate if used is None else used) and progress:
@@ -80,5 +91,8 @@ def run(
                 if answer:
                     history.flush()
                     return answer if isinstance(answer, str) else "stopped by a callback or rule"
+            if interrupted():
+                history.flush()
+                raise Interrupted(f"after step {step.step} of {steps}")
     history.flush()
     return "all steps done"

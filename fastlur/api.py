@@ -113,9 +113,10 @@ def unlearn(
         compile: run forwards through `torch.compile`.
         memory_format: `torch.channels_last` for convolutional models; weights come back in their own format.
         deterministic: use deterministic algorithms on CUDA too (slower); the CPU is deterministic anyway.
-        stop: one or more stopping rules: callables that take a `fastlur.loop.StepEvent`; a true answer ends the run.
+        stop: one or more stopping rules (see `fastlur.stopping` for a target, patience, a time budget): callables that
+            take a `fastlur.loop.StepEvent`; a true answer ends the run.
         max_retain_loss_increase: end the run and roll back once the retain loss, in eval mode, has risen by more than
-            this; None: no such guard.
+            this over that of the model as given; the model comes back within it. None: no such guard.
         seed: fixes the order of the data and every random draw. Same seed, same machine: same result, bit for bit.
         device: move the model there first; None: use it where it is. Batches follow the model.
         checkpoint: a directory; an interrupted run goes on from it, bit for bit, when the same call is made again.

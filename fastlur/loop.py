@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +29,14 @@ class StepEvent:
             waits for the device, looking at nothing does not.
         model: the model as it is now, undisplaced; evaluating it is fine; every pass runs in train mode
             whatever mode it is left in, and at the end of the run each module is in the mode it began in.
+        seconds: wall time since the first step of this call began.
     """
 
     step: int
     steps: int
     stats: StepStats
     model: nn.Module
+    seconds: float = 0.0
 
 
 Observer = Callable[[StepEvent], Any]
@@ -67,7 +70,7 @@ def run(
     Raises:
         Interrupted: it was so; the step last counted is whole.
     """
-    device = step.space.device
+    device, began = step.space.device, time.perf_counter()
     with tqdm(total=steps, initial=step.step, disable=not progress, desc="unlearn", unit="step") as bar:
         while step.step < steps:
             rate = lr(step.step)
@@ -85,7 +88,7 @@ def run(
                 last = {name: f"{history[name][-1]:.3f}" for name in ("forget_loss", "retain_loss", "cosine")}
                 bar.set_postfix(last, refresh=False)
             bar.update()
-            event = StepEvent(step.step, steps, stats, step.space.model)
+            event = StepEvent(step.step, steps, stats, step.space.model, time.perf_counter() - began)
             for observer in observers:
                 answer = observer(event)
                 if answer:

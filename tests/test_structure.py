@@ -38,7 +38,7 @@ FLOORS = [
     {"step", "look", "identity"},
     {"history", "meta_step"},
     {"loop", "result"},
-    {"budget", "evaluate", "likelihood", "checkpoint"},
+    {"budget", "evaluate", "likelihood", "checkpoint", "stopping"},
     {"checkpointer"},
     {"api"},
     {"demo"},

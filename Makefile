@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench bench-full report ext cuda-compile sanitize clean
+.PHONY: demo test check check-slow bench bench-full report ext cuda-compile sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/python -m fastlur demo --out demo
@@ -17,6 +17,10 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# What takes too long for every day: hundreds of kills, every byte damaged, thousands of generated calls. Prints counts.
+check-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow -s
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench/bench_*.py --benchmark-only -s

@@ -48,9 +48,9 @@ def path(name: str, value: object) -> None:
     """Refuse what is no path.
 
     Raises:
-        ArgumentError: it is neither None, a string nor a path.
+        ArgumentError: it is neither None, a string nor a path, or it is empty.
     """
-    if value is not None and not isinstance(value, str | os.PathLike):
+    if value is not None and (not isinstance(value, str | os.PathLike) or not os.fspath(value)):
         raise ArgumentError(f"{name}={value!r} must be a directory's path, or None")
 
 

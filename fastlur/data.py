@@ -289,7 +289,7 @@ class Stream:
     """
 
     def __init__(self, source: Source, seed: int, skip: int = 0) -> None:
-        self.taken = skip
+        self.seed, self.taken = seed, skip
         self._generators = _generators(getattr(source, "batches", ()))
         self._before = [generator.get_state() for generator in self._generators]
         self._batches = source.stream(seed, skip)

@@ -143,7 +143,7 @@ class Step:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on beside the model itself: moments and kept gradients by parameter name."""
-        vectors = self.update.moments() | {f"method.{k}": v for k, v in self.state.vectors().items()}
+        vectors = self._fixed() | {f"method.{k}": v for k, v in self.state.vectors().items()}
         named = {k: {n: t.clone() for n, t in zip(self.space.names, v.views, strict=True)} for k, v in vectors.items()}
         custom = None if self.update.custom is None else self.update.custom.state_dict()
         plain = {"step": self.step, "method": self.method.settings()}
@@ -170,7 +170,7 @@ class Step:
         saved = state["vectors"]
         prefix = "method."
         theirs = self.state.resume([name.removeprefix(prefix) for name in saved if name.startswith(prefix)])
-        mine = self.update.moments() | {prefix + name: vector for name, vector in theirs.items()}
+        mine = self._fixed() | {prefix + name: vector for name, vector in theirs.items()}
         if set(mine) != set(saved):
             raise CheckpointError(f"state: holds {sorted(saved)}, but this step needs {sorted(mine)}")
         for key, vector in mine.items():
@@ -187,20 +187,36 @@ class Step:
         self.step = int(state["step"])
         self._unread = []
 
+    def _fixed(self) -> dict[str, Vector]:
+        """The vectors that are there whatever the method: the optimizer's, and the mask if there is one."""
+        return self.update.moments() | ({} if self.mask is None else {"mask": self.mask})
+
     def finish(self) -> None:
         """The method's last word, after the last step.
+
+        Raises:
+            NonFiniteError: see `check_finite`.
+        """
+        self.check_finite()
+        with borrowed_random(self.space.device):
+            self.method.finish(self.passes, self.state)
+
+    def check_finite(self) -> None:
+        """Look at the flag and at every weight now.
 
         Raises:
             NonFiniteError: the last steps' losses or gradients were not finite, or a weight overflowed in the update.
         """
         self.check()
-        if not all(bool(torch.isfinite(flat).all()) for flat in self.space.theta.flats):
+        if not self.weights_are_finite():
             raise NonFiniteError(
                 f"step {self.step}: the update itself overflowed, the weights are not finite and cannot be used. "
                 "Lower lr, or set max_grad_norm or max_retain_loss_increase"
             )
-        with borrowed_random(self.space.device):
-            self.method.finish(self.passes, self.state)
+
+    def weights_are_finite(self) -> bool:
+        """Whether every weight that moves is; waits for the device."""
+        return all(bool(torch.isfinite(flat).all()) for flat in self.space.theta.flats)
 
     @torch.inference_mode(False)
     def close(self) -> None:

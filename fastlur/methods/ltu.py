@@ -188,7 +188,7 @@ class LTU(Recipe):
 class LTUState(State):
     """Both meta-gradients, the displaced point, the attacks, and the retain batches held where only some are used.
 
-    All of it is overwritten in each step or made again, the same, by `prepare`: nothing needs to be saved.
+    Vectors are overwritten in each step, and the batches drawn again by `prepare`; the attacks are what is saved.
     """
 
     attackers: Attackers
@@ -199,6 +199,10 @@ class LTUState(State):
         self.point = passes.space.vector()
         alpha = RELATIVE_DEFAULT if inner_lr is None else inner_lr
         self.inner_lr = torch.tensor(alpha, dtype=torch.float64, device=passes.space.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fitted attacks."""
+        return self.attackers.tensors()
 
 
 def remembering(tunes: bool, held: Any = None) -> Loss:

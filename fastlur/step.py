@@ -142,7 +142,12 @@ class Step:
         return ""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step depends on beside the model itself: moments and kept gradients by parameter name."""
+        """What the next step depends on beside the model itself: moments and kept gradients by parameter name.
+
+        Raises:
+            ModelError: the step is closed.
+        """
+        self.space.check()
         vectors = self.update.moments() | {f"method.{k}": v for k, v in self.state.vectors().items()}
         named = {k: {n: t.clone() for n, t in zip(self.space.names, v.views, strict=True)} for k, v in vectors.items()}
         custom = None if self.update.custom is None else self.update.custom.state_dict()
@@ -160,8 +165,10 @@ class Step:
         """Go on where `state_dict` was taken; the model's own state is the caller's to load.
 
         Raises:
-            CheckpointError: it was taken from another optimizer, method or set of parameters.
+            CheckpointError: it was taken from another optimizer, method or set of parameters. ModelError: the step is
+                closed.
         """
+        self.space.check()
         missing = {"step", "method", "control", "vectors", "tensors", "optimizer"} - set(state)
         if missing:
             raise CheckpointError(f"state: has no {', '.join(sorted(missing))}; pass what state_dict() returned")
@@ -194,7 +201,7 @@ class Step:
             NonFiniteError: the last steps' losses or gradients were not finite, or a weight overflowed in the update.
         """
         self.check()
-        if not all(bool(torch.isfinite(flat).all()) for flat in self.space.theta.flats):
+        if not all(_finite(flat) for flat in self.space.theta.flats):
             raise NonFiniteError(
                 f"step {self.step}: the update itself overflowed, the weights are not finite and cannot be used. "
                 "Lower lr, or set max_grad_norm or max_retain_loss_increase"
@@ -204,7 +211,12 @@ class Step:
 
     @torch.inference_mode(False)
     def close(self) -> None:
-        """Give the model back as it came: ordinary parameters with storage of their own."""
+        """Give the model back as it came: ordinary parameters with storage of their own.
+
+        The vectors of the step go first, so that those parameters need no memory that the step did not have.
+        """
+        if not self.space.closed:
+            del self.update, self.state, self.mask
         self.space.close()
 
     def __enter__(self) -> Step:
@@ -212,6 +224,11 @@ class Step:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _finite(flat: Tensor) -> bool:
+    """Whether all of it is finite, by its extremes (NaN is one of them): `isfinite` would make copies of it."""
+    return not flat.numel() or all(bool(torch.isfinite(extreme)) for extreme in flat.aminmax())
 
 
 def _read(vector: Vector, names: list[str], saved: dict[str, Tensor], key: str) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastlur import meta
+from fastlur.curvature import By
 from fastlur.losses import BoundedForgetting, cross_entropy
 from fastlur.methods.lur import LUR, Order
 from fastlur.passes import Loss
@@ -39,6 +40,7 @@ class MetaStep(Step):
         compile: run the forward through `torch.compile` (not in "exact", which transforms the plain module).
         seed: of dropout and other draws inside the passes.
         keep_graph: False: "exact" builds the inner gradient's graph anew for the Hessian-vector product.
+        hessian: likewise for "exact", "autograd" or "func"; see `fastlur.LUR`.
 
     Raises:
         ArgumentError, ModelError: see there; nothing was changed then.
@@ -66,10 +68,11 @@ class MetaStep(Step):
         compile: bool = False,
         seed: int = 0,
         keep_graph: bool = True,
+        hessian: By = "autograd",
     ) -> None:
         super().__init__(
             model,
-            LUR(inner_lr, forget_weight, gradient, order, relative_inner_lr, keep_graph=keep_graph),
+            LUR(inner_lr, forget_weight, gradient, order, relative_inner_lr, keep_graph, hessian),
             {"retain": loss or cross_entropy, "forget": forget_loss or BoundedForgetting()},
             optimizer=optimizer,
             lr=lr,

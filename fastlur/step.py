@@ -142,7 +142,12 @@ class Step:
         return ""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step depends on beside the model itself: moments and kept gradients by parameter name."""
+        """What the next step depends on beside the model itself: moments and kept gradients by parameter name.
+
+        Raises:
+            ModelError: the step is closed.
+        """
+        self.space.check()
         vectors = self._fixed() | {f"method.{k}": v for k, v in self.state.vectors().items()}
         named = {k: {n: t.clone() for n, t in zip(self.space.names, v.views, strict=True)} for k, v in vectors.items()}
         custom = None if self.update.custom is None else self.update.custom.state_dict()
@@ -160,8 +165,10 @@ class Step:
         """Go on where `state_dict` was taken; the model's own state is the caller's to load.
 
         Raises:
-            CheckpointError: it was taken from another optimizer, method or set of parameters.
+            CheckpointError: it was taken from another optimizer, method or set of parameters. ModelError: the step is
+                closed.
         """
+        self.space.check()
         missing = {"step", "method", "control", "vectors", "tensors", "optimizer"} - set(state)
         if missing:
             raise CheckpointError(f"state: has no {', '.join(sorted(missing))}; pass what state_dict() returned")
@@ -216,11 +223,16 @@ class Step:
 
     def weights_are_finite(self) -> bool:
         """Whether every weight that moves is; waits for the device."""
-        return all(bool(torch.isfinite(flat).all()) for flat in self.space.theta.flats)
+        return all(_finite(flat) for flat in self.space.theta.flats)
 
     @torch.inference_mode(False)
     def close(self) -> None:
-        """Give the model back as it came: ordinary parameters with storage of their own."""
+        """Give the model back as it came: ordinary parameters with storage of their own.
+
+        The vectors of the step go first, so that those parameters need no memory that the step did not have.
+        """
+        if not self.space.closed:
+            del self.update, self.state, self.mask
         self.space.close()
 
     def __enter__(self) -> Step:
@@ -228,6 +240,11 @@ class Step:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _finite(flat: Tensor) -> bool:
+    """Whether all of it is finite, by its extremes (NaN is one of them): `isfinite` would make copies of it."""
+    return not flat.numel() or all(bool(torch.isfinite(extreme)) for extreme in flat.aminmax())
 
 
 def _read(vector: Vector, names: list[str], saved: dict[str, Tensor], key: str) -> None:

@@ -24,7 +24,7 @@ SHARED = {f"methods.{name}" for name in ("base", "components", "importance", "re
 # From the ground up: a module may import only what stands on a lower floor than itself.
 FLOORS = [
     {"stats", "_version", "errors", "reference", "_extension"},
-    {"backends", "operands", "world", "slots"},
+    {"backends", "footprint", "operands", "world", "slots"},
     {"ops"},
     {"statistics", "losses", "info", "data", "twice", "outputs", "attacks", "folder", "packing", "interrupt"},
     {"space"},
@@ -39,7 +39,7 @@ FLOORS = [
     {"step", "look", "identity"},
     {"history", "meta_step"},
     {"loop", "result"},
-    {"budget", "evaluate", "likelihood", "checkpoint", "stopping"},
+    {"budget", "estimate", "evaluate", "likelihood", "checkpoint", "stopping"},
     {"checkpointer"},
     {"api"},
     {"demo"},

@@ -81,6 +81,8 @@ class Cost:
         forwards: forwards alone.
         products: Hessian-vector products.
         buffers: parameter-sized vectors beyond the parameters and the optimizer's, gradients included.
+        temporaries: parameter-sized vectors beyond those, at most, while no pass is going on.
+        joint: the activations of both batches are alive at once.
         note: what else there is to pay, such as a search before the first step.
     """
 
@@ -89,6 +91,8 @@ class Cost:
     products: float = 0
     buffers: float = 2
     note: str = ""
+    temporaries: float = 0
+    joint: bool = False
 
     def __str__(self) -> str:
         parts = [f"{self.passes:g} passes" if self.passes != 1 else "1 pass"]

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 import torch
 
@@ -50,12 +51,14 @@ class Trim:
     layers: Layers = None
     batches: int | None = None
 
+    buffers: ClassVar[float] = 3  # parameter-sized vectors at most at once, the last of them for the threshold
+
     def __post_init__(self) -> None:
         check_range("sparsity", self.sparsity, 0.0, 1.0, 0.97)
         check_batches(self.batches)
 
     def __call__(self, passes: Passes) -> None:
-        """Trim θ; two parameter-sized vectors, given back at the end."""
+        """Trim θ; three parameter-sized vectors at most, given back at the end."""
         space = passes.space
         slots = chosen_slots(space, self.layers)
         total, gradient = space.vector(), space.vector()
@@ -99,12 +102,14 @@ class SaliencyMask:
     share: float = 0.5
     batches: int | None = None
 
+    buffers: ClassVar[float] = 2.25  # parameter-sized vectors while it is made, the mask itself among them
+
     def __post_init__(self) -> None:
         check_range("share", self.share, 0.0, 1.0, 0.5)
         check_batches(self.batches)
 
     def __call__(self, passes: Passes) -> Vector:
-        """The mask: bool, a byte a parameter; one parameter-sized vector more while it is made."""
+        """The mask: bool, a byte a parameter; two parameter-sized vectors more while it is made."""
         space = passes.space
         gradient, mask = space.vector(), space.vector(torch.bool)
         if self.share == 1:

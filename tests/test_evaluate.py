@@ -235,6 +235,9 @@ def test_what_unlearning_took_is_taken_from_its_result():
     assert str(fastlur.evaluate(model, **data, seconds=2.06)).endswith("RTE 2.1 s")
     assert fastlur.evaluate(model, **data).seconds is None
     assert fastlur.evaluate(model, **data).ua == found.ua
+    other = mlp()
+    gaps = [fastlur.evaluate(other, **data, reference=each).gaps for each in (result, model, found)]
+    assert gaps[0] == gaps[1] == gaps[2] != found.gaps
     for wrong in (-1, float("nan"), "fast"):
         with pytest.raises(fastlur.ArgumentError, match="seconds="):
             fastlur.evaluate(model, **data, seconds=wrong)

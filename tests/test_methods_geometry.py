@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from helpers import Point, blobs
+from helpers import Interrupted, Point, blobs, interrupt, mlp, run, same, state
+from test_methods import stepping
 
 import fastlur
 from fastlur import methods
@@ -57,3 +60,28 @@ def test_the_first_step_with_any_two_losses(name, case):
     fastlur.unlearn(model, blobs(4), blobs(4), method=method, **losses, **options)
     assert bool(torch.isfinite(model.x).all())
     torch.testing.assert_close(-model.x.detach(), rule(r, f), rtol=1e-10, atol=1e-12)
+
+
+def test_a_climb_that_has_ended_does_not_begin_again():
+    """Whatever the losses of later batches: 0.3 above the first is too much, and 0.4 below it comes too late."""
+    going = []
+    with stepping(mlp(), methods.GradientAscent(max_rise=0.2), blobs(8), blobs(8)) as step:
+        for loss in (1.0, 1.19, 0.5, 1.3, 0.6, 1.0):
+            step.state.look(torch.tensor(loss), 0.2)
+            going.append(all(bool(flat.all()) for flat in step.state.free.flats))
+    assert going == [True, True, True, False, False, False]
+
+
+def test_a_climb_that_was_interrupted_still_knows_where_it_began(tmp_path):
+    model, data = mlp(dtype=F64), blobs(8, dtype=F64)
+    twin, first = copy.deepcopy(model), copy.deepcopy(model)
+    options = {"method": methods.GradientAscent(max_norm=10.0, max_rise=0.3), "steps": 20, "lr": 0.02}
+    options |= {"forget_loss": fastlur.losses.negative_cross_entropy, "allow_overlap": True}
+    saving = {"checkpoint": tmp_path, "checkpoint_every": 1}
+    losses, again = [], (data[0], data[1])
+    run(twin, data, again, callbacks=[lambda event: losses.append(float(event.stats.retain_loss))], **options)
+    assert losses[2] < losses[0] + 0.3 < losses[-1]
+    with pytest.raises(Interrupted):
+        run(first, data, again, callbacks=[interrupt], **options, **saving)
+    run(model, data, again, **options, **saving)
+    assert same(state(model), state(twin))

@@ -105,6 +105,29 @@ def test_it_does_the_same_again_and_the_model_leaves_as_it_came(name, scene, tra
     assert same(*left)
 
 
+def test_ltu_needs_only_a_small_part_of_the_retain_data(trained):
+    job, model = trained["class"]
+    model = copy.deepcopy(model)
+    few = tuple(part[:100] for part in job.retain)
+    run(model, job.forget, few, method=METHODS["ltu"](retain_fraction=0.5), steps=STEPS, batch_size=25)
+    assert error(model, job.forget) > 95
+    assert error(model, job.retain) < 10
+
+
+def test_mox_forgets_one_set_after_the_other(trained):
+    """Each call begins where the last one ended, and is not given what was forgotten before."""
+    job, model = trained["class"]
+    model = copy.deepcopy(model)
+    second = job.retain[1] == 0
+    forget, retain = (tuple(part[chosen] for part in job.retain) for chosen in (second, ~second))
+    run(model, job.forget, retain, method="mox", steps=STEPS, batch_size=128)
+    assert error(model, forget) < 5
+    run(model, forget, retain, method="mox", steps=STEPS, batch_size=128)
+    assert error(model, forget) > 90
+    assert error(model, job.forget) > 90
+    assert error(model, retain) < 5
+
+
 def test_what_is_said_of_a_method_is_said_of_one_that_exists():
     assert {name for name, _ in OTHERWISE} <= set(METHODS)
     assert {scene for _, scene in OTHERWISE} == set(SCENARIOS) == set(ASKED)

@@ -86,6 +86,11 @@ class Passes:
             raise ArgumentError("method: looks at the data beforehand; use it through fastlur.unlearn")
         return self._feed
 
+    @property
+    def has_feed(self) -> bool:
+        """Whether there is one."""
+        return self._feed is not None
+
     def batch(self, which: Which) -> Any:
         """The batch of this side."""
         return self._batches[which]

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlur.culprit import accuse
 from fastlur.data import Feed, to_device
 from fastlur.errors import ArgumentError, CheckpointError, ModelError, NonFiniteError, number
-from fastlur.methods.base import Method
+from fastlur.methods.base import Direction, Method
 from fastlur.passes import Loss, Passes, Which
 from fastlur.reference import OK
 from fastlur.slots import Selection
@@ -81,6 +82,7 @@ class Step:
             raise
         self.step = 0
         self._unread: list[StepStats] = []
+        self._last: tuple[Direction | None, dict[Which, Any] | None] = None, None  # while the host looks, no longer
         self._nothing = torch.full((), math.nan, device=self.space.device)  # the loss of a side without a pass
 
     @torch.inference_mode(False)
@@ -113,9 +115,12 @@ class Step:
         stats = StepStats(self.step, forget_loss, retain_loss, dots)
         self._unread.append(stats)
         if device.type == "cpu" or len(self._unread) >= READ_EVERY:
+            self._last = direction, {"forget": forget, "retain": retain}
             self.check()
+            self._last = None, None
         return stats
 
+    @torch.inference_mode(False)
     def check(self) -> None:
         """Look at the flag now.
 
@@ -125,21 +130,16 @@ class Step:
         unread, self._unread = self._unread, []
         if bool(self.update.control[OK]):
             return
-        bad, culprit = next(((s, name) for s in unread if (name := self._culprit(s))), (None, ""))
+        bad = next((stats for stats in unread if not self._was_good(stats)), None)
         if bad is None:
             raise NonFiniteError("a loss or gradient was not finite in an earlier step; the model is as before it")
-        raise NonFiniteError(
-            f"step {bad.step}: {culprit} is not finite (forget loss {float(bad.forget_loss):.4g}, retain loss "
-            f"{float(bad.retain_loss):.4g}); the model is as after step {bad.step - 1}. "
-            "Lower lr, inner_lr or forget_weight, or look for NaN in the data"
-        )
+        direction, batches = self._last if bad.step == self.step else (None, None)
+        raise accuse(self.passes, bad, self._nothing, direction, batches)
 
-    def _culprit(self, stats: StepStats) -> str:
-        """The first number of a step that is not finite; that a side was not evaluated is no fault."""
-        for name, value in zip(FIELDS, stats.numbers().tolist(), strict=True):
-            if not math.isfinite(value) and getattr(stats, name) is not self._nothing:
-                return name
-        return ""
+    def _was_good(self, stats: StepStats) -> bool:
+        """Whether every number of a step is finite; that a side was not evaluated is no fault."""
+        numbers = zip(FIELDS, stats.numbers().tolist(), strict=True)
+        return all(math.isfinite(value) or getattr(stats, name) is self._nothing for name, value in numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on beside the model itself: moments and kept gradients by parameter name.

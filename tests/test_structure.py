@@ -31,7 +31,7 @@ FLOORS = [
     {"curvature", "snapshot"},
     {"passes", "meta", "scores"},
     {"content", "methods.base", "frozen", "fresh", "membership"},
-    {"methods.components", "methods.importance", "methods.relabelling", "overlap", "checks", "update"},
+    {"methods.components", "methods.importance", "methods.relabelling", "overlap", "checks", "update", "culprit"},
     {"methods.repair"},
     {name for name in MODULES if name.startswith("methods.")} - SHARED - {"methods.lur_presets"},
     {"methods.lur_presets"},

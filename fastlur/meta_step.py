@@ -72,7 +72,7 @@ class MetaStep(Step):
     ) -> None:
         super().__init__(
             model,
-            LUR(inner_lr, forget_weight, gradient, order, relative_inner_lr, keep_graph, hessian),
+            LUR(inner_lr, forget_weight, gradient, order, relative_inner_lr, keep_graph, hessian=hessian),
             {"retain": loss or cross_entropy, "forget": forget_loss or BoundedForgetting()},
             optimizer=optimizer,
             lr=lr,

@@ -22,24 +22,66 @@ from torch import Tensor, nn
 from fastlur.errors import ModelError
 from fastlur.slots import Selection, Slot, layout, select, tied
 
+LARGE = 128 << 10  # bytes a tensor, on average
+
 _open: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules whose parameters are in flat storage now
 
 
 class Vector:
-    """A vector with the layout of a space: `flats`, one buffer a dtype; `views`, shaped; `spans`, flat, one a slot."""
+    """A vector with the layout of a space: `flats`, one buffer a dtype; `views`, shaped; `spans`, flat, one a slot.
 
-    def __init__(self, slots: Sequence[Slot], flats: list[Tensor]) -> None:
-        self.flats = flats
-        self.views = [flats[s.group].as_strided(s.shape, s.stride, s.offset) for s in slots]
-        self.spans = [flats[s.group][s.offset : s.offset + s.numel] for s in slots]
+    A gradient may instead lie in `loose` tensors, one a slot, as autograd has made them, with nothing copied; `views`
+    are these then. Whoever asks for `flats` or `spans` has them gathered, and from there on the vector stays flat.
+    Storage is allocated when it is first needed.
+    """
+
+    def __init__(self, slots: Sequence[Slot], allocate: Callable[[], list[Tensor]]) -> None:
+        self.loose: list[Tensor] | None = None
+        self._slots, self._allocate = slots, allocate
+        self._flats: list[Tensor] | None = None
+        self._views: list[Tensor] = []
+        self._spans: list[Tensor] = []
+
+    @property
+    def flats(self) -> list[Tensor]:
+        """One buffer a dtype, with gaps of zeros between the slots."""
+        self._gather()
+        assert self._flats is not None
+        return self._flats
+
+    @property
+    def spans(self) -> list[Tensor]:
+        """One flat tensor a slot."""
+        self._gather()
+        return self._spans
+
+    @property
+    def views(self) -> list[Tensor]:
+        """One shaped tensor a slot."""
+        if self.loose is not None:
+            return self.loose
+        self._gather()
+        return self._views
+
+    @property
+    def gathered(self) -> bool:
+        """Whether there is flat storage."""
+        return self._flats is not None
 
     def zero_(self) -> None:
         """Set every element to 0."""
+        self.loose = None
         torch._foreach_zero_(self.flats)
 
-    def part(self, slots: Sequence[int] | None) -> list[Tensor]:
-        """The whole vector, or only some slots of it, as operations take it."""
-        return self.flats if slots is None else [self.spans[index] for index in slots]
+    def _gather(self) -> None:
+        if self._flats is None:
+            self._flats = self._allocate()
+            self._views = [self._flats[s.group].as_strided(s.shape, s.stride, s.offset) for s in self._slots]
+            self._spans = [self._flats[s.group][s.offset : s.offset + s.numel] for s in self._slots]
+        if self.loose is not None:
+            loose, self.loose = self.loose, None
+            with torch.no_grad():
+                torch._foreach_copy_(self._views, loose)
 
 
 class ParameterSpace:
@@ -70,13 +112,18 @@ class ParameterSpace:
             p for p in model.parameters() if p.requires_grad and id(p) not in {id(q) for _, g in groups for q in g}
         ]
         self.reached: set[int] = set()
-        self._out: Vector | None = None  # where the pass that is going on collects
-        self._written: set[int] = set()  # slots of it that hold something to be added to
+        self.collecting = False  # a pass is going on: its graph may be alive
+        self._taken: dict[int, Tensor] = {}  # what it has collected so far, by slot
+        self._target: list[Tensor] | None = None  # where it is copied to; None: it stays where it is
         with torch.no_grad():
-            self.theta = Vector(self.slots, [torch.zeros(n, dtype=d, device=self.device) for d, n in sizes.items()])
+            device = self.device
+            self.theta = Vector(self.slots, lambda: [torch.zeros(n, dtype=d, device=device) for d, n in sizes.items()])
             for slot, view in zip(self.slots, self.theta.views, strict=True):
                 view.copy_(slot.parameters[0])
         self._point_at(self.theta)
+        # few large tensors are best left where autograd puts them; many small ones cost more one by one than a copy
+        each = sum(flat.nbytes for flat in self.theta.flats) / len(self.slots)
+        self.piecewise = each >= LARGE and all(view.is_contiguous() for view in self.theta.views)
         for parameter in self._frozen:
             parameter.requires_grad_(False)
         self._hooks = []
@@ -95,7 +142,8 @@ class ParameterSpace:
 
     def vector(self, dtype: torch.dtype | None = None) -> Vector:
         """A new vector of zeros (also in the gaps between slots, which every operation then leaves at zero)."""
-        return Vector(self.slots, [torch.zeros_like(flat, dtype=dtype) for flat in self.theta.flats])
+        theta = self.theta
+        return Vector(self.slots, lambda: [torch.zeros_like(flat, dtype=dtype) for flat in theta.flats])
 
     def copy(self) -> Vector:
         """A new vector that holds θ as it is now."""
@@ -117,27 +165,44 @@ class ParameterSpace:
         finally:
             self._point_at(before)
 
-    @property
-    def collecting(self) -> bool:
-        """A pass is going on: its graph may be alive."""
-        return self._out is not None
-
     @contextmanager
     def collect(self, out: Vector, add: bool = False) -> Iterator[None]:
         """Inside, a backward pass puts the gradient into `out`; slots it reaches join `reached`, others are 0 there.
 
-        With `add` it is added to what `out` holds. Each gradient is taken as soon as autograd has made it, while it is
-        in the cache, and freed: adding up in `out` itself would cost clearing it and reading it once more.
+        With `add` it is added to what `out` holds. Where the space is `piecewise`, tensors stay as autograd makes them;
+        elsewhere each is copied as soon as it is there, while it is in the cache, and freed.
         """
-        self._out, self._written = out, set(range(len(self.slots))) if add else set()
+        slots = range(len(self.slots))
         self.drop_gradients()  # what the caller left there is not ours to add up
+        self._taken = dict(zip(slots, out.views, strict=True)) if add else {}
+        if not add:
+            out.loose = None
+            self._target = None if self.piecewise and not out.gathered else out.views
+        self.collecting = True
         try:
             yield
-            for index in set(range(len(self.slots))) - self._written:
-                out.spans[index].zero_()
+            for index in [index for index in slots if index not in self._taken]:
+                like = self.theta.views[index]
+                self._taken[index] = torch.zeros_like(like) if self._target is None else self._target[index].zero_()
+            if not out.gathered:
+                out.loose = [self._taken[index] for index in slots]
         finally:
-            self._out = None
+            self.collecting, self._taken, self._target = False, {}, None
             self.drop_gradients()
+
+    def tensors(self, vector: Vector, some: list[int] | None = None) -> list[Tensor]:
+        """A vector as operations take it: flat buffers, or one tensor a slot where that saves gathering gradients.
+
+        What the vector is at the moment does not decide, or a resumed run would add up in another order than the run.
+
+        Args:
+            vector: of this space.
+            some: these slots only; None: all.
+        """
+        if some is None:
+            return vector.views if self.piecewise else vector.flats
+        whole = vector.views if self.piecewise else vector.spans
+        return [whole[index] for index in some]
 
     def leaves(self) -> list[nn.Parameter]:
         """The moving parameters themselves; tied ones once an object."""
@@ -194,17 +259,18 @@ class ParameterSpace:
     def _take(self, index: int) -> Callable[[Tensor], None]:
         def take(parameter: Tensor) -> None:
             self.reached.add(index)
-            out, gradient = self._out, parameter.grad
-            if out is None or gradient is None:
+            gradient = parameter.grad
+            if not self.collecting or gradient is None:
                 return
             parameter.grad = None
-            view = out.views[index]
-            if index in self._written:  # tied objects, or checkpointing that runs a backward within the backward
-                view.add_(gradient)
-            elif gradient.layout is torch.strided:
-                view.copy_(gradient)
-            else:
-                view.zero_().add_(gradient)
-            self._written.add(index)
+            held = self._taken.get(index)
+            if held is not None:  # tied objects, or checkpointing that runs a backward within the backward
+                held.add_(gradient)
+                return
+            if self._target is None and gradient.layout is torch.strided:
+                self._taken[index] = gradient
+                return
+            own = torch.zeros_like(parameter) if self._target is None else self._target[index]
+            self._taken[index] = own.copy_(gradient) if gradient.layout is torch.strided else own.zero_().add_(gradient)
 
         return take

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -56,7 +56,7 @@ class LUR(Recipe):
     order: Order = "retain_first"
     relative_inner_lr: bool = False
     keep_graph: bool = True
-    hessian: By = "autograd"
+    hessian: By = field(default="autograd", kw_only=True)
 
     name: ClassVar[str] = "lur"
 
@@ -129,25 +129,29 @@ class LURState(State):
 
     def linearized(self) -> tuple[Vector, Callable[[Vector, Tensor | None], Vector]]:
         """∇A, and the Hessian's part of the direction; the displaced point is free by then and holds the product."""
-        curvature = self.passes.linearize(
-            self.first, self.inner_gradient, keep_graph=self.keep_graph, by=self.hessian
-        )
-        a, product = self.inner_gradient, self.point
+        curvature = self.passes.linearize(self.first, self.inner_gradient, keep_graph=self.keep_graph, by=self.hessian)
+        a, product, tensors = self.inner_gradient, self.point, self.passes.space.tensors
 
         def aligned(v: Vector, norm2: Tensor | None) -> Vector:
             curvature(v, product)
-            ops.displace(a.flats, a.flats, product.flats, self._inner_lr, norm2)
+            values = tensors(a)
+            ops.displace(values, values, tensors(product), self._inner_lr, norm2)
             return a
 
         return a, aligned
 
     def norm2(self, along: Vector) -> Tensor | None:
         """‖along‖² for a relative step."""
-        return ops.grad_dot(along.flats, along.flats)[0][0] if self.relative else None
+        if not self.relative:
+            return None
+        values = self.passes.space.tensors(along)
+        return ops.grad_dot(values, values)[0][0]
 
     def displaced(self, along: Vector, norm2: Tensor | None) -> Vector:
         """θ − α · along, into the one displaced point."""
-        ops.displace(self.point.flats, self.passes.space.theta.flats, along.flats, self._inner_lr, norm2)
+        space = self.passes.space
+        point, theta, step = (space.tensors(vector) for vector in (self.point, space.theta, along))
+        ops.displace(point, theta, step, self._inner_lr, norm2)
         return self.point
 
     def vectors(self) -> dict[str, Vector]:

@@ -57,7 +57,7 @@ def arms(
     with ExitStack() as stack:
         made: dict[str, Arm] = {"bare": bare(model, forget, retain, precision, **options)}
         for name in names:
-            method = lur(name) if name.split(",")[0] in MODES else other(name)  # type: ignore[arg-type]
+            method = named(name)
             if method is None:
                 continue
             step = stack.enter_context(opened(model, method, forget, retain, precision=precision, **options))
@@ -67,10 +67,20 @@ def arms(
 
 def opened(model: nn.Module, method: Any, forget: Any, retain: Any, **options: Any) -> Step:
     """A step over a copy of the model, within an epoch of many batches, all alike."""
+    return stepping(copy.deepcopy(model), method, forget, retain, **options)
+
+
+def stepping(model: nn.Module, method: Any, forget: Any, retain: Any, **options: Any) -> Step:
+    """The same over the model itself."""
     sources = {"forget": source([forget] * EPOCH, "forget", 1), "retain": source([retain] * EPOCH, "retain", 1)}
     losses = {"retain": cross_entropy, "forget": negative_cross_entropy}
     feed = Feed(sources, 0, next(model.parameters()).device)  # type: ignore[arg-type]
-    return Step(copy.deepcopy(model), method, losses, lr=LR, momentum=MOMENTUM, feed=feed, steps=1000, **options)  # type: ignore[arg-type]
+    return Step(model, method, losses, lr=LR, momentum=MOMENTUM, feed=feed, steps=1000, **options)  # type: ignore[arg-type]
+
+
+def named(name: str) -> Any:
+    """The method of an arm, or None where it is not there."""
+    return lur(name) if name.split(",")[0] in MODES else other(name)
 
 
 def lur(name: str) -> fastlur.LUR:

@@ -19,7 +19,7 @@ from fastlur.methods import resolve
 from fastlur.methods.base import Cost, Method, Recipe
 from fastlur.passes import Loss, Passes, Which
 from fastlur.slots import Selection
-from fastlur.space import ParameterSpace, Vector
+from fastlur.space import ParameterSpace
 from fastlur.step import PRECISIONS
 from fastlur.update import check_optimizer
 from fastlur.world import borrowed_random
@@ -198,35 +198,41 @@ def _opened(
 
 def _passes(passes: Passes, sides: list[Which], method: Method, cost: Cost) -> tuple[int, float]:
     """Bytes that the passes of a step take beyond the vectors at most, and the seconds that they take together."""
-    device, out = passes.space.device, passes.space.vector()
+    space = passes.space
+    moving = sum(flat.nbytes for flat in space.theta.flats)
 
     def measured(*parts: footprint.Work) -> tuple[list[Memory], float]:
-        return footprint.memory(parts, device), sum(footprint.seconds(part, device) for part in parts)
+        found = footprint.memory(parts, space.device)
+        return found, sum(footprint.seconds(part, space.device) for part in parts)
 
-    found = [measured(lambda side=side: passes.gradient(side, out)) for side in sides]  # type: ignore[misc]
-    peak = max(memory[0].peak for memory, _ in found)
+    # the vector of the gradient is made inside, since a pass may leave tensors in it as autograd made them
+    found = [measured(lambda side=side: passes.gradient(side, space.vector())) for side in sides]  # type: ignore[misc]
+    peak = max(memory[0].peak for memory, _ in found) - moving
     once = sum(spent for _, spent in found) / len(found)
     spent = once * cost.passes
     if cost.forwards:
-        spent += cost.forwards * footprint.seconds(lambda: passes.value(sides[0]), device)
+        spent += cost.forwards * footprint.seconds(lambda: passes.value(sides[0]), space.device)
     if cost.joint:
-        peak = max(peak, measured(lambda: passes.joint(out))[0][0].peak)
+        peak = max(peak, measured(lambda: passes.joint(space.vector()))[0][0].peak - moving)
     if cost.products:
-        curved, curving = measured(*_curved(passes, method, out))
+        curved, curving = measured(*_curved(passes, method))
         # the outer gradient is taken while the graph of the inner one is held
         peak = max(curved[0].left + peak, *(part.peak for part in curved))
         spent = once + curving * cost.products
     return peak, spent
 
 
-def _curved(passes: Passes, method: Method, out: Vector) -> list[footprint.Work]:
+def _curved(passes: Passes, method: Method) -> list[footprint.Work]:
     """The inner gradient, and its Hessian-vector product."""
     side: Which = "forget" if getattr(method, "order", "") == "forget_first" else "retain"
-    product = passes.space.vector()
+    keep, by = getattr(method, "keep_graph", True), getattr(method, "hessian", "autograd")
+    inner, product = passes.space.vector(), passes.space.vector()
+    for vector in (inner, product):
+        vector.zero_()
     pulls: list[Any] = []
     return [
-        lambda: pulls.append(passes.linearize(side, out, keep_graph=getattr(method, "keep_graph", True))),
-        lambda: pulls.pop()(out, product),
+        lambda: pulls.append(passes.linearize(side, inner, keep_graph=keep, by=by)),
+        lambda: pulls.pop()(inner, product),
     ]
 
 

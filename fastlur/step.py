@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlur.capture import Captured
 from fastlur.culprit import accuse
 from fastlur.data import Feed, to_device
 from fastlur.errors import ArgumentError, CheckpointError, ModelError, NonFiniteError, number
@@ -47,12 +48,15 @@ class Step:
         seed: int = 0,
         feed: Feed | None = None,
         steps: int | None = None,
+        capture: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ModelError(f"model: a {type(model).__name__} is no torch.nn.Module")
         _check_numbers(lr, momentum, weight_decay, max_grad_norm, precision)
         check_optimizer(optimizer)
         self.space = ParameterSpace(model, parameters, memory_format)
+        if capture:
+            _check_capture(self.space, optimizer)
         try:
             self.method = method
             self.memory_format = memory_format
@@ -82,6 +86,11 @@ class Step:
             raise
         self.step = 0
         self._unread: list[StepStats] = []
+        self._captured: Captured | None = None
+        if capture:
+            self._captured = Captured(self._work, self.space.device)
+            self.space.piecewise = False  # a graph wants gradients to stay where they are
+        self._direction: Direction | None = None
         self._last: tuple[Direction | None, dict[Which, Any] | None] = None, None  # while the host looks, no longer
         self._nothing = torch.full((), math.nan, device=self.space.device)  # the loss of a side without a pass
 
@@ -96,10 +105,24 @@ class Step:
         self.space.check()
         device = self.space.device
         forget, retain = (to_device(batch, device, self.memory_format) for batch in (forget, retain))
+        with borrowed_random(device):
+            work = self._work if self._captured is None else self._captured
+            forget_loss, retain_loss, dots = work(forget, retain)
+        self.step += 1
+        stats = StepStats(self.step, forget_loss, retain_loss, dots)
+        self._unread.append(stats)
+        if device.type == "cpu" or len(self._unread) >= READ_EVERY:
+            self._last = self._direction, {"forget": forget, "retain": retain}
+            self.check()
+            self._last = None, None
+        return stats
+
+    def _work(self, forget: Any, retain: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """What a step does on the device: both losses, not a number for a side without a pass, and the dots."""
         passes = self.passes
         passes.statistics.save()
         try:
-            with borrowed_random(device), passes.of_step(self.step + 1, forget, retain):
+            with passes.of_step(self.step + 1, forget, retain):
                 direction = self.method.direction(passes, self.state)
                 if self.mask is not None:
                     direction = direction._replace(mask=_both(self.mask, direction.mask))
@@ -107,18 +130,12 @@ class Step:
                     dots = self.update.decide(direction, list(passes.values.values()))
                     self.update.apply(direction)
         except BaseException:
-            passes.statistics.keep(torch.zeros((), device=device))
+            passes.statistics.keep(torch.zeros((), device=self.space.device))
             raise
         passes.statistics.keep(self.update.control[OK])
-        self.step += 1
+        self._direction = direction
         forget_loss, retain_loss = (passes.values.get(side, self._nothing) for side in ("forget", "retain"))
-        stats = StepStats(self.step, forget_loss, retain_loss, dots)
-        self._unread.append(stats)
-        if device.type == "cpu" or len(self._unread) >= READ_EVERY:
-            self._last = direction, {"forget": forget, "retain": retain}
-            self.check()
-            self._last = None, None
-        return stats
+        return forget_loss, retain_loss, dots
 
     @torch.inference_mode(False)
     def check(self) -> None:
@@ -280,3 +297,14 @@ def _both(mask: Vector, own: Vector | None) -> Vector:
     for mine, flat in zip(own.flats, mask.flats, strict=True):
         mine.logical_and_(flat)
     return own
+
+
+def _check_capture(space: ParameterSpace, optimizer: object) -> None:
+    what = None
+    if space.device.type != "cuda":
+        what = f"needs a CUDA device, and the model is on {space.device}"
+    elif not isinstance(optimizer, str):
+        what = "needs 'sgd' or 'adamw': an optimizer of torch's decides on the host"
+    if what is not None:
+        space.close()
+        raise ArgumentError(f"capture=True: {what}; leave it off")

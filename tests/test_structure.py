@@ -24,7 +24,7 @@ SHARED = {f"methods.{name}" for name in ("base", "components", "importance", "re
 # From the ground up: a module may import only what stands on a lower floor than itself.
 FLOORS = [
     {"stats", "_version", "errors", "reference", "_extension"},
-    {"backends", "footprint", "operands", "world", "slots"},
+    {"backends", "capture", "footprint", "operands", "world", "slots"},
     {"ops"},
     {"statistics", "losses", "info", "data", "twice", "outputs", "attacks", "folder", "packing", "interrupt"},
     {"space"},

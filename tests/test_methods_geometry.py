@@ -62,6 +62,15 @@ def test_the_first_step_with_any_two_losses(name, case):
     torch.testing.assert_close(-model.x.detach(), rule(r, f), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("order", ["retain_first", "forget_first"])
+def test_each_half_of_the_meta_gradient_is_recorded_on_its_own_side(order):
+    model, (r, f) = Point(torch.zeros(4, dtype=F64)), CASES["in conflict"]
+    losses = {"loss": lambda m, batch: m() @ r, "forget_loss": lambda m, batch: m() @ f}
+    result = run(model, blobs(4), blobs(4), method=fastlur.LUR(forget_weight=0.5, order=order), steps=1, **losses)
+    assert result.history["retain_norm"][0] == pytest.approx(float(r.norm()))
+    assert result.history["forget_norm"][0] == pytest.approx(float(f.norm()) / 2)
+
+
 def test_a_climb_that_has_ended_does_not_begin_again():
     """Whatever the losses of later batches: 0.3 above the first is too much, and 0.4 below it comes too late."""
     going = []

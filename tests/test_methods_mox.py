@@ -231,7 +231,7 @@ class TestSearch:
 def test_a_budget_on_the_retain_loss_sees_the_memorising_model():
     """It rolls back to where memorising was last seen within it; from there the model is extrapolated."""
     forget, retain = blobs(16), blobs(64)
-    options = {"method": MOX(alpha=1.0), "steps": 40, "lr": 0.05, "batch_size": 64, "progress": False}
+    options = {"method": MOX(alpha=0.05), "steps": 40, "lr": 0.05, "batch_size": 64, "progress": False}
     model, twin = mlp(), mlp()
     twin.load_state_dict(model.state_dict())
     result = fastlur.unlearn(model, forget, retain, max_retain_loss_increase=0.02, checkpoint_every=100, **options)

@@ -172,7 +172,8 @@ def unlearn(
         "forget": forget_loss or method.default_forget_loss(kind),
     }
     tried: dict[Which, Loss] = losses if uses_forget else {"retain": losses["retain"]}
-    checks.trial(model, tried, firsts, contents, classifies=classifies, device=where, precision=precision)
+    how = checks.How(where, precision, getattr(method, "training", True))
+    rows = checks.trial(model, tried, firsts, contents, classifies, how)
     if forget_loss is not None and getattr(method, "own_objective", False):
         raise ArgumentError(f"forget_loss: {method.name} defines what it minimises on the forget data; leave it None")
     total = look.length(sources, steps, epochs, getattr(method, "steps", None))
@@ -254,6 +255,7 @@ def unlearn(
                     seed=seed,
                     feed=Feed(sources, seed, where, memory_format),
                     steps=total,
+                    rows=rows,
                 )
             )
             if checkpoints is not None and found is not None:
@@ -296,6 +298,7 @@ def unlearn(
             ended = budget.last() or ended
         if checkpoints is not None and not keep_checkpoints:
             checkpoints.purge()
+    settings["micro_batch"] = step.passes.spare.rows
     return Result(model, history, time.perf_counter() - began, _peak_memory(where), ended, settings)
 
 

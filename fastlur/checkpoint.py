@@ -176,6 +176,7 @@ class Checkpoints:
         record = {
             "settings": self.settings,
             "step": state["step"],
+            "rows": state["rows"],
             "method": state["method"],
             "vectors": sorted(state["vectors"]),
             "optimizer": optimizer,
@@ -227,7 +228,7 @@ class Checkpoints:
             vector: {name: tensor(f"vector/{vector}/{name}") for name in space.names} for vector in record["vectors"]
         }
         own = {name.removeprefix("method/"): tensor(name) for name in names if name.startswith("method/")}
-        state = {"step": record["step"], "method": record["method"], "control": tensor("control")}
+        state = {"control": tensor("control"), **{name: record[name] for name in ("step", "rows", "method")}}
         optimizer = unpack(record["optimizer"], tensor)
         random = unpack(record["random"], tensor)
         step.load_state_dict(state | {"vectors": vectors, "tensors": own, "optimizer": optimizer})

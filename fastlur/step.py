@@ -49,6 +49,7 @@ class Step:
         feed: Feed | None = None,
         steps: int | None = None,
         capture: bool = False,
+        rows: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ModelError(f"model: a {type(model).__name__} is no torch.nn.Module")
@@ -72,6 +73,7 @@ class Step:
                 training=getattr(method, "training", True),
                 feed=feed,
                 steps=steps,
+                rows=rows,
             )
             self.update = Update(self.space, optimizer, lr, momentum, weight_decay, max_grad_norm)
             with borrowed_random(self.space.device):
@@ -168,7 +170,7 @@ class Step:
         vectors = self._fixed() | {f"method.{k}": v for k, v in self.state.vectors().items()}
         named = {k: {n: t.clone() for n, t in zip(self.space.names, v.views, strict=True)} for k, v in vectors.items()}
         custom = None if self.update.custom is None else self.update.custom.state_dict()
-        plain = {"step": self.step, "method": self.method.settings()}
+        plain = {"step": self.step, "method": self.method.settings(), "rows": self.passes.spare.rows}
         tensors = {name: tensor.clone() for name, tensor in self.state.tensors().items()}
         return plain | {
             "control": self.update.control.clone(),
@@ -209,6 +211,7 @@ class Step:
             tensor.copy_(state["tensors"][name])
         self.update.control.copy_(state["control"])
         self.step = int(state["step"])
+        self.passes.spare.rows = state.get("rows") or self.passes.spare.rows
         self._unread = []
 
     def _fixed(self) -> dict[str, Vector]:

@@ -28,7 +28,7 @@ FLOORS = [
     {"ops"},
     {"statistics", "losses", "info", "data", "twice", "outputs", "attacks", "folder", "packing", "interrupt"},
     {"space"},
-    {"curvature", "snapshot"},
+    {"curvature", "snapshot", "microbatch"},
     {"passes", "meta", "scores"},
     {"content", "methods.base", "frozen", "fresh", "membership"},
     {"methods.components", "methods.importance", "methods.relabelling", "overlap", "checks", "update", "culprit"},

@@ -167,7 +167,10 @@ class LTU(Recipe):
         space = passes.space
 
         def seen(data: Iterable[Any]) -> Tensor:
-            found = [_features(space.model, to_device(batch, space.device)) for batch in data]
+            found = []
+            for batch in data:
+                here = to_device(batch, space.device)
+                found.append(passes.spare.run(lambda: _features(passes.spare.plain, here), here))  # noqa: B023
             return torch.cat(found)
 
         with passes.aside(), torch.no_grad(), passes.statistics.frozen():

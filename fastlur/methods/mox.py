@@ -38,7 +38,8 @@ class MOX(Recipe):
 
     While steps run, the model is the *memorising* one: callbacks, stopping rules and `max_retain_loss_increase` see it
     and not what becomes of it, and a run that any of them ends is extrapolated from where it ended. A budget on the
-    retain loss therefore guards little here; `retain_limit` is the guard on the extrapolated model.
+    retain loss looks at the extrapolated model as well and gives the one as given back where that is outside it;
+    `retain_limit` does not let it come to that.
 
     How far α may go depends on how far memorising went, that is on data, optimizer and length, and too far ruins the
     model at once: on digits with SGD, α = 8 forgets a class and loses nothing while α = 32 is at half the accuracy;

@@ -112,7 +112,7 @@ class LTU(Recipe):
     def cost(self) -> Cost:
         """Two or three passes of each side; both gradients and the displaced point."""
         note = f"beforehand forwards over up to {AUDITED} retain batches, to fit the attacks"
-        return Cost(passes=6 if self.gradient == "secant" else 4, buffers=3, note=note)
+        return Cost(passes=6 if self.gradient == "secant" else 4, buffers=3, note=note, adds=True)
 
     def settings(self) -> dict[str, Any]:
         """The arguments; data as a digest."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import models
 import pytest
 import torch
 from measure import interleaved, medians, ratio
@@ -104,9 +105,8 @@ def ours(model: nn.Module, forget: Any, retain: Any) -> Iterator[dict[str, Arm]]
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own forward mode imports deprecated parts of torch
 def test_exact(benchmark: Any, record: list[dict[str, Any]]) -> None:
-    torch.manual_seed(0)
-    make, batch = MODELS["resnet18"]
-    model, forget, retain = make(), batch(ITEMS, 0), batch(ITEMS, 1)
+    _, batch = MODELS["resnet18"]
+    model, forget, retain = models.model("resnet18"), batch(ITEMS, 0), batch(ITEMS, 1)
     with ours(model, forget, retain) as mine:
         arms = by_hand(model, forget, retain) | mine
         wanted = torch.cat([x.reshape(-1) for x in arms["autograd, torch's derivatives"]()])

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import models
 import pytest
 import torch
 from arms import bare, lur, opened
@@ -62,9 +63,8 @@ def parts(step: Step, forget: Any, retain: Any) -> dict[str, Callable[[], None]]
 
 @pytest.mark.parametrize("items", [8, 64] if FULL else [8])
 def test_parts(items: int, benchmark: Any, record: list[dict[str, Any]]) -> None:
-    torch.manual_seed(0)
-    make, batch = MODELS["resnet18"]
-    model, forget, retain = make(), batch(items, 0), batch(items, 1)
+    _, batch = MODELS["resnet18"]
+    model, forget, retain = models.model("resnet18"), batch(items, 0), batch(items, 1)
     with ExitStack() as stack:
         made: dict[str, Callable[[], object]] = {"bare": bare(model, forget, retain, "fp32")}
         for mode in ("optimistic", "secant"):

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tables import scissorhands, steps
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 
@@ -60,7 +62,12 @@ def operations() -> str:
     return "\n".join(lines).rstrip()
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "operations": operations}
+SECTIONS: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "operations": operations,
+    "steps": steps,
+    "scissorhands": scissorhands,
+}
 
 
 def filled(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Tables of what steps cost, from the committed results of a machine."""
+"""Tables of what steps cost and hold, from the committed results of a machine."""
 
 from __future__ import annotations
 
@@ -52,6 +52,45 @@ def scissorhands() -> str:
             lines.append(f"| LUR, optimistic ÷ {form.replace('_', ' ')} in conflict | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines).rstrip() or "Not measured."
+
+
+def memory() -> str:
+    """What every arm holds beyond the parameters, and how far the prediction is off, from every `*-memory.json`."""
+    lines: list[str] = []
+    for machine, rows in _results("memory"):
+        arms = list(dict.fromkeys(arm for row in rows for arm in row["extra"]))
+        heads = [f"{row['model']}, {row['batch']} + {row['batch']}" for row in rows]
+        lines += [f"{machine}. Peak beyond the parameters, MiB (error of the predicted peak):", ""]
+        lines += [f"| | {' | '.join(heads)} |", f"|---{'|---' * len(heads)}|"]
+        lines.append(f"| *parameters* | {' | '.join(str(round(row['parameters'])) for row in rows)} |")
+        for arm in arms:
+            lines.append(f"| {arm} | {' | '.join(_held(row, arm) for row in rows)} |")
+        for form in ("scissorhands, cleaned", "scissorhands, as published"):
+            for part, said in (("in_steps", "a step in conflict"), ("whole", "the whole run")):
+                ratios = [row["optimistic_to"].get(form, {}).get(part) for row in rows]
+                cells = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+                lines.append(f"| *optimistic ÷ {form}, {said}* | {' | '.join(cells)} |")
+        errors = sorted(abs(error) for row in rows for error in row["error_of_peak"].values())
+        times = sorted(
+            row["seconds_predicted"][arm] / row["seconds"][arm] for row in rows for arm in row["seconds_predicted"]
+        )
+        middle, low, high = (times[len(times) * place // 4] for place in (2, 1, 3))
+        lines += [
+            "",
+            f"Predicted peaks are {errors[len(errors) // 2]:.1%} off in the median, {errors[-1]:.1%} at worst; seconds per "
+            f"step, predicted ÷ measured: {middle:.2f} in the median, half of them between {low:.2f} and {high:.2f}.",
+            "",
+        ]
+    return "\n".join(lines).rstrip() or "Not measured."
+
+
+def _held(row: dict[str, Any], arm: str) -> str:
+    if arm in row["too_large"]:
+        return "too large"
+    if arm not in row["extra"]:
+        return ""
+    error = row["error_of_peak"].get(arm)
+    return f"{row['extra'][arm]:.0f}" + ("" if error is None else f" ({error:+.1%})")
 
 
 def _parts(row: dict[str, Any]) -> list[str]:

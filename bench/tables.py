@@ -27,9 +27,9 @@ def steps() -> str:
         least = min(cosine for row in rows for cosine in row["alignment_cosine"].values())
         lines += [
             "",
-            f"Half of the rounds lie within {wide[len(wide) // 2]:.2f} of each other (median over the cells; worst cell "
-            f"{wide[-1]:.2f}). What displacement adds to the direction was compared with float64: cosine {least:.2f} or "
-            "more in every case.",
+            f"Half of the rounds lie within {wide[len(wide) // 2]:.2f} of each other (median over the cells; worst "
+            f"{wide[-1]:.2f}). What displacement adds to the direction was compared with float64: cosine "
+            f"{least:.2f} or more in every case.",
             "",
         ]
     return "\n".join(lines).rstrip() or "Not measured."

@@ -13,18 +13,19 @@ from torch import nn
 import fastlur
 from fastlur.data import Feed, source
 from fastlur.losses import cross_entropy, negative_cross_entropy
-from fastlur.methods import METHODS
+from fastlur.methods import METHODS, SaliencyMask, Trim
 from fastlur.step import Step
 
 Arm = Callable[[], object]
 MODES = ("optimistic", "secant", "first_order", "exact")
 FRUGAL = "exact, graph made anew"
-OTHERS = {
+ONCE: dict[str, Any] = {"batches": 1}  # no more for what is done before the first step, which is no part of a step
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "joint": ("neggrad_plus", {}),
     "pcgrad": ("pcgrad", {}),
-    "salun": ("salun", {}),
-    "scissorhands, cleaned": ("scissorhands", {}),
-    "scissorhands, as published": ("scissorhands", {"form": "as_published"}),
+    "salun": ("salun", {"mask": SaliencyMask(**ONCE)}),
+    "scissorhands, cleaned": ("scissorhands", {"trim": Trim(**ONCE)}),
+    "scissorhands, as published": ("scissorhands", {"form": "as_published", "trim": Trim(**ONCE)}),
 }
 LR, MOMENTUM = 1e-4, 0.9
 EPOCH = 500  # batches; what is done once an epoch falls into the warm-up

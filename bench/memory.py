@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,7 @@ import fastlur
 # 64 KiB and more is mapped on its own, and unmapped when freed
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 STEPS = 3
+SHARE = 0.9  # of the memory that is free
 WARM = "mlp", 2  # model and items of the warm-up
 
 
@@ -39,15 +41,24 @@ def measured(model: str, items: int, arm: str, seconds: float = 1800) -> dict[st
         items: of each side's batch.
         arm: as `arms` names it, or "bare".
         seconds: how long it may take.
+
+    Raises:
+        TooLarge: it needs more memory than there is.
     """
     paths = [str(Path(__file__).parent.parent), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     world = os.environ | MALLOC | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-W", "error", __file__, model, str(items), arm]
     done = subprocess.run(command, env=world, capture_output=True, text=True, timeout=seconds, check=False)
+    if done.returncode and "can't allocate memory" in done.stderr:
+        raise TooLarge(f"{' '.join(command[3:])} needs more memory than there is")
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[3:])} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+class TooLarge(RuntimeError):
+    """An arm needs more than this machine has."""
 
 
 class Meter:
@@ -102,6 +113,8 @@ def life(name: str, items: int, arm: str, meter: Meter | None) -> dict[str, Any]
     for number in range(STEPS):
         if number == 1:  # the first makes what the others find
             found["before"] = peak()
+            if arm.startswith("scissorhands"):
+                _conflict(opened.state)
         began = time.perf_counter()
         step()
         times.append(time.perf_counter() - began)
@@ -113,6 +126,12 @@ def life(name: str, items: int, arm: str, meter: Meter | None) -> dict[str, Any]
     return found
 
 
+def _conflict(repair: Any) -> None:
+    """Set the memory against the gradient: the dearest of its steps is in conflict."""
+    for memory, gradient in zip(repair.memories[0].flats, repair.gradient.flats, strict=True):
+        torch.neg(gradient, out=memory)
+
+
 def predicted(name: str, items: int, arm: str) -> dict[str, Any]:
     """What `fastlur.estimate` says."""
     torch.manual_seed(0)
@@ -122,8 +141,15 @@ def predicted(name: str, items: int, arm: str) -> dict[str, Any]:
     return vars(estimate) | {"peak": estimate.peak}
 
 
+def _limit() -> None:
+    """Let an allocation beyond what is free fail, rather than have the kernel end some process."""
+    free = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    resource.setrlimit(resource.RLIMIT_DATA, (int(int(free.split()[1]) * 1024 * SHARE),) * 2)
+
+
 def main(name: str, items: int, arm: str) -> dict[str, Any]:
     """The peaks of an arm, what its own accounting says, and the prediction; bytes and seconds."""
+    _limit()
     life(*WARM, arm, None)
     meter = Meter(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     meter.peak()

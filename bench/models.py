@@ -95,6 +95,14 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 512), nn.ReLU(), nn.Linear(512, 10))
 
 
+def wide_mlp() -> nn.Module:
+    """52 M parameters and hardly any activations: 13 layers, most of them 2048 wide, none with more than an eighth."""
+    layers: list[nn.Module] = [nn.Flatten(), nn.Linear(3 * 32 * 32, 2048), nn.ReLU()]
+    for _ in range(11):
+        layers += [nn.Linear(2048, 2048), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(2048, 10))
+
+
 def images(size: int) -> Callable[[int, int], tuple[Tensor, Tensor]]:
     """A maker of batches of images, ten patterns under noise, and their labels."""
 
@@ -122,6 +130,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Any]]] = {
     "resnet18": (resnet18, images(32)),
     "vit": (lambda: ViT(32, 4, 256, 6, 4), images(32)),
     "mlp": (mlp, images(32)),
+    "wide_mlp": (wide_mlp, images(32)),
     "swin_t": (Swin, images(224)),
     "vit_s": (lambda: ViT(224, 16, 384, 12, 6), images(224)),
     "lm_100m": (lambda: Language(16_384, 256, 768, 12, 12), tokens(16_384, 64)),

@@ -1,4 +1,4 @@
-"""Put the figures of committed results into the README, between its markers. `--check` only says whether they match."""
+"""Put the figures of committed results into the README and docs/memory.md, between markers. `--check` only compares."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tables import memory, scissorhands, steps
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -60,27 +62,36 @@ def operations() -> str:
     return "\n".join(lines).rstrip()
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "operations": operations}
+SECTIONS: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "operations": operations,
+    "steps": steps,
+    "scissorhands": scissorhands,
+}
 
 
-def filled(text: str) -> str:
-    """The README with every section made anew."""
-    for name, make in SECTIONS.items():
+PAGES = {README: SECTIONS, ROOT / "docs" / "memory.md": {"memory": memory}}
+
+
+def filled(page: Path) -> str:
+    """A page with every section made anew."""
+    text = page.read_text()
+    for name, make in PAGES[page].items():
         pattern = re.compile(rf"(<!-- {name}: made by bench/report.py -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text, count = pattern.subn(lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", text)
         if count != 1:
-            raise SystemExit(f"README.md has {count} sections named {name}, not one")
+            raise SystemExit(f"{page.name} has {count} sections named {name}, not one")
     return text
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    before = README.read_text()
-    after = filled(before)
+    after = {page: filled(page) for page in PAGES}
     if parser.parse_args().check:
-        return int(before != after)
-    README.write_text(after)
+        return int(any(page.read_text() != text for page, text in after.items()))
+    for page, text in after.items():
+        page.write_text(text)
     return 0
 
 

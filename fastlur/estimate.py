@@ -19,7 +19,7 @@ from fastlur.methods import resolve
 from fastlur.methods.base import Cost, Method, Recipe
 from fastlur.passes import Loss, Passes, Which
 from fastlur.slots import Selection
-from fastlur.space import ParameterSpace
+from fastlur.space import ParameterSpace, Vector
 from fastlur.step import PRECISIONS
 from fastlur.update import check_optimizer
 from fastlur.world import borrowed_random
@@ -205,15 +205,20 @@ def _passes(passes: Passes, sides: list[Which], method: Method, cost: Cost) -> t
         found = footprint.memory(parts, space.device)
         return found, sum(footprint.seconds(part, space.device) for part in parts)
 
-    # the vector of the gradient is made inside, since a pass may leave tensors in it as autograd made them
-    found = [measured(lambda side=side: passes.gradient(side, space.vector())) for side in sides]  # type: ignore[misc]
+    def room() -> Vector:  # made within what is traced, since a pass may leave tensors in it as autograd made them
+        vector = space.vector()
+        if cost.adds:
+            vector.zero_()
+        return vector
+
+    found = [measured(lambda side=side: passes.gradient(side, room())) for side in sides]  # type: ignore[misc]
     peak = max(memory[0].peak for memory, _ in found) - moving
     once = sum(spent for _, spent in found) / len(found)
     spent = once * cost.passes
     if cost.forwards:
         spent += cost.forwards * footprint.seconds(lambda: passes.value(sides[0]), space.device)
     if cost.joint:
-        peak = max(peak, measured(lambda: passes.joint(space.vector()))[0][0].peak - moving)
+        peak = max(peak, measured(lambda: passes.joint(room()))[0][0].peak - moving)
     if cost.products:
         curved, curving = measured(*_curved(passes, method))
         # the outer gradient is taken while the graph of the inner one is held
@@ -225,7 +230,8 @@ def _passes(passes: Passes, sides: list[Which], method: Method, cost: Cost) -> t
 def _curved(passes: Passes, method: Method) -> list[footprint.Work]:
     """The inner gradient, and its Hessian-vector product."""
     side: Which = "forget" if getattr(method, "order", "") == "forget_first" else "retain"
-    keep, by = getattr(method, "keep_graph", True), getattr(method, "hessian", "autograd")
+    by: Any = getattr(method, "hessian", "autograd")
+    keep = getattr(method, "keep_graph", True)
     inner, product = passes.space.vector(), passes.space.vector()
     for vector in (inner, product):
         vector.zero_()
@@ -251,11 +257,11 @@ def _uncounted_mask(method: Method, cost: Cost) -> int:
 
 
 def _before(method: Method, moving: int, activations: int) -> int:
-    """Bytes that a trim or a mask takes beyond parameters and optimizer: its vectors, one of them not in a pass."""
+    """Bytes that a trim or a mask takes beyond parameters and optimizer."""
     found = 0
     for part in (getattr(method, "trim", None), getattr(method, "mask", None)):
-        vectors = getattr(part, "buffers", 0)
-        found = max(found, round(vectors * moving), round((vectors - 1) * moving) + activations if vectors else 0)
+        passing, after = getattr(part, "buffers", (0, 0))
+        found = max(found, round(passing * moving) + activations * bool(passing), round(after * moving))
     return found
 
 

@@ -83,6 +83,8 @@ class Cost:
         buffers: parameter-sized vectors beyond the parameters and the optimizer's, gradients included.
         temporaries: parameter-sized vectors beyond those, at most, while no pass is going on.
         joint: the activations of both batches are alive at once.
+        adds: gradients are added up or laid out flat as they come, so that each tensor's is there twice for a moment;
+            False: they may stay where autograd makes them.
         note: what else there is to pay, such as a search before the first step.
     """
 
@@ -93,6 +95,7 @@ class Cost:
     note: str = ""
     temporaries: float = 0
     joint: bool = False
+    adds: bool = False
 
     def __str__(self) -> str:
         parts = [f"{self.passes:g} passes" if self.passes != 1 else "1 pass"]

@@ -51,14 +51,14 @@ class Trim:
     layers: Layers = None
     batches: int | None = None
 
-    buffers: ClassVar[float] = 3  # parameter-sized vectors at most at once, the last of them for the threshold
+    buffers: ClassVar[tuple[float, float]] = 2, 2.25  # parameter-sized vectors during its passes, and after them
 
     def __post_init__(self) -> None:
         check_range("sparsity", self.sparsity, 0.0, 1.0, 0.97)
         check_batches(self.batches)
 
     def __call__(self, passes: Passes) -> None:
-        """Trim θ; three parameter-sized vectors at most, given back at the end."""
+        """Trim θ; two parameter-sized vectors, given back at the end."""
         space = passes.space
         slots = chosen_slots(space, self.layers)
         total, gradient = space.vector(), space.vector()
@@ -67,6 +67,7 @@ class Trim:
                 passes.gradient("forget", gradient, loss=passes.losses["retain"], weight=1.0)
             ops.saliency(gradient.flats, gradient.flats)
             ops.displace(total.flats, total.flats, gradient.flats, -1.0)
+        del gradient
         ops.saliency(total.flats, total.flats, space.theta.flats)
         limit = ops.threshold(total.spans, self.sparsity)  # the gaps between slots are no parameters
         seed_torch(derive(passes.seed, "trim"), space.device)
@@ -79,7 +80,7 @@ class Trim:
                 elif not any(name.rpartition(".")[2].endswith("bias") for name in slot.names):
                     continue
                 salient = total.views[index] > limit.to(weight.dtype)
-                weight.copy_(torch.where(salient, fresh, weight))
+                torch.where(salient, fresh, weight, out=weight)
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,14 @@ class SaliencyMask:
     share: float = 0.5
     batches: int | None = None
 
-    buffers: ClassVar[float] = 2.25  # parameter-sized vectors while it is made, the mask itself among them
+    buffers: ClassVar[tuple[float, float]] = 1, 2  # parameter-sized vectors during its passes, and after them
 
     def __post_init__(self) -> None:
         check_range("share", self.share, 0.0, 1.0, 0.5)
         check_batches(self.batches)
 
     def __call__(self, passes: Passes) -> Vector:
-        """The mask: bool, a byte a parameter; two parameter-sized vectors more while it is made."""
+        """The mask: bool, a byte a parameter; two parameter-sized vectors while it is made."""
         space = passes.space
         gradient, mask = space.vector(), space.vector(torch.bool)
         if self.share == 1:

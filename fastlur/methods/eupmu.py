@@ -55,7 +55,7 @@ class EUPMU(Recipe):
     @property
     def cost(self) -> Cost:
         """Two passes into one gradient, a forward at the last weights, and those."""
-        return Cost(passes=2, forwards=1, buffers=2)
+        return Cost(passes=2, forwards=1, buffers=2, adds=True)
 
     def default_forget_loss(self, task: str) -> Loss:
         """Mean confidence in the true class."""

@@ -59,7 +59,9 @@ class GradientAscent(Recipe):
     @property
     def cost(self) -> Cost:
         """One pass and its gradient, and the look at the retain loss."""
-        return Cost(passes=1, forwards=int(self.bounded), buffers=1.25 if self.bounded else 1)  # a byte for the mask
+        return Cost(
+            passes=1, forwards=int(self.bounded), buffers=1.25 if self.bounded else 1, adds=True
+        )  # a byte for the mask
 
     def default_forget_loss(self, task: str) -> Loss:
         """Ascent up to the loss of guessing, or without an end."""

@@ -50,7 +50,7 @@ class GRU(Recipe):
     @property
     def cost(self) -> Cost:
         """Two passes, their gradients and the average."""
-        return Cost(passes=2, buffers=3)
+        return Cost(passes=2, buffers=3, adds=True)
 
     def prepare(self, passes: Passes) -> Averaged:
         """Room for the gradients, and an average of nothing."""

@@ -108,7 +108,7 @@ class LTU(Recipe):
         if self.nonmembers is not None:
             looks = f"1 forward over up to {AUDITED} retain batches and as many others"
         note = f"beforehand {looks}, to fit the attacks"
-        return Cost(passes=6 if self.gradient == "secant" else 4, buffers=3, note=note)
+        return Cost(passes=6 if self.gradient == "secant" else 4, buffers=3, note=note, adds=True)
 
     def settings(self) -> dict[str, Any]:
         """The arguments; data as a digest."""

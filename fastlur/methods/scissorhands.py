@@ -97,8 +97,8 @@ class ScissorHands(Recipe):
         if self.form == "as_published":
             host = max(6 + 2 * self.memories, 3 + 3 * self.memories)  # copies in float64, in the worst of moments
             more = f"{note}; solved on the host"
-            return Cost(passes=2, buffers=3 + self.memories, note=more, temporaries=host, joint=True)
-        return Cost(passes=2, buffers=1 + self.memories, note=note)
+            return Cost(passes=2, buffers=3 + self.memories, note=more, temporaries=host, joint=True, adds=True)
+        return Cost(passes=2, buffers=1 + self.memories, note=note, adds=True)
 
     def prepare(self, passes: Passes) -> Repair:
         """Allocate the gradient and the memories; the first step of an epoch fills them."""

@@ -27,8 +27,9 @@ bench: $(STAMP)
 
 # Everything, 1e8 elements too, kept in bench/results with the machine in it.
 bench-full: $(STAMP) ext
-	FASTLUR_BENCH_FULL=1 $(BIN)/python -m pytest bench/bench_ops.py --benchmark-only --record cpu-ops
-	FASTLUR_BENCH_FULL=1 $(BIN)/python -m pytest bench/bench_memory.py --benchmark-only -s --record cpu-memory
+	for part in exact growth memory ops scissorhands step; do \
+	  FASTLUR_BENCH_FULL=1 $(BIN)/python -m pytest bench/bench_$$part.py --benchmark-only -s --record $$part || exit 1; \
+	done
 	$(BIN)/python bench/report.py
 
 # Figures in the README come from committed results through this, never from a hand.

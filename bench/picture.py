@@ -34,9 +34,7 @@ def draw(path: Path = ROOT / "docs" / "cost.png", machine: str = "cpu") -> bool:
             axes.errorbar(middle, held["extra"][name], xerr=spread, fmt="o", color=colour, capsize=2)
             axes.annotate(name, (middle, held["extra"][name]), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set(xscale="log", yscale="log", xlabel="time of a step ÷ a plain two-loss step", ylabel="peak memory, MiB")
-    axes.set_title(
-        f"ResNet-18, {CASE['batch']} + {CASE['batch']} images, {CASE['precision']}; memory beyond the parameters"
-    )
+    axes.set_title("ResNet-18, 64 + 64 images, float32; memory beyond the parameters")
     axes.grid(True, which="both", alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, format="png", dpi=110, metadata={"Software": None})

@@ -77,8 +77,8 @@ def memory() -> str:
         middle, low, high = (times[len(times) * place // 4] for place in (2, 1, 3))
         lines += [
             "",
-            f"Predicted peaks are {errors[len(errors) // 2]:.1%} off in the median, {errors[-1]:.1%} at worst; seconds per "
-            f"step, predicted ÷ measured: {middle:.2f} in the median, half of them between {low:.2f} and {high:.2f}.",
+            f"Predicted peaks are {errors[len(errors) // 2]:.1%} off in the median, {errors[-1]:.1%} at worst; seconds "
+            f"per step, predicted ÷ measured: {middle:.2f} in the median, half of them from {low:.2f} to {high:.2f}.",
             "",
         ]
     return "\n".join(lines).rstrip() or "Not measured."

@@ -78,7 +78,7 @@ def memory() -> str:
         lines += [
             "",
             f"Predicted peaks are {errors[len(errors) // 2]:.1%} off in the median, {errors[-1]:.1%} at worst; seconds "
-            f"per step, predicted ÷ measured: {middle:.2f} in the median, half between {low:.2f} and {high:.2f}.",
+            f"per step, predicted ÷ measured: {middle:.2f} in the median, half of them from {low:.2f} to {high:.2f}.",
             "",
         ]
     return "\n".join(lines).rstrip() or "Not measured."

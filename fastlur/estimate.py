@@ -38,8 +38,9 @@ class Estimate:
         parameters: the model: weights, moving or not, and buffers.
         vectors: the method's parameter-sized vectors, gradients included, and a mask.
         optimizer: the optimizer's.
-        activations: what a pass takes beyond all these: activations, temporaries of its operations, and the gradient
-            of a tensor until it is in its place. For "exact" also the graph that the Hessian-vector product needs.
+        activations: what a pass takes beyond all these: activations (the gradient that it makes has its place among
+            the vectors already), temporaries of its operations, and, where it is copied or added, the gradient of a
+            tensor until it is in its place. For "exact" also the graph that the Hessian-vector product needs.
         batch: a batch of each side.
         other: copies of the model's buffers, by which a bad step is undone, and what a trim, a mask in the making or
             work between the passes takes beyond a pass.
@@ -86,7 +87,8 @@ def estimate(
     A forward and backward is traced for its memory and made again for its time; the method's `cost` says how many
     vectors there are beside it and how many passes a step takes. For "exact" the graph of the inner gradient and the
     Hessian-vector product are measured as well. That takes less memory than the run will, and the model is afterwards
-    as it was: weights, their storage, buffers, gradients, modes and random state.
+    as it was: weights, their storage, buffers, gradients, modes and random state. (On CUDA torch's record of the peak
+    starts again.)
 
     Peak memory is that of the steps and of a trim or a mask before them (see docs/memory.md for what is counted). Not
     in it: the interpreter and its libraries, what an allocator keeps for itself, the data, checkpoints, a retain

@@ -40,6 +40,17 @@ def size(model: nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters())
 
 
+@dataclasses.dataclass(frozen=True)
+class Training(fastlur.methods.Recipe):
+    @property
+    def cost(self):
+        return fastlur.methods.Cost(passes=1)
+
+
+class Judging(Training):
+    training = False
+
+
 class TestFootprint:
     def test_what_is_allocated_released_and_kept(self):
         kept = []
@@ -103,6 +114,7 @@ class TestParts:
         assert found.batch == 2 * (4 * 32 * 4 + 4 * 8)
         parts = found.parameters, found.vectors, found.optimizer, found.activations, found.batch, found.other
         assert found.peak == sum(parts)
+        assert 0 < found.activations < size(model) / 2
         assert found.seconds > 0
 
     def test_only_what_moves_has_vectors(self):
@@ -130,6 +142,8 @@ class TestParts:
         plain, trimmed = (fastlur.estimate(model, batch(1), one(trim=trim)) for trim in (None, Trim()))
         # a vector and a quarter more, where the activations of a step are less
         assert trimmed.peak == plain.peak + 1.25 * size(model) - plain.activations
+        plain, trimmed = (fastlur.estimate(model, batch(512), one(trim=trim)) for trim in (None, Trim()))
+        assert trimmed.peak == plain.peak + size(model)
         assert fastlur.estimate(model, batch(1), fastlur.LUR(trim=Trim())).other == 0
 
     def test_a_larger_forget_batch_counts(self):
@@ -143,6 +157,24 @@ class TestParts:
         modes = [fastlur.LUR(), fastlur.LUR(gradient="exact", keep_graph=False), fastlur.LUR(gradient="exact")]
         plain, anew, kept = (fastlur.estimate(model, data, method).activations for method in modes)
         assert 1.5 * plain < anew <= kept
+        # the graph is held while the outer gradient is taken, and shows where that is the larger pass
+        outer = batch(1024)
+        plain, anew, held = (fastlur.estimate(model, data, method, forget=outer).activations for method in modes)
+        assert anew == plain
+        assert held > plain + 0.3 * kept
+
+    def test_a_gradient_that_is_copied_is_there_twice_for_a_moment(self):
+        """One large tensor is nearly all there is: LUR leaves its gradient where it is made, a projection cannot."""
+        model = nn.Linear(32, 4000, bias=False)
+        loose, flat = (fastlur.estimate(model, batch(2), name).activations for name in ("lur", "pcgrad"))
+        assert loose < 0.5 * size(model)
+        assert size(model) < flat < 1.5 * size(model)
+
+    def test_passes_run_in_the_mode_of_the_method(self):
+        """In eval mode dropout saves nothing."""
+        model = nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.5))
+        training, judging = (fastlur.estimate(model, batch(4096), each()).activations for each in (Training, Judging))
+        assert judging < 0.8 * training
 
     def test_both_batches_at_once_where_the_method_has_them_so(self):
         model, data = Deep(), batch(512)

@@ -378,10 +378,11 @@ class TestRefused:
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
     @pytest.mark.parametrize(
-        ("limit", "said"), [(0, "with one item at a time"), (1, "too few to see whether its outp")]
+        ("limit", "fails", "said"),
+        [(0, "backward", "with one item at a time"), (0, "forward", "too few to see"), (1, "forward", "too few to see")],
     )
-    def test_a_model_that_is_too_large_for_one_item_or_for_two(self, limit, said):
-        model = Hungry(limit)
+    def test_a_model_that_is_too_large_for_one_item_or_for_two(self, limit, fails, said):
+        model = Hungry(limit, fails)
         before = state(model)
         with pytest.raises(fastlur.ModelError, match=f"memory ran out .*{said}"):
             run(model, wide(12), wide(40), batch_size=12)

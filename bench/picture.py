@@ -12,12 +12,15 @@ CASE = {"model": "resnet18", "batch": 64, "precision": "fp32", "memory_format": 
 
 def draw(path: Path = ROOT / "docs" / "cost.png", machine: str = "cpu") -> bool:
     """Write the picture as PNG; False where the results are not there."""
-    files = [RESULTS / f"{machine}-{kind}.json" for kind in ("step", "memory")]
-    if not all(file.exists() for file in files):
+    found = {}
+    for kind in ("step", "memory"):
+        rows = [row for file in RESULTS.glob(f"{machine}-*{kind}.json") for row in json.loads(file.read_text())["rows"]]
+        found[kind] = next(
+            (row for row in rows if all(row.get(key, value) == value for key, value in CASE.items())), None
+        )
+    if None in found.values():
         return False
-    steps, memory = (json.loads(file.read_text())["rows"] for file in files)
-    times = next(row for row in steps if all(row[key] == value for key, value in CASE.items()))["ratio_to_bare"]
-    held = next(row for row in memory if (row["model"], row["batch"]) == (CASE["model"], CASE["batch"]))
+    times, held = found["step"]["ratio_to_bare"], found["memory"]
     arms = {"bare": (1.0, 1.0, 1.0)} | times
 
     import matplotlib

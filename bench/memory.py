@@ -33,14 +33,14 @@ SHARE = 0.9  # of the memory that is free
 WARM = "mlp", 2  # model and items of the warm-up
 
 
-def measured(model: str, items: int, arm: str, seconds: float = 1800) -> dict[str, Any]:
+def measured(model: str, items: int, arm: str, seconds: float = 4 * 3600) -> dict[str, Any]:
     """What `main` finds, from a process of its own.
 
     Args:
         model: one of `models.MODELS`.
         items: of each side's batch.
         arm: as `arms` names it, or "bare".
-        seconds: how long it may take.
+        seconds: how long it may take, on a machine that others use too.
 
     Raises:
         TooLarge: it needs more memory than there is.

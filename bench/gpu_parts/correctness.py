@@ -33,7 +33,7 @@ FULL: list[tuple[str, float, list[str]]] = [
     ("extension", 15, ["tests/test_extension.py", "tests/test_ops_repeated.py"]),
     ("kernels compile, 16 bytes an access", 15, ["tests/test_kernels_compile.py"]),
 ]
-TINY: list[tuple[str, float, list[str]]] = [("the flag", 0, ["tests/test_backends.py", "-k", "not_finite"])]
+TINY: list[tuple[str, float, list[str]]] = [("the flag", 0, ["tests/test_backends.py", "-k", "not_finite and torch"])]
 SANITIZED = [GPU, "-k", "against_float64 and list and float32 and not torch", "-x"]
 
 
@@ -131,7 +131,8 @@ def _beside_nvcc() -> str | None:
 
 def _missing() -> str | None:
     """Why the extension cannot serve this device, asked of a fresh process: what was loaded once stays loaded."""
-    code = "import torch; from fastlur import _extension as e; print(e.missing('cuda' if torch.cuda.is_available() else 'cpu'))"
+    where = "'cuda' if torch.cuda.is_available() else 'cpu'"
+    code = f"import torch; from fastlur import _extension as e; print(e.missing({where}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     said = done.stdout.strip() or done.stderr.strip()[-500:]
     return None if said == "None" else said

@@ -30,7 +30,9 @@ LR, MOMENTUM = 1e-4, 0.9
 EPOCH = 500  # batches; what is done once an epoch falls into the warm-up
 
 
-def bare(model: nn.Module, forget: Any, retain: Any, precision: str, memory_format: Any = None, compile: bool = False) -> Arm:
+def bare(
+    model: nn.Module, forget: Any, retain: Any, precision: str, memory_format: Any = None, compile: bool = False
+) -> Arm:
     """What all ratios are to: two plain backward passes, their sum, and torch's own SGD with momentum."""
     model = copy.deepcopy(model).train()
     if memory_format is not None:

@@ -40,7 +40,7 @@ SANITIZED = [GPU, "-k", "against_float64 and list and float32 and not torch", "-
 def run(book: Book, options: Options) -> None:
     book.case("extension built here", 0, lambda row: extension(row, book, options.tiny))
     for name, expected, told in TINY if options.tiny else FULL:
-        book.case(name, expected, lambda row, told=told: tests(row, told, book.left()))  # type: ignore[misc]
+        book.case(name, expected, lambda row, told=told: tests(row, told, book.left()))
     book.case("compute-sanitizer, memcheck", 25, lambda row: sanitizer(row, book.left(), options.tiny))
 
 

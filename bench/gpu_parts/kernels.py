@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import backend_cases
@@ -42,25 +43,20 @@ def run(book: Book, options: Options) -> None:
     first = ("sgd",) if options.tiny else FIRST
     others = () if options.tiny else tuple(each for each in OPERATIONS if each not in FIRST)
     for layout, shapes in list(layouts.items())[::2]:  # the lists
-        book.case(f"the vector work of a step: {layout}", 6, lambda row, s=shapes: whole(row, s, seconds))  # type: ignore[misc]
+        book.case(f"the vector work of a step: {layout}", 6, partial(whole, shapes=shapes, seconds=seconds))
     plain(book, first, layouts, seconds)
     for name in others and first:
-        book.case(f"{name}, compiled: {IN_62}", 15, lambda row, n=name: tuned(row, n, IN_62, seconds))  # type: ignore[misc]
+        book.case(f"{name}, compiled: {IN_62}", 15, partial(tuned, name=name, layout=IN_62, seconds=seconds))
     plain(book, others, layouts, seconds)
     for name in others and first:
-        book.case(f"{name}, compiled: 1e8 flat", 10, lambda row, n=name: tuned(row, n, "1e8 flat", seconds))  # type: ignore[misc]
+        book.case(f"{name}, compiled: 1e8 flat", 10, partial(tuned, name=name, layout="1e8 flat", seconds=seconds))
 
 
 def plain(book: Book, operations: tuple[str, ...], layouts: dict[str, Shapes], seconds: float) -> None:
     """A case for each of the operations in each layout."""
     for layout, shapes in layouts.items():
         for name in operations:
-            about: Row = {"operation": name, "layout": layout, "elements": numel(shapes)}
-
-            def run_one(row: Row, about: Row = about, shapes: Shapes = shapes) -> None:
-                row |= about
-                one(row, shapes, seconds)
-
+            run_one = partial(one, name=name, layout=layout, shapes=shapes, seconds=seconds)
             book.case(f"{name}: {layout}", 3 if numel(shapes) < LARGE else 5, run_one)
 
 
@@ -73,7 +69,9 @@ def whole(row: Row, shapes: Shapes, seconds: float) -> None:
     spelled = {name: eager(name, v) for name in ("displace", "grad_dot", "sgd")}
 
     def by_torch(update: str) -> Arm:
-        out, dots, last = (spelled[n][h] for n, h in (("displace", "foreach"), ("grad_dot", "foreach"), ("sgd", update)))
+        out, dots, last = (
+            spelled[n][h] for n, h in (("displace", "foreach"), ("grad_dot", "foreach"), ("sgd", update))
+        )
         return lambda: (out(), out(), dots(), last())
 
     arms |= {"torch: foreach": by_torch("foreach"), "torch: foreach, fused optimizer": by_torch("fused")}
@@ -103,9 +101,10 @@ def step_of_ours(v: Vectors) -> Arm:
     return step
 
 
-def one(row: Row, shapes: Shapes, seconds: float) -> None:
+def one(row: Row, name: str, layout: str, shapes: Shapes, seconds: float) -> None:
     """One operation: our backends, those in a graph, torch's eager spellings, and a copy."""
-    name, size = row["operation"], numel(shapes)
+    size = numel(shapes)
+    row |= {"operation": name, "layout": layout, "elements": size}
     checked = dict.fromkeys([*serving(), "triton"] if device().type == "cpu" else serving())  # there in the interpreter
     wrong = {backend: fault for backend in checked if (fault := fault_of(backend, name, shapes))}
     row["wrong"] = wrong
@@ -128,7 +127,7 @@ def tuned(row: Row, name: str, layout: str, seconds: float) -> None:
     """One operation beside torch's compiler, which gets the spelling by lists and by _foreach."""
     shapes = FULL[layout]
     row |= {"operation": name, "layout": layout, "elements": numel(shapes), "wrong": {}}
-    held = [vectors(shapes, seed) for seed in range(max(1, CACHE // (4 * numel(shapes))))][:1]
+    held = [vectors(shapes, 0)]
     source, target = torch.rand(2, numel(shapes), device=device())
     arms: dict[str, Arm] = {"copy": lambda: target.copy_(source)}
     best = backends.serving("cuda")
@@ -163,7 +162,9 @@ def summary(row: Row, times: dict[str, float], size: int) -> None:
     row["gigabytes_per_second"] = {
         each: round(TRAFFIC[row["operation"]] * 4 * size / times[each] / 1e9, 2) for each in mine
     }
-    row["of_copy"] = {each: round(v / row["copy_gigabytes_per_second"], 3) for each, v in row["gigabytes_per_second"].items()}
+    row["of_copy"] = {
+        each: round(v / row["copy_gigabytes_per_second"], 3) for each, v in row["gigabytes_per_second"].items()
+    }
     if theirs:
         best = min(theirs, key=lambda each: theirs[each])
         row["best_torch"] = best.removeprefix("torch: ")
@@ -180,7 +181,9 @@ def in_graphs(row: Row, arms: dict[str, Arm]) -> None:
         try:
             arms[f"{backend}, graph"] = captured(arms[backend])
         except Exception as error:
-            row.setdefault("dropped", {})[f"{backend}, graph"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            row.setdefault("dropped", {})[f"{backend}, graph"] = f"{type(error).__name__}: {error}".splitlines()[0][
+                :200
+            ]
 
 
 def fault_of(backend: str, name: str, shapes: Shapes) -> str | None:

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import gate
@@ -76,7 +77,7 @@ def run(book: Book, options: Options) -> None:
     held: dict[str, nn.Module] = {}
     for case in TINY if options.tiny else FULL:
         expected = 0.0 if options.tiny else case.expected
-        book.case(str(case), expected, lambda row, c=case: measure(row, c, held, book, options.tiny))  # type: ignore[misc]
+        book.case(str(case), expected, partial(measure, case=case, held=held, book=book, tiny=options.tiny))
         if case.model == "lm_1b":
             held.pop("lm_1b", None)
             release()
@@ -239,7 +240,9 @@ def beside(row: Row, case: Case, held: dict[str, nn.Module]) -> None:
             row["own"][name] = {
                 kernel: count
                 for kernel, count in (counted or {}).items()
-                if any(mark in kernel for mark in ("displace", "dot_kernel", "finish_kernel", "control", "update_kernel"))
+                if any(
+                    mark in kernel for mark in ("displace", "dot_kernel", "finish_kernel", "control", "update_kernel")
+                )
             }
 
 

@@ -31,19 +31,22 @@ LR, MOMENTUM = 1e-4, 0.9
 EPOCH = 500  # batches; what is done once an epoch falls into the warm-up
 
 
-def bare(model: nn.Module, forget: Any, retain: Any, precision: str, memory_format: Any = None) -> Arm:
+def bare(
+    model: nn.Module, forget: Any, retain: Any, precision: str, memory_format: Any = None, compile: bool = False
+) -> Arm:
     """What all ratios are to: two plain backward passes, their sum, and torch's own SGD with momentum."""
     model = copy.deepcopy(model).train()
     if memory_format is not None:
         model, forget, retain = (_laid(each, memory_format) for each in (model, forget, retain))
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=MOMENTUM)
     device = next(model.parameters()).device.type
+    forward = torch.compile(model) if compile else model
 
     def step() -> None:
         optimizer.zero_grad()
         for loss, batch in ((cross_entropy, retain), (negative_cross_entropy, forget)):
             with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
-                value = loss(model, batch)
+                value = loss(forward, batch)
             value.backward()
         optimizer.step()
 

@@ -134,6 +134,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Any]]] = {
     "swin_t": (Swin, images(224)),
     "vit_s": (lambda: ViT(224, 16, 384, 12, 6), images(224)),
     "lm_100m": (lambda: Language(16_384, 256, 768, 12, 12), tokens(16_384, 64)),
+    "lm_124m": (lambda: Language(50_257, 1024, 768, 12, 12), tokens(50_257, 512)),
+    "lm_1b": (lambda: Language(50_257, 1024, 2048, 20, 16), tokens(50_257, 512)),
 }
 """name: how it is made, and how a batch (items, seed) for it is."""
 TRAINED = ("resnet18", "vit", "mlp")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from machine import dumped, machine
 
 RESULTS = Path(__file__).parent / "results"

@@ -1,4 +1,4 @@
-"""The plumbing of the GPU suite at sizes that a CPU does in seconds: what it writes, what it does when things go wrong."""
+"""The plumbing of the GPU suite at sizes that a CPU does in seconds: what it writes, and what errors do to it."""
 
 import json
 

@@ -11,16 +11,16 @@ shape and dtype (a mask is bool), all are on one device. Everything written is w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from fastlur import backends, reference
+from fastlur import reference
 from fastlur.errors import ArgumentError
-from fastlur.operands import Number, Vector, fit, fit_scalars, hyper_parameters, scalar
-from fastlur.reference import CONTROL, HYPER
+from fastlur.operands import Number, Operand, Vector, device_of, fit, hyper_parameters, listed, scalar
+from fastlur.serving import Signature, call, serve
 
 SCHEMAS = {
     "grad_dot": "(Tensor[] a, Tensor[] b) -> (Tensor, Tensor)",
@@ -40,7 +40,7 @@ _library: Any = torch.library.Library("fastlur", "DEF")  # type: ignore[no-untyp
 
 
 def _fake_grad_dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    device = a[0].device if len(a) else None
+    device = a[0].device if len(a) else "cpu"
     total, each = (torch.empty(shape, dtype=torch.float64, device=device) for shape in ((3,), (len(a), 3)))
     return total, each
 
@@ -54,53 +54,11 @@ _FAKES: dict[str, Callable[..., Any]] = {"grad_dot": _fake_grad_dot, "regularize
 
 def _register(name: str) -> None:
     _library.define(name + SCHEMAS[name], tags=(torch.Tag.needs_fixed_stride_order,))
-
-    parts = SCHEMAS[name].split("->")[0].split(", ")
-    mutable = [i for i, part in enumerate(parts) if "!" in part]
-    lists = [(i, part.split()[-1].strip("() ")) for i, part in enumerate(parts) if "[]" in part]
-
-    def serve(*arguments: Any) -> Any:
-        _same_length(arguments, lists)
-        device_type = _device_type(arguments)
-        backend, module = backends.resolve(device_type)
-        operate = getattr(module, name)
-        if backend == "extension":  # works on values alone, and tells autograd what it has written
-            return operate(*arguments)
-        with torch.no_grad():  # on finished gradients, as any optimizer works: nothing here is differentiated
-            result = operate(*arguments)
-        # Triton writes behind autograd's back, and plain torch may leave out what the schema says is written
-        written = [tensor for i in mutable for tensor in _tensors(arguments[i])]
-        increment_version([tensor for tensor in written if not tensor.is_inference()])
-        return result
-
-    _library.impl(name, serve, "CompositeExplicitAutograd")
+    _library.impl(name, partial(serve, _SIGNATURES[name]), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlur::{name}", _FAKES.get(name, lambda *_: None), lib=_library)
 
 
-def _same_length(arguments: Sequence[Any], lists: list[tuple[int, str]]) -> None:
-    """Refuse lists of different lengths, whoever called: a kernel would read past the end of the shorter one."""
-    if not lists:
-        return
-    place, first = lists[0]
-    length = len(arguments[place])
-    for place, name in lists[1:]:
-        if arguments[place] is not None and len(arguments[place]) != length:
-            raise ArgumentError(f"{name} has {len(arguments[place])} tensors, {first} has {length}")
-
-
-def _tensors(argument: Any) -> list[Tensor]:
-    return [argument] if isinstance(argument, Tensor) else list(argument or ())
-
-
-def _device_type(arguments: Sequence[Any]) -> str:
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            return argument.device.type
-        if isinstance(argument, list | tuple) and len(argument):
-            return str(argument[0].device.type)
-    return "cpu"
-
-
+_SIGNATURES = {name: Signature.of(name, schema) for name, schema in SCHEMAS.items()}
 for _name in SCHEMAS:
     _register(_name)
 
@@ -119,8 +77,7 @@ def grad_dot(a: Vector, b: Vector) -> tuple[Tensor, Tensor]:
     Raises:
         ArgumentError: the vectors do not fit each other.
     """
-    left, right = fit(a=a, b=b)
-    total, each = torch.ops.fastlur.grad_dot(left, right)
+    total, each = call(_SIGNATURES["grad_dot"], listed(a), listed(b))
     return total, each
 
 
@@ -137,11 +94,10 @@ def displace(out: Vector, theta: Vector, d: Vector, alpha: Number, norm2: Tensor
     Raises:
         ArgumentError: the vectors do not fit each other.
     """
-    o, t, v = fit(out=out, theta=theta, d=d)
-    if o:
-        where = o[0].device
-        norm2 = None if norm2 is None else scalar(norm2, where)
-        torch.ops.fastlur.displace(o, t, v, scalar(alpha, where), norm2)
+    vectors = listed(out), listed(theta), listed(d)
+    where = device_of(vectors[0])
+    square = None if norm2 is None else scalar(norm2, where, "norm2")
+    call(_SIGNATURES["displace"], *vectors, scalar(alpha, where, "alpha"), square)
 
 
 def project(a: Vector, b: Vector, dots: Tensor, kind: str = "one_sided") -> None:
@@ -160,12 +116,9 @@ def project(a: Vector, b: Vector, dots: Tensor, kind: str = "one_sided") -> None
     Raises:
         ArgumentError: the vectors do not fit each other, or there is no such kind.
     """
-    left, right = fit(a=a, b=b)
     if kind not in reference.PROJECTIONS:
         raise ArgumentError(f"kind={kind!r} is no projection; use one of {', '.join(reference.PROJECTIONS)}")
-    fit_scalars(dots=(dots, 3))
-    if left:
-        torch.ops.fastlur.project(left, right, dots, kind)
+    call(_SIGNATURES["project"], listed(a), listed(b), dots, kind)
 
 
 def regularize(
@@ -197,12 +150,9 @@ def regularize(
     """
     if fisher is not None and theta0 is None:
         raise ArgumentError("fisher: weights a proximal term that needs theta0 as well")
-    g, t, t0, f = fit(grad=grad, theta=theta, theta0=theta0, fisher=fisher)
-    if not g:
-        return torch.zeros((), dtype=torch.float64)
-    value: Tensor = torch.ops.fastlur.regularize(
-        g, t, t0, f, hyper_parameters(g[0].device, weight_decay=l2, l1=l1, prox=prox)
-    )
+    vectors = listed(grad), listed(theta), listed(theta0), listed(fisher)
+    hyper = hyper_parameters(device_of(vectors[0]), weight_decay=l2, l1=l1, prox=prox)
+    value: Tensor = call(_SIGNATURES["regularize"], *vectors, hyper)
     return value
 
 
@@ -215,8 +165,8 @@ def step_control(control: Tensor, dots: Tensor, losses: Tensor, hyper: Tensor) -
         losses: any shape; one that is not finite lowers the flag for good.
         hyper: from `fastlur.operands.hyper_parameters`; its clip is the largest norm of the direction.
     """
-    fit_scalars(control=(control, CONTROL), dots=(dots, 3), hyper=(hyper, HYPER))
-    torch.ops.fastlur.step_control(control, dots, losses.double(), hyper)
+    given = losses.detach().double() if isinstance(losses, Tensor) else losses
+    call(_SIGNATURES["step_control"], control, dots, given, hyper)
 
 
 def meta_update(
@@ -251,11 +201,8 @@ def meta_update(
     """
     if fisher is not None and theta0 is None:
         raise ArgumentError("fisher: weights a proximal term that needs theta0 as well")
-    t, x, y, m1, m2, t0, f = fit(theta=theta, a=a, u=u, moment1=moment1, moment2=moment2, theta0=theta0, fisher=fisher)
-    _, keep = fit(theta=theta, mask=mask)
-    fit_scalars(control=(control, CONTROL), hyper=(hyper, HYPER))
-    if t:
-        torch.ops.fastlur.meta_update(t, x, y, m1, m2, t0, f, keep, control, hyper)
+    vectors = (listed(each) for each in (theta, a, u, moment1, moment2, theta0, fisher, mask))
+    call(_SIGNATURES["meta_update"], *vectors, control, hyper)
 
 
 def extrapolate(theta: Vector, theta0: Vector, memorised: Vector, alpha: Number, eta: Number = 1.0) -> None:
@@ -271,9 +218,9 @@ def extrapolate(theta: Vector, theta0: Vector, memorised: Vector, alpha: Number,
     Raises:
         ArgumentError: the vectors do not fit each other.
     """
-    t, t0, m = fit(theta=theta, theta0=theta0, memorised=memorised)
-    if t:
-        torch.ops.fastlur.extrapolate(t, t0, m, scalar(alpha, t[0].device), scalar(eta, t[0].device))
+    vectors = listed(theta), listed(theta0), listed(memorised)
+    where = device_of(vectors[0])
+    call(_SIGNATURES["extrapolate"], *vectors, scalar(alpha, where, "alpha"), scalar(eta, where, "eta"))
 
 
 def saliency(out: Vector, grad: Vector, theta: Vector | None = None) -> None:
@@ -282,9 +229,7 @@ def saliency(out: Vector, grad: Vector, theta: Vector | None = None) -> None:
     Raises:
         ArgumentError: the vectors do not fit each other.
     """
-    o, g, t = fit(out=out, grad=grad, theta=theta)
-    if o:
-        torch.ops.fastlur.saliency(o, g, t)
+    call(_SIGNATURES["saliency"], listed(out), listed(grad), listed(theta))
 
 
 def threshold(scores: Vector, sparsity: float) -> Tensor:
@@ -293,9 +238,10 @@ def threshold(scores: Vector, sparsity: float) -> Tensor:
     Raises:
         ArgumentError: sparsity outside [0, 1], or no score at all.
     """
-    (every,) = fit(scores=scores)
+    every = listed(scores)
+    fit((Operand("scores"),), (every,))
     if not 0 <= sparsity <= 1:
         raise ArgumentError(f"sparsity={sparsity!r} must be in [0, 1]")
     if not any(each.numel() for each in every):
         raise ArgumentError("scores: hold nothing to find a threshold in")
-    return reference.threshold(every, sparsity)
+    return reference.threshold([x.detach() for x in every], sparsity)

@@ -23,7 +23,7 @@ bench: $(STAMP)
 
 # Everything, 1e8 elements too, kept in bench/results with the machine in it.
 bench-full: $(STAMP) ext
-	FASTLUR_BENCH_FULL=1 $(BIN)/python -m pytest bench/bench_ops.py --benchmark-only --record cpu-ops
+	FASTLUR_BENCH_FULL=1 $(BIN)/python -m pytest bench/bench_ops.py --benchmark-only --record '{device}-ops'
 	$(BIN)/python bench/report.py
 
 # Figures in the README come from committed results through this, never from a hand.

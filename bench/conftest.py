@@ -19,7 +19,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record", metavar="NAME", help="write the figures to bench/results/NAME.json")
+    parser.addoption(
+        "--record", metavar="NAME", help="write the figures to bench/results/NAME.json; {device} in it is cpu or gpu"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +33,12 @@ def record(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
     name = request.config.getoption("--record")
     if name and rows and not request.session.testsfailed:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(dumped(measured_on, rows))
+        (RESULTS / f"{named(name, measured_on)}.json").write_text(dumped(measured_on, rows))
+
+
+def named(name: str, measured_on: dict[str, Any]) -> str:
+    """The name of a result, "{device}" in it being what it was measured on: a GPU's never replaces a CPU's."""
+    return name.replace("{device}", "gpu" if measured_on["gpu"] else "cpu")
 
 
 def dumped(measured_on: dict[str, Any], rows: list[dict[str, Any]]) -> str:

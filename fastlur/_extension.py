@@ -44,6 +44,11 @@ def load(path: str | os.PathLike[str] | None = None) -> str | None:
     return None
 
 
+def loaded() -> bool:
+    """Whether the library is there already."""
+    return _failure is None
+
+
 def missing(device: str = "cpu") -> str | None:
     """Why the extension cannot serve tensors on `device` ("cpu" or "cuda"); None when it can."""
     failure = load()

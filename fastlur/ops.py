@@ -72,7 +72,14 @@ def grad_dot(a: Vector, b: Vector) -> tuple[Tensor, Tensor]:
 
     Returns:
         The three numbers in total, shape (3,), and per tensor, shape (len(a), 3), float64 on the device of the data.
-        Partial sums are float32 (float64 for float64), in a fixed order: the same bits every time.
+        Partial sums are float32 (float64 for float64), in a fixed order: the same bits every time, whatever the number
+        of threads.
+
+    Note:
+        Products are float32 too: of elements below 1e-19 or so they lose digits, below 1e-23 they are 0, and from
+        1.8e19 on (sooner, where many are added up) they are infinite, though a float64 would hold them. By an infinite
+        norm `displace` moves nothing, and `step_control` lowers its flag. ‖a + u‖² = ‖a‖² + 2⟨a,u⟩ + ‖u‖² has no
+        digits left where it is a ten-millionth of ‖a‖² or less.
 
     Raises:
         ArgumentError: the vectors do not fit each other.
@@ -89,7 +96,7 @@ def displace(out: Vector, theta: Vector, d: Vector, alpha: Number, norm2: Tensor
         theta: the point.
         d: the vector to move along.
         alpha: a number or a 0-d tensor; with `norm2` the length of the step.
-        norm2: ‖d‖², shape (), from `grad_dot`; where it is 0 the step is 0.
+        norm2: ‖d‖², shape (), from `grad_dot`; where it is 0 or infinite the step is 0.
 
     Raises:
         ArgumentError: the vectors do not fit each other.
@@ -164,6 +171,14 @@ def step_control(control: Tensor, dots: Tensor, losses: Tensor, hyper: Tensor) -
         dots: of the two halves of the direction, shape (3,), float64.
         losses: any shape; one that is not finite lowers the flag for good.
         hyper: from `fastlur.operands.hyper_parameters`; its clip is the largest norm of the direction.
+
+    Note:
+        A norm counts as not finite from where the partial sums of `grad_dot` end: elements of 1.8e19 in float32 data
+        lower the flag, though they are finite themselves. The norm that is clipped is made of the three dots, so that
+        it is rough (anything from 0 to about 3e-4 of ‖a‖) where a ≈ −u cancel to that; the clip is then as rough.
+
+    Raises:
+        ArgumentError: something is no tensor, of another length or dtype, or on another device than `control`.
     """
     given = losses.detach().double() if isinstance(losses, Tensor) else losses
     call(_SIGNATURES["step_control"], control, dots, given, hyper)
@@ -190,8 +205,11 @@ def meta_update(
         u: the other, or None.
         moment1: momentum, changed; zeros before the first step.
         moment2: None for SGD (weight decay is L2), second moments for AdamW (weight decay is decoupled), changed.
-        control: what `step_control` decided. Where its flag is down nothing is written.
-        hyper: from `fastlur.operands.hyper_parameters`.
+        control: what `step_control` decided. Where its flag is down nothing is written; where it counts no step yet,
+            AdamW corrects its bias as in the first.
+        hyper: the hyper-parameters packed as one device vector, as `fastlur.operands.hyper_parameters` packs them (lr,
+            momentum, beta2, eps, weight_decay, l1, prox, clip; numbers or 0-d tensors). Kept from step to step it costs
+            nothing, and is changed in place; numbers as such are not taken here.
         theta0: centre of a proximal term with factor prox; it joins the direction unclipped, as the L1 term does.
         fisher: weights of the proximal term.
         mask: bool; where it is False neither weights nor moments move, weight decay included.
@@ -232,16 +250,32 @@ def saliency(out: Vector, grad: Vector, theta: Vector | None = None) -> None:
     call(_SIGNATURES["saliency"], listed(out), listed(grad), listed(theta))
 
 
-def threshold(scores: Vector, sparsity: float) -> Tensor:
+def threshold(scores: Vector, sparsity: Number) -> Tensor:
     """The ⌊sparsity·N⌋-th smallest of all N scores (the smallest for 0), shape (), float64.
+
+    Args:
+        scores: a vector; NaN counts as largest.
+        sparsity: in [0, 1]. The decimal digits count: 0.29 of 100 scores are 29. A 0-d tensor is waited for.
 
     Raises:
         ArgumentError: sparsity outside [0, 1], or no score at all.
     """
     every = listed(scores)
     fit((Operand("scores"),), (every,))
-    if not 0 <= sparsity <= 1:
+    share = _share(sparsity)
+    if not 0 <= share <= 1:
         raise ArgumentError(f"sparsity={sparsity!r} must be in [0, 1]")
     if not any(each.numel() for each in every):
         raise ArgumentError("scores: hold nothing to find a threshold in")
-    return reference.threshold([x.detach() for x in every], sparsity)
+    return reference.threshold([x.detach() for x in every], share)
+
+
+def _share(sparsity: Number) -> float:
+    """The float that prints as the number does: 0.29 in float32 is a little less, and would be 28 of 100 scores."""
+    number: Any = sparsity
+    if isinstance(sparsity, Tensor) and sparsity.dtype != torch.bfloat16 and not sparsity.is_meta:
+        number = sparsity.detach().cpu().numpy()
+    try:
+        return float(str(number) if hasattr(number, "dtype") else number)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"sparsity={sparsity!r} must be a number in [0, 1]") from error

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from machine import dumped, machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -26,5 +25,9 @@ def record(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
     name = request.config.getoption("--record")
     if name and rows and not request.session.testsfailed:
         RESULTS.mkdir(exist_ok=True)
-        kind = "gpu" if torch.cuda.is_available() else "cpu"
-        (RESULTS / f"{kind}-{name}.json").write_text(dumped(measured_on, rows))
+        (RESULTS / f"{named(name, measured_on)}.json").write_text(dumped(measured_on, rows))
+
+
+def named(name: str, measured_on: dict[str, Any]) -> str:
+    """The name of a result with what it was measured on: a GPU's never replaces a CPU's."""
+    return f"{'gpu' if measured_on['gpu'] else 'cpu'}-{name}"

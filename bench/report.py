@@ -38,29 +38,54 @@ def operations() -> str:
         kept = json.loads(path.read_text())
         made, rows = kept["machine"], kept["rows"]
         where = made["gpu"] or f"{made['cpu']}, {made['threads']} threads"
-        layouts = list(dict.fromkeys(row["layout"] for row in rows))
+        spread = ", [the middle half of the rounds]" if "quartiles_of_that" in rows[0] else ""
         lines += [
             f"{where}, torch {made['torch']}, served by `{rows[0]['backend']}`, float32. Times as fast as the best "
-            "torch spelling (which one that was) / as `_foreach`:",
+            f"torch spelling{spread} (which one that was) / as `_foreach`:",
             "",
-            f"| | {' | '.join(layouts)} |",
-            f"|---{'|---' * len(layouts)}|",
+            *table(rows, speed),
+            "",
+            "Gigabytes a second, every operand counted once, and in percent of what a copy of that size reached:",
+            "",
+            *table(rows, bandwidth),
+            "",
         ]
-        for name in dict.fromkeys(row["operation"] for row in rows):
-            mine = [row for row in rows if row["operation"] == name]
-            ratios = [(row["times_as_fast_as_best_torch"], row["times_as_fast_as_foreach"]) for row in mine]
-            cells = [
-                f"{best:.2f} ({row['best_torch']}) / {foreach:.2f}"
-                for row, (best, foreach) in zip(mine, ratios, strict=True)
-            ]
-            lines.append(f"| `{name}` | {' | '.join(cells)} |")
+        behind = [
+            f"`{row['operation']}` {row['times_as_fast_as_best_torch']:.2f} at {row['layout']} ({row['best_torch']})"
+            for row in rows
+            if row["layout"] != "1e5 flat" and row["times_as_fast_as_best_torch"] < 1
+        ]
+        if behind:
+            lines += [f"From 1e6 elements on slower than the best torch spelling: {', '.join(behind)}.", ""]
         large = [row["seconds"] for row in rows if row["layout"] != "1e5 flat" and "plain" in row["seconds"]]
         slower = [seconds["plain"] / seconds["ours"] for seconds in large]
         if slower:
             span = f"{min(slower):.1f} to {max(slower):.1f}"
-            lines += ["", f"From 1e6 elements on the plain backend took {span} times as long as this one."]
-        lines.append("")
+            lines += [f"From 1e6 elements on the plain backend took {span} times as long as this one.", ""]
     return "\n".join(lines).rstrip()
+
+
+def table(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str]) -> list[str]:
+    """One line an operation, one column a layout."""
+    layouts = list(dict.fromkeys(row["layout"] for row in rows))
+    lines = [f"| | {' | '.join(layouts)} |", f"|---{'|---' * len(layouts)}|"]
+    for name in dict.fromkeys(row["operation"] for row in rows):
+        cells = {row["layout"]: cell(row) for row in rows if row["operation"] == name}
+        lines.append(f"| `{name}` | {' | '.join(cells.get(layout, '') for layout in layouts)} |")
+    return lines
+
+
+def speed(row: dict[str, Any]) -> str:
+    """How many times as fast as torch; the spread, where it was recorded."""
+    spread = " [{:.2f}–{:.2f}]".format(*row["quartiles_of_that"]) if "quartiles_of_that" in row else ""
+    best, foreach = row["times_as_fast_as_best_torch"], row["times_as_fast_as_foreach"]
+    return f"{best:.2f}{spread} ({row['best_torch']}) / {foreach:.2f}"
+
+
+def bandwidth(row: dict[str, Any]) -> str:
+    """Bytes a second, and what part that is of a copy's."""
+    reached, of = row["gigabytes_per_second"], row["copy_gigabytes_per_second"]
+    return f"{reached:.1f} ({100 * reached / of:.0f} %)"
 
 
 SECTIONS: dict[str, Callable[[], str]] = {

@@ -25,6 +25,8 @@ SHARED = {f"methods.{name}" for name in ("base", "components", "importance", "re
 FLOORS = [
     {"stats", "_version", "errors", "reference", "_extension"},
     {"backends", "capture", "footprint", "operands", "world", "slots"},
+    {"memory"},
+    {"serving"},
     {"ops"},
     {"statistics", "losses", "info", "data", "twice", "outputs", "attacks", "folder", "packing", "interrupt"},
     {"space"},

@@ -86,9 +86,9 @@ class TestDamage:
         assert two.reads() == 2
 
     def test_files_that_change_places_are_noticed(self, two):
-        for name in NEWEST:
-            two.spoil(name, two.files[name.replace("2", "1")])
-        assert two.reads() == 1  # an old one under a new name would repeat a step without saying so
+        for name in OLDER:
+            two.spoil(name.replace("1", "9"), two.files[name])
+        assert two.reads() == 2  # not the old one under a new name
         two.mend()
         two.spoil(NEWEST[1], two.files[OLDER[1]])
         assert two.reads() == 1

@@ -1,4 +1,4 @@
-"""The GPU suite's plumbing, at sizes that a CPU does in seconds: what it writes, and what it does when things go wrong."""
+"""The plumbing of the GPU suite, at sizes a CPU does in seconds: what it writes, and what when things go wrong."""
 
 import json
 

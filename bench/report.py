@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gpu_parts import PARTS
+from gpu_parts.table import table as gpu_table
 from picture import draw
 from tables import memory, scissorhands, steps
 
@@ -88,11 +90,22 @@ def bandwidth(row: dict[str, Any]) -> str:
     return f"{reached:.1f} ({100 * reached / of:.0f} %)"
 
 
+def gpu() -> str:
+    """The GPU suite's table, from every folder of results in bench/results that has a GPU's name in it."""
+    tables = []
+    for folder in sorted((ROOT / "bench" / "results").glob("gpu-*")):
+        kept = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+        if kept and all(part["machine"] and part["machine"]["gpu"] and not part["tiny"] for part in kept):
+            tables.append(gpu_table(folder, PARTS).replace("## ", "#### ").replace("# ", "### ", 1))
+    return "\n\n".join(tables) or "Not measured on a GPU."
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "operations": operations,
     "steps": steps,
     "scissorhands": scissorhands,
+    "gpu": gpu,
 }
 
 

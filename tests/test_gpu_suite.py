@@ -1,4 +1,4 @@
-"""The plumbing of the GPU suite at sizes that a CPU does in seconds: what it writes, and what errors do to it."""
+"""The plumbing of the GPU suite, at sizes a CPU does in seconds: what it writes, and what when things go wrong."""
 
 import json
 

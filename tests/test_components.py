@@ -188,6 +188,7 @@ def test_a_run_with_both_goes_on_bit_for_bit_after_an_interruption(tmp_path):
         (lambda: SaliencyMask(batches=1.5), "batches"),
         (lambda: fastlur.methods.resolve(fastlur.LUR(trim=0.9)), "trim"),
         (lambda: fastlur.methods.resolve(fastlur.LUR(mask=SaliencyMask)), "mask"),
+        (lambda: fastlur.methods.resolve(fastlur.LUR), "Recipe"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(make, argument):

@@ -106,7 +106,7 @@ class Cost:
 
 
 class Method(Protocol):
-    """A way to forget. `Recipe` below has all of it but `direction`.
+    """A way to forget, as what runs it sees it: an instance of a subclass of `Recipe`, which has all but `direction`.
 
     Attributes:
         name: as `unlearn(method=…)` takes it.
@@ -125,7 +125,7 @@ class Method(Protocol):
         ...
 
     def prepare(self, passes: Passes) -> Any:
-        """Once, before the first step; returns a `State`."""
+        """Once, before the first step; returns a `State`, or an instance of a subclass of it."""
         ...
 
     def direction(self, passes: Passes, state: Any) -> Direction:

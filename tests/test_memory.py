@@ -379,7 +379,11 @@ class TestRefused:
 
     @pytest.mark.parametrize(
         ("limit", "fails", "said"),
-        [(0, "backward", "with one item at a time"), (0, "forward", "too few to see"), (1, "forward", "too few to see")],
+        [
+            (0, "backward", "with one item at a time"),
+            (0, "forward", "too few to see"),
+            (1, "forward", "too few to see"),
+        ],
     )
     def test_a_model_that_is_too_large_for_one_item_or_for_two(self, limit, fails, said):
         model = Hungry(limit, fails)

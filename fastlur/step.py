@@ -13,7 +13,7 @@ from fastlur.capture import Captured
 from fastlur.culprit import accuse
 from fastlur.data import Feed, to_device
 from fastlur.errors import ArgumentError, CheckpointError, ModelError, NonFiniteError, number
-from fastlur.methods.base import Direction, Method
+from fastlur.methods.base import Direction, Method, State
 from fastlur.passes import Loss, Passes, Which
 from fastlur.reference import OK
 from fastlur.slots import Selection
@@ -83,6 +83,9 @@ class Step:
                     trim(self.passes)
                 self.mask: Vector | None = None if mask is None else mask(self.passes)
                 self.state = method.prepare(self.passes)
+            if not isinstance(self.state, State):
+                kind = type(self.state).__name__
+                raise ArgumentError(f"method: prepare of {type(method).__name__} must return a State, not a {kind}")
         except BaseException:
             self.space.close()
             raise

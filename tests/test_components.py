@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 
@@ -188,11 +189,48 @@ def test_a_run_with_both_goes_on_bit_for_bit_after_an_interruption(tmp_path):
         (lambda: SaliencyMask(batches=1.5), "batches"),
         (lambda: fastlur.methods.resolve(fastlur.LUR(trim=0.9)), "trim"),
         (lambda: fastlur.methods.resolve(fastlur.LUR(mask=SaliencyMask)), "mask"),
+        (lambda: fastlur.methods.resolve(fastlur.LUR), "Recipe"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(make, argument):
     with pytest.raises(fastlur.ArgumentError, match=argument):
         make()
+
+
+class Upper:
+    """A mask of the user's own that does not say what it is."""
+
+    def __call__(self, passes):
+        mask = passes.space.vector(torch.bool)
+        for flat in mask.flats:
+            flat[len(flat) // 2 :] = True
+        return mask
+
+
+def shrunk(passes, by=0.5):
+    for flat in passes.space.theta.flats:
+        flat.mul_(by)
+
+
+def test_parts_of_ones_own_are_the_same_in_another_process():
+    """Objects made anew have other addresses, as those of another process do."""
+    methods = [fastlur.LUR(trim=functools.partial(shrunk, by=by), mask=Upper()) for by in (0.5, 0.5, 0.7)]
+    first, again, other = (json.dumps(method.settings()) for method in methods)
+    assert first == again != other
+    assert " at 0x" not in first + json.dumps(fastlur.LUR(trim=shrunk).settings())
+    assert f"{__name__}.shrunk" in first and f"{__name__}.Upper" in first
+
+
+def test_a_run_with_parts_of_ones_own_goes_on(tmp_path):
+    model, forget, retain = mlp(), blobs(12), blobs(20)
+    whole, first = copy.deepcopy(model), copy.deepcopy(model)
+    made = lambda: fastlur.LUR(trim=functools.partial(shrunk, by=0.9), mask=Upper())
+    run(whole, forget, retain, method=made(), steps=4)
+    options = {"steps": 4, "checkpoint": tmp_path / "kept", "checkpoint_every": 1}
+    with pytest.raises(Interrupted):
+        run(first, forget, retain, method=made(), callbacks=[interrupt], **options)
+    run(model, forget, retain, method=made(), **options)
+    assert same(state(model), state(whole))
 
 
 def test_settings_are_plain_json_and_components_are_keywords_only():

@@ -184,6 +184,23 @@ def test_no_two_methods_are_the_same_one():
             assert float((updates[one] - updates[other]).norm()) > 1e-4 * scale, (one, other)
 
 
+def test_what_only_looks_like_a_method_is_refused_before_anything_happens():
+    class Alike:
+        prepare = direction = finish = lambda *arguments: None
+
+    class Stateless(METHODS["fine_tune"]):
+        def prepare(self, passes):
+            return None
+
+    model = mlp()
+    before = state(model)
+    with pytest.raises(fastlur.ArgumentError, match=r"method=.*Recipe"):
+        run(model, blobs(8), blobs(8), method=Alike())
+    with pytest.raises(fastlur.ArgumentError, match="prepare of Stateless must return a State"):
+        run(model, blobs(8), blobs(8), method=Stateless())
+    assert same(before, state(model))
+
+
 def test_a_method_without_steps_is_a_whole_run():
     asked = []
     model = mlp()

@@ -193,6 +193,12 @@ class TestRetrain:
         with pytest.raises(fastlur.ModelError, match="'extra'"):
             moved(methods.Retrain(reinitialise=True), model, *data)
 
+    @pytest.mark.parametrize("part", [{"trim": methods.Trim()}, {"mask": methods.SaliencyMask()}])
+    def test_new_weights_leave_nothing_for_a_trim_or_a_mask_to_hold(self, part, data):
+        with pytest.raises(fastlur.ArgumentError, match=f"{next(iter(part))}=.*reinitialise=True"):
+            methods.Retrain(reinitialise=True, **part)
+        moved(methods.Retrain(**part), mlp(dtype=F64), *data)
+
     def test_weights_that_do_not_move_stay(self, data):
         model = mlp(dtype=F64)
         before = state(model)

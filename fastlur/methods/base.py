@@ -6,13 +6,14 @@ with the package are the modules beside this one; each is found by its presence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
 from fastlur.errors import ArgumentError, finite
+from fastlur.identity import name_of
 from fastlur.losses import BoundedForgetting
 from fastlur.passes import Loss, Passes
 from fastlur.space import Vector
@@ -106,7 +107,7 @@ class Cost:
 
 
 class Method(Protocol):
-    """A way to forget. `Recipe` below has all of it but `direction`.
+    """A way to forget, as what runs it sees it: an instance of a subclass of `Recipe`, which has all but `direction`.
 
     Attributes:
         name: as `unlearn(method=…)` takes it.
@@ -125,7 +126,7 @@ class Method(Protocol):
         ...
 
     def prepare(self, passes: Passes) -> Any:
-        """Once, before the first step; returns a `State`."""
+        """Once, before the first step; returns a `State`, or an instance of a subclass of it."""
         ...
 
     def direction(self, passes: Passes, state: Any) -> Direction:
@@ -216,9 +217,11 @@ def check_range(name: str, value: object, low: float = 0.0, high: float | None =
 
 
 def _plain(value: Any) -> Any:
-    """A value of a dataclass field as JSON knows it."""
+    """A value of a dataclass field as JSON knows it, the same in another process: no addresses."""
     if hasattr(value, "__dataclass_fields__"):
         return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, tuple | list):
         return [_plain(each) for each in value]
-    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    return value if isinstance(value, str | int | float | bool | None) else name_of(value)

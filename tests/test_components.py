@@ -111,6 +111,18 @@ class TestTrim:
             run(model, blobs(12), blobs(20), method=fastlur.LUR(trim=Trim(layers="layer4.*")))
         assert same(before, state(model))
 
+    @pytest.mark.parametrize("layers", ["1.*", ("1.*", "1.weight")])
+    @pytest.mark.parametrize("form", [None, "cleaned", "as_published"])
+    def test_a_glob_that_matches_normalisation_layers_alone_is_refused(self, form, layers):
+        method = fastlur.LUR(trim=Trim(layers=layers))
+        if form:
+            method = fastlur.methods.ScissorHands(trim=None, layers=layers, form=form)
+        model = normed()
+        before = state(model)
+        with pytest.raises(fastlur.ModelError, match=r"layers: '1\..*' matches nothing .*normalisation.* 0\.weight"):
+            run(model, blobs(12, dtype=torch.float64), blobs(20, dtype=torch.float64), method=method)
+        assert same(before, state(model))
+
     def test_it_is_the_same_every_time_and_touches_no_statistics(self):
         torch.manual_seed(0)
         forget = blobs(20, dtype=torch.float64)

@@ -44,7 +44,7 @@ class Trim:
         batches: how many forget batches, ≥ 1; None: all, each item once.
 
     Raises:
-        ArgumentError: a value out of range. ModelError: a glob matches nothing that moves.
+        ArgumentError: a value out of range. ModelError: a glob matches nothing that moves, or only normalisation.
     """
 
     sparsity: float = 0.97
@@ -132,7 +132,7 @@ def chosen_slots(space: ParameterSpace, layers: Layers) -> list[int]:
     """The slots that globs choose (None: all), without those of normalisation layers.
 
     Raises:
-        ModelError: a glob matches no moving parameter.
+        ModelError: a glob matches no moving parameter, or all together none outside normalisation layers.
     """
     normal = {
         f"{prefix}.{name}" if prefix else name
@@ -140,18 +140,21 @@ def chosen_slots(space: ParameterSpace, layers: Layers) -> list[int]:
         if "norm" in type(module).__name__.lower()
         for name, _ in module.named_parameters(recurse=False)
     }
-    names = [name for slot in space.slots for name in slot.names]
+    named = {index: slot.names for index, slot in enumerate(space.slots)}
+    chosen: set[int] = set()
     globs = ["*"] if layers is None else [layers] if isinstance(layers, str) else list(layers)
+    some = ", ".join([name for names in named.values() for name in names if name not in normal][:8])
     for glob in globs:
-        if not fnmatch.filter(names, glob):
-            some = ", ".join(names[:8])
+        matched = {i for i, names in named.items() if any(fnmatch.fnmatchcase(name, glob) for name in names)}
+        if not matched:
             raise ModelError(f"layers: {glob!r} matches no parameter that moves; names are like {some}")
-    return [
-        index
-        for index, slot in enumerate(space.slots)
-        if not normal & set(slot.names)
-        and any(fnmatch.fnmatchcase(name, glob) for name in slot.names for glob in globs)
-    ]
+        chosen |= {i for i in matched if not normal & set(named[i])}
+    if not chosen:
+        raise ModelError(
+            f"layers: {', '.join(map(repr, globs))} matches nothing that moves but normalisation layers, which always "
+            f"stay out; names are like {some or '(there is no other)'}"
+        )
+    return sorted(chosen)
 
 
 def check_batches(batches: object, name: str = "batches") -> None:

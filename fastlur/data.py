@@ -7,7 +7,7 @@ of tuples, lists and dicts of tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -286,6 +286,29 @@ class Feed:
                 yield to_device(next(stream), self._device, self._memory_format)
         finally:
             stream.close()
+
+    def epoch(self, side: str, draw: object) -> Callable[[int], Any]:
+        """One pass over a side in random order: a function from a batch's number, from 0, to the batch on the device.
+
+        Numbers go up to `per_epoch`, which must be known. The same `draw` gives the same batches, in whatever order
+        they are asked for: a data set is read as asked; of a loader, which knows no number, all are held on the host.
+        """
+        source, seed = self._sources[side], derive(self._seed, "feed", side, draw)
+
+        def taken(skip: int, count: int) -> list[Any]:
+            stream = Stream(source, seed, skip)
+            try:
+                return [next(stream) for _ in range(count)]
+            finally:
+                stream.close()
+
+        held = None if isinstance(source, Indexed) else taken(0, source.per_epoch or 0)
+
+        def batch(number: int) -> Any:
+            raw = taken(number, 1)[0] if held is None else held[number]
+            return to_device(raw, self._device, self._memory_format)
+
+        return batch
 
 
 class Stream:

@@ -11,6 +11,7 @@ import torch
 from helpers import Interrupted, blobs, interrupt, mlp, run, same, state
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
 import fastlur
 from fastlur.data import Feed, Stream, source
@@ -66,6 +67,8 @@ def oracle(model, forget, retain, *, steps, weight, count, chosen, every, lr, si
         model.train()
         g = gradient(model, r)
         if step % length < -(-len(forget[1]) // size):
+            if step >= length:
+                f = feed.epoch("forget", ("repair", step // length))(step % length)
             g = g - weight * gradient(model, f)
             dots = memories @ g
             if step % length % every == 0 and (dots < 0).any():
@@ -161,6 +164,43 @@ class TestEpochs:
         with pytest.raises(Interrupted):
             run(first, forget, retain, callbacks=[interrupt], **options, **saving)
         run(model, forget, retain, **options, **saving)
+        assert same(state(model), state(twin))
+
+    @pytest.mark.parametrize("kind", ["tensors", "loader"])
+    @pytest.mark.parametrize("form", FORMS)
+    def test_every_epoch_takes_every_forget_item_resumed_or_not(self, kind, form, tmp_path):
+        """5 retain batches and 3 forget batches of 8, the last of which is not full."""
+        forget, retain = data(40, 21)
+        names = {tuple(x.tolist()): number for number, x in enumerate(forget[0])}
+        seen = []
+
+        def forgetting(model, batch):
+            if model.training:
+                seen[-1].update(names[tuple(x.tolist())] for x in batch[0])
+            return negative_cross_entropy(model, batch)
+
+        def given():
+            if kind == "tensors":
+                return forget
+            return DataLoader(TensorDataset(*forget), 8, shuffle=True, generator=torch.Generator())
+
+        model = mlp(dtype=torch.float64)
+        twin, first = copy.deepcopy(model), copy.deepcopy(model)
+        options = {"method": ScissorHands(0.4, form=form, trim=None), "steps": 15, "lr": 0.01}
+        options |= {"forget_loss": forgetting}
+        new_epoch = lambda event: seen.append(set()) if event.step % 5 == 0 else None
+        seen.append(set())
+        run(twin, given(), retain, callbacks=[new_epoch], **options)
+        assert [len(each) for each in seen] == [21, 21, 21, 0]
+
+        def broken(event):
+            if event.step == 7:
+                raise Interrupted
+
+        saving = {"checkpoint": tmp_path / "run", "checkpoint_every": 1}
+        with pytest.raises(Interrupted):
+            run(first, given(), retain, callbacks=[broken], **options, **saving)
+        run(model, given(), retain, **options, **saving)
         assert same(state(model), state(twin))
 
     def test_a_part_can_be_run_alone(self):

@@ -7,6 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from helpers import Interrupted, blobs, interrupt, mlp, run, same, state
 from torch import nn
@@ -133,6 +134,40 @@ def test_the_programme_is_solved(count):
         dots = scale * memories @ random.normal(size=7)
         wanted = bounded_programme(memories @ memories.T, dots)
         np.testing.assert_allclose(solve(memories @ memories.T, dots), wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("size", [1e4, 1e7, 1e9])
+@pytest.mark.parametrize("apart", [0.0, 1e-9, 1e-3])
+def test_memories_that_are_nearly_one_large_one_are_solved_for(count, size, apart):
+    """The correction of the gradient is unique, v is not; it undoes the conflict as far as one memory would."""
+    random = np.random.default_rng(count)
+    memories = size * (random.normal(size=7) + apart * random.normal(size=(count, 7)))
+    g = random.normal(size=7) - 3 * count * memories.mean(0)
+    dots = memories @ g
+    v = solve(memories @ memories.T, dots)
+    assert np.isfinite(v).all() and (v >= 0.5).all()
+    mean = memories.mean(0)
+    wanted = max(0.5 * count, -(mean @ g) / (mean @ mean))
+    if apart < 1e-3:
+        np.testing.assert_allclose(v.sum(), wanted, rtol=1e-5)
+        np.testing.assert_allclose(memories.T @ v, wanted * mean, rtol=1e-5)
+
+
+def test_where_the_first_solver_finds_no_end_another_does(monkeypatch):
+    solved = scipy.optimize.lsq_linear
+
+    def stuck(*arguments, method, **options):
+        found = solved(*arguments, method=method, **options)
+        if method == "bvls":
+            found.success, found.x = False, np.full_like(found.x, 1e6)
+        return found
+
+    monkeypatch.setattr(scipy.optimize, "lsq_linear", stuck)
+    memories = np.random.default_rng(0).normal(size=(3, 7))
+    dots = memories @ np.random.default_rng(1).normal(size=7)
+    wanted = bounded_programme(memories @ memories.T, dots)
+    np.testing.assert_allclose(solve(memories @ memories.T, dots), wanted, rtol=1e-4)
 
 
 class TestEpochs:

@@ -185,7 +185,11 @@ class PublishedRepair(Repair):
 
 
 def solve(gram: Numbers, dots: Numbers) -> Numbers:
-    """argmin_{v ≥ ½} ½ vᵀ(G + 10⁻³I)v + dᵀv, as a bounded least-squares problem: ½‖Lᵀv + L⁻¹d‖² with LLᵀ = G + 10⁻³I.
+    """argmin_{v ≥ ½} ½ vᵀ(G + 10⁻³I)v + dᵀv, as a bounded least-squares problem: ½‖Av + A⁻ᵀd‖², AᵀA = G + 10⁻³I.
+
+    A comes from the eigenvalues, those lost in rounding (of large memories that are nearly the same one) raised to what
+    rounding leaves of them: a Cholesky factor need not exist there. The active-set solver gives the exact answer; where
+    it finds no end, an interior one comes close to it.
 
     Args:
         gram: G = MᵀM, shape (T, T), float64.
@@ -194,10 +198,14 @@ def solve(gram: Numbers, dots: Numbers) -> Numbers:
     Returns:
         v, shape (T,), float64.
     """
-    from scipy.linalg import solve_triangular
     from scipy.optimize import lsq_linear
 
-    factor = np.linalg.cholesky(gram + RIDGE * np.eye(len(gram)))
-    target = -solve_triangular(factor, dots, lower=True)
-    v: Numbers = lsq_linear(factor.T, target, bounds=(LEAST, np.inf), method="bvls").x
+    values, vectors = np.linalg.eigh(gram + RIDGE * np.eye(len(gram)))
+    roots = np.sqrt(np.maximum(values, max(RIDGE, len(gram) * np.finfo(float).eps * values[-1])))
+    factor, target = roots[:, None] * vectors.T, -(vectors.T @ dots) / roots
+    for solver in ("bvls", "trf"):
+        found = lsq_linear(factor, target, bounds=(LEAST, np.inf), method=solver, max_iter=100 * len(gram))
+        if found.success:
+            break
+    v: Numbers = np.maximum(found.x, LEAST)
     return v

@@ -52,6 +52,7 @@ class Trim:
     batches: int | None = None
 
     buffers: ClassVar[tuple[float, float]] = 2, 2.25  # parameter-sized vectors during its passes, and after them
+    note: ClassVar[str] = "before the first step: a pass over the forget data for the trim"
 
     def __post_init__(self) -> None:
         check_range("sparsity", self.sparsity, 0.0, 1.0, 0.97)
@@ -104,6 +105,11 @@ class SaliencyMask:
     batches: int | None = None
 
     buffers: ClassVar[tuple[float, float]] = 1, 2  # parameter-sized vectors during its passes, and after them
+
+    @property
+    def note(self) -> str:
+        """What there is to pay beside the steps."""
+        return "" if self.share == 1 else "once: a pass over the forget data for the mask"
 
     def __post_init__(self) -> None:
         check_range("share", self.share, 0.0, 1.0, 0.5)

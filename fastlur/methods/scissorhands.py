@@ -95,7 +95,7 @@ class ScissorHands(Recipe):
     def cost(self) -> Cost:
         """A pass a side while forget data are left, then one; a gradient and the memories (and φ, as published)."""
         once = f"once an epoch: {self.memories} pass{'es' * (self.memories > 1)}"
-        note = f"1 pass once the epoch's forget data are used up; {once}; before the first step: the trim"
+        note = f"1 pass once the epoch's forget data are used up; {once}"
         if self.form == "as_published":
             host = max(6 + 2 * self.memories, 3 + 3 * self.memories)  # copies in float64, in the worst of moments
             more = f"{note}; solved on the host"

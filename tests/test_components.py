@@ -177,6 +177,16 @@ class TestSaliencyMask:
         assert torch.equal(at, torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
 
 
+@pytest.mark.parametrize("part", [{"trim": Trim()}, {"mask": SaliencyMask()}])
+def test_gradients_that_are_not_finite_leave_the_model_alone(part):
+    model, broken = mlp(), blobs(12)
+    before = state(model)
+    fails = lambda m, batch: cross_entropy(m, batch) * (math.nan if len(batch[1]) == 4 else 1.0)  # the last batch
+    with pytest.raises(fastlur.NonFiniteError, match="forget: a gradient"):
+        run(model, broken, blobs(24), method=fastlur.LUR(**part), loss=fails)
+    assert same(before, state(model))
+
+
 def test_a_run_with_both_goes_on_bit_for_bit_after_an_interruption(tmp_path):
     method = fastlur.LUR(trim=Trim(0.5), mask=SaliencyMask())
     first, forget, retain = normed().float(), blobs(12), blobs(20)

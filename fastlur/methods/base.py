@@ -10,12 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from fastlur.errors import ArgumentError, finite
+from fastlur import ops
+from fastlur.errors import ArgumentError, NonFiniteError, finite
 from fastlur.identity import name_of
 from fastlur.losses import BoundedForgetting
-from fastlur.passes import Loss, Passes
+from fastlur.passes import Loss, Passes, Which
 from fastlur.space import Vector
 
 BYTE = 0.25  # a byte a weight, in parameter-sized vectors of float32
@@ -211,6 +213,16 @@ class Recipe:
     def settings(self) -> dict[str, Any]:
         """The arguments, as plain JSON values."""
         return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
+
+
+def check_finite(total: Vector, which: Which) -> None:
+    """Refuse gradients summed up before the steps that are not finite; waits for the device.
+
+    Raises:
+        NonFiniteError: they are not.
+    """
+    if not bool(torch.isfinite(ops.grad_dot(total.flats, total.flats)[0]).all()):
+        raise NonFiniteError(f"{which}: a gradient of these data is not finite; the model is as it came")
 
 
 def _own(cost: Any, method: Recipe) -> Cost:

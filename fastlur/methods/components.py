@@ -19,7 +19,7 @@ import torch
 
 from fastlur import ops
 from fastlur.errors import ArgumentError, ModelError
-from fastlur.methods.base import check_range
+from fastlur.methods.base import check_finite, check_range
 from fastlur.passes import Passes
 from fastlur.space import ParameterSpace, Vector
 from fastlur.world import derive, seed_torch
@@ -45,6 +45,7 @@ class Trim:
 
     Raises:
         ArgumentError: a value out of range. ModelError: a glob matches nothing that moves, or only normalisation.
+        NonFiniteError: a gradient is not finite; no weight has changed then.
     """
 
     sparsity: float = 0.97
@@ -69,6 +70,7 @@ class Trim:
             ops.saliency(gradient.flats, gradient.flats)
             ops.displace(total.flats, total.flats, gradient.flats, -1.0)
         del gradient
+        check_finite(total, "forget")
         ops.saliency(total.flats, total.flats, space.theta.flats)
         limit = ops.threshold(total.spans, self.sparsity)  # the gaps between slots are no parameters
         seed_torch(derive(passes.seed, "trim"), space.device)
@@ -98,7 +100,7 @@ class SaliencyMask:
         batches: how many forget batches, ≥ 1; None: all, each item once.
 
     Raises:
-        ArgumentError: a value out of range.
+        ArgumentError: a value out of range. NonFiniteError: a gradient is not finite; no weight has changed then.
     """
 
     share: float = 0.5
@@ -126,6 +128,7 @@ class SaliencyMask:
         for batch in passes.feed.batches("forget", self.batches, "mask"):
             with passes.aside({"forget": batch}):
                 passes.gradient("forget", gradient, loss=passes.losses["retain"], weight=1.0, add=True)
+        check_finite(gradient, "forget")
         ops.saliency(gradient.flats, gradient.flats)
         # 1 − share as people write it: 0.1 for 0.9, where floating point has a little less
         limit = ops.threshold(gradient.spans, float(1 - Fraction(str(self.share))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError
 from fastlur.footprint import Memory
 from fastlur.losses import cross_entropy
 from fastlur.methods import resolve
-from fastlur.methods.base import Cost, Method, Recipe
+from fastlur.methods.base import Cost, Method
 from fastlur.passes import Loss, Passes, Which
 from fastlur.slots import Selection
 from fastlur.space import ParameterSpace, Vector
@@ -151,14 +151,13 @@ def estimate(
                     f"batch: the model or a loss cannot take it ({type(error).__name__}: {said})"
                 ) from error
         moving = sum(flat.nbytes for flat in space.theta.flats)
-        elements = sum(flat.numel() for flat in space.theta.flats)
         buffers = sum(buffer.nbytes for buffer in model.buffers())
         still = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values()) - sum(
             leaf.nbytes for leaf in space.leaves()
         )
         walks = DECIDED + UPDATED.get(str(optimizer), max(UPDATED.values())) + DISPLACED * max(0, cost.buffers - 1)
         seconds += _walk(space) * walks
-    vectors = round(cost.buffers * moving) + _uncounted_mask(method, cost) * elements
+    vectors = round(cost.buffers * moving)
     step = vectors + buffers + max(activations, round(cost.temporaries * moving))
     before = _before(method, moving, activations)
     return Estimate(
@@ -249,13 +248,6 @@ def _walk(space: ParameterSpace) -> float:
     out, theta = space.vector().flats, space.theta.flats
     ops.displace(out, theta, theta, 0.0)
     return footprint.seconds(lambda: ops.displace(out, theta, theta, 0.0), space.device) / DISPLACED
-
-
-def _uncounted_mask(method: Method, cost: Cost) -> int:
-    """1, a byte a weight, where there is a mask that the method's cost does not know of."""
-    if not isinstance(method, Recipe) or method.mask is None:
-        return 0
-    return int(_cost(replace(method, mask=None)).buffers == cost.buffers)
 
 
 def _before(method: Method, moving: int, activations: int) -> int:

@@ -111,6 +111,18 @@ class TestTrim:
             run(model, blobs(12), blobs(20), method=fastlur.LUR(trim=Trim(layers="layer4.*")))
         assert same(before, state(model))
 
+    @pytest.mark.parametrize("layers", ["1.*", ("1.*", "1.weight")])
+    @pytest.mark.parametrize("form", [None, "cleaned", "as_published"])
+    def test_a_glob_that_matches_normalisation_layers_alone_is_refused(self, form, layers):
+        method = fastlur.LUR(trim=Trim(layers=layers))
+        if form:
+            method = fastlur.methods.ScissorHands(trim=None, layers=layers, form=form)
+        model = normed()
+        before = state(model)
+        with pytest.raises(fastlur.ModelError, match=r"layers: '1\..*' matches nothing .*normalisation.* 0\.weight"):
+            run(model, blobs(12, dtype=torch.float64), blobs(20, dtype=torch.float64), method=method)
+        assert same(before, state(model))
+
     def test_it_is_the_same_every_time_and_touches_no_statistics(self):
         torch.manual_seed(0)
         forget = blobs(20, dtype=torch.float64)
@@ -163,6 +175,16 @@ class TestSaliencyMask:
         at = torch.cat([view.reshape(-1) for view in seen[0].views])
         assert not torch.equal(at, before)
         assert torch.equal(at, torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+
+
+@pytest.mark.parametrize("part", [{"trim": Trim()}, {"mask": SaliencyMask()}])
+def test_gradients_that_are_not_finite_leave_the_model_alone(part):
+    model, broken = mlp(), blobs(12)
+    before = state(model)
+    fails = lambda m, batch: cross_entropy(m, batch) * (math.nan if len(batch[1]) == 4 else 1.0)  # the last batch
+    with pytest.raises(fastlur.NonFiniteError, match="forget: a gradient"):
+        run(model, broken, blobs(24), method=fastlur.LUR(**part), loss=fails)
+    assert same(before, state(model))
 
 
 def test_a_run_with_both_goes_on_bit_for_bit_after_an_interruption(tmp_path):

@@ -166,6 +166,26 @@ class TestRefusals:
         with pytest.raises(fastlur.ArgumentError, match="needs a positive loss"):
             moved("eupmu", mlp(dtype=F64), *data, forget_loss=fastlur.losses.negative_cross_entropy)
 
+    def test_a_retain_loss_without_a_logarithm_is_told_what_a_retain_loss_is(self, data):
+        with pytest.raises(fastlur.ArgumentError, match=r"^loss: .*first retain batch.*cross_entropy"):
+            moved("eupmu", mlp(dtype=F64), *data, loss=fastlur.losses.negative_cross_entropy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_eupmu_bears_a_model_so_sure_that_the_retain_loss_is_nothing(dtype):
+    model, (x, _) = mlp(dtype=dtype), blobs(40, dtype=dtype)
+    with torch.no_grad():
+        model[3].weight.mul_(1e4)
+        y, sure = (
+            model(x).argmax(-1),
+            model(x).topk(2).values.diff(dim=-1)[:, 0].abs() > 800,
+        )  # so that nothing rounds the loss up from 0
+    x, y = x[sure], y[sure]
+    assert len(y) > 20 and fastlur.losses.cross_entropy(model, (x[8:], y[8:])).detach() == 0
+    fastlur.unlearn(model, (x[:8], y[:8]), (x[8:], y[8:]), method="eupmu", steps=5, lr=1.0, progress=False)
+    assert all(bool(v.isfinite().all()) for v in state(model).values())
+    assert fastlur.methods.eupmu.logarithm(torch.tensor(-1.0)).isnan()
+
 
 class TestRetrain:
     def trained(self, forget) -> nn.Module:

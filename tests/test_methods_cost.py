@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -16,6 +17,12 @@ from fastlur.methods import METHODS
 from fastlur.passes import Passes
 from fastlur.space import ParameterSpace
 from fastlur.step import Step
+
+
+@dataclass(frozen=True)
+class Plain(METHODS["fine_tune"]):
+    cost = methods.Cost(passes=1, buffers=1)
+
 
 VARIANTS = {
     "lur secant": fastlur.LUR(gradient="secant"),
@@ -31,6 +38,11 @@ VARIANTS = {
     "gru alone": methods.GRU(retain_weight=0.0),
     "salun without its mask": methods.SalUn(mask=None),
     "retrain from new weights": methods.Retrain(reinitialise=True),
+    "lur with a mask": fastlur.LUR(mask=methods.SaliencyMask()),
+    "lur with a trim": fastlur.LUR(trim=methods.Trim()),
+    "scissorhands without its trim, with a mask": methods.ScissorHands(trim=None, mask=methods.SaliencyMask()),
+    "gradient_ascent with a mask beside its own": methods.GradientAscent(mask=methods.SaliencyMask(1)),
+    "a method of one's own with a mask": Plain(mask=lambda passes: methods.SaliencyMask()(passes)),
 }
 METHODS_AND_VARIANTS = {name: METHODS[name]() for name in STEPPING} | VARIANTS
 
@@ -136,6 +148,19 @@ class TestBeforeAndAfter:
     @pytest.mark.parametrize(("name", "passes"), [("salun", 4), ("selective_amnesia", 24), ("eupmu", 2)])
     def test_a_pass_over_the_data(self, name, passes, counter):
         assert self.opened(counter, METHODS[name]()) == passes
+
+    @pytest.mark.parametrize("name", STEPPING)
+    def test_a_trim_and_a_mask_say_so_where_there_are_any(self, name):
+        bare = replace(METHODS[name](), trim=None, mask=None)
+        both = replace(bare, trim=methods.Trim(), mask=methods.SaliencyMask())
+        for part in ("trim", "mask"):
+            assert part not in bare.cost.note
+            assert f"a pass over the forget data for the {part}" in both.cost.note
+            assert f"the {part}" in replace(bare, **{part: lambda passes: None}).cost.note
+        assert both.cost.buffers == bare.cost.buffers + 0.25
+
+    def test_a_trim_is_a_pass_over_the_forget_data(self, counter):
+        assert self.opened(counter, fastlur.LUR(trim=methods.Trim())) == 4
 
     @pytest.mark.parametrize(("group", "passes"), [(1, 32 + 160), (4, 48), (None, 24)])
     def test_ssd_passes_group_by_group(self, group, passes, counter):

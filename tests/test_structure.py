@@ -23,7 +23,7 @@ SHARED = {f"methods.{name}" for name in ("base", "components", "importance", "re
 
 # From the ground up: a module may import only what stands on a lower floor than itself.
 FLOORS = [
-    {"stats", "_version", "errors", "reference", "_extension"},
+    {"stats", "_version", "errors", "reference", "_extension", "placement"},
     {"backends", "capture", "footprint", "operands", "world", "slots"},
     {"memory"},
     {"serving"},

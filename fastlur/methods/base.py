@@ -7,16 +7,20 @@ with the package are the modules beside this one; each is found by its presence.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from fastlur.errors import ArgumentError, finite
+from fastlur import ops
+from fastlur.errors import ArgumentError, NonFiniteError, finite
 from fastlur.identity import name_of
 from fastlur.losses import BoundedForgetting
-from fastlur.passes import Loss, Passes
+from fastlur.passes import Loss, Passes, Which
 from fastlur.space import Vector
+
+BYTE = 0.25  # a byte a weight, in parameter-sized vectors of float32
 
 
 class Direction(NamedTuple):
@@ -179,9 +183,16 @@ class Recipe:
         """λ; 1 unless the method has an argument of that name."""
         return 1.0
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Let `cost` hold that of the parts that are switched on: a method says what it costs without them."""
+        super().__init_subclass__(**keywords)
+        own = vars(cls).get("cost")
+        if own is not None:
+            cls.cost = property(lambda self: _with_parts(_own(own, self), self), doc=own.__doc__)  # type: ignore[assignment, method-assign]
+
     @property
     def cost(self) -> Cost:
-        """Of a step."""
+        """Of a step, with that of `trim` and `mask`."""
         raise NotImplementedError(f"{type(self).__name__} does not say what a step costs")
 
     def default_forget_loss(self, task: str) -> Loss:
@@ -202,6 +213,34 @@ class Recipe:
     def settings(self) -> dict[str, Any]:
         """The arguments, as plain JSON values."""
         return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
+
+
+def check_finite(total: Vector, which: Which) -> None:
+    """Refuse gradients summed up before the steps that are not finite; waits for the device.
+
+    Raises:
+        NonFiniteError: they are not.
+    """
+    if not bool(torch.isfinite(ops.grad_dot(total.flats, total.flats)[0]).all()):
+        raise NonFiniteError(f"{which}: a gradient of these data is not finite; the model is as it came")
+
+
+def _own(cost: Any, method: Recipe) -> Cost:
+    found: Cost = cost.__get__(method) if isinstance(cost, property) else cost
+    return found
+
+
+def _with_parts(cost: Cost, method: Recipe) -> Cost:
+    """The cost with what the parts add: a mask is held as long as the run, a byte a weight; a trim leaves nothing."""
+    if not isinstance(cost, Cost):
+        return cost
+    notes = [cost.note]
+    if method.trim is not None:
+        notes.append(getattr(method.trim, "note", "before the first step: the trim"))
+    if method.mask is not None:
+        notes.append(getattr(method.mask, "note", "once: the mask"))
+    note = "; ".join(filter(None, notes))
+    return replace(cost, buffers=cost.buffers + (0 if method.mask is None else BYTE), note=note)
 
 
 def check_range(name: str, value: object, low: float = 0.0, high: float | None = None, example: object = None) -> None:

@@ -14,6 +14,9 @@ import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
+import torch
+
+from fastlur import _extension
 from gpu_parts.book import Book, Options, Row, Skip
 
 ROOT = Path(__file__).parent.parent.parent
@@ -46,7 +49,7 @@ def run(book: Book, options: Options) -> None:
 
 def extension(row: Row, book: Book, tiny: bool) -> None:
     """Whether the extension serves this device; if not, it is built in place. A failure is told, and is not fatal."""
-    row["missing"] = _missing()
+    row["missing"] = _extension.missing("cuda" if torch.cuda.is_available() else "cpu")
     if row["missing"] is None:
         row["outcome"] = "was there"
         return

@@ -134,7 +134,7 @@ def verdict(row: Row, found: dict[str, list[Row]]) -> None:
         raise Skip(f"no run of {PUBLISHED} is there")
     row["target_gap"] = min(each["gap"] for each in found[PUBLISHED])
     row["seconds"] = {}
-    for name, runs in found.items():
+    for name, runs in ((name, runs) for name, runs in found.items() if runs):
         near = [each["seconds"] for each in runs if each["gap"] <= row["target_gap"]]
         row["seconds"][name] = min(near) if near else None
     base = row["seconds"][PUBLISHED]

@@ -130,7 +130,7 @@ def tuned(row: Row, name: str, layout: str, seconds: float) -> None:
     held = [vectors(shapes, 0)]
     source, target = torch.rand(2, numel(shapes), device=device())
     arms: dict[str, Arm] = {"copy": lambda: target.copy_(source)}
-    best = backends.serving("cuda")
+    best = backends.serving(device().type)
     arms[best] = bench_ops.ours(name, held[0])
     arms["torch: compiled"] = compiled(name, held[0])
     spelled = eager(name, held[0])

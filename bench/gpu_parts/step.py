@@ -24,6 +24,7 @@ from models import MODELS
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastlur.data import to_device
 from fastlur.methods import METHODS
 from gpu_parts.book import Book, Options, Row, device, release
 from gpu_parts.timing import captured, launches, sampled, spread, tf32
@@ -69,11 +70,11 @@ FULL = [  # by importance
     Case("vit_s", 64, "tf32", arms=(*MODES, PUBLISHED)),
     Case("resnet18", 256, "bf16", "channels_last", compile=True, arms=PLAIN, expected=45),
 ]
-TINY = [Case("mlp", 2, "fp32", arms=("optimistic", "exact", CLEANED)), Case("mlp", 2, "bf16", arms=("secant",))]
+TINY = [Case("mlp", 8, "fp32", arms=("optimistic", "exact", CLEANED)), Case("mlp", 8, "bf16", arms=("secant",))]
 
 
 def run(book: Book, options: Options) -> None:
-    small = Case("mlp", 2, "fp32") if options.tiny else Case("resnet18", 64, "fp32")
+    small = Case("mlp", 8, "fp32") if options.tiny else Case("resnet18", 64, "fp32")
     held: dict[str, nn.Module] = {}
     for case in TINY if options.tiny else FULL:
         expected = 0.0 if options.tiny else case.expected
@@ -156,6 +157,8 @@ def settings(case: Case) -> dict[str, Any]:
 def arm(case: Case, model: nn.Module, forget: Any, retain: Any, name: str) -> Iterator[Arm]:
     """One arm on a copy of the model; conflicts of ScissorHands are made, not awaited."""
     precision = "bf16" if case.precision == "bf16" else "fp32"
+    if case.layout is not None:
+        forget, retain = (to_device(each, device(), getattr(torch, case.layout)) for each in (forget, retain))
     if name == "bare":
         yield bare(model, forget, retain, precision, **settings(case))
         return
@@ -165,7 +168,7 @@ def arm(case: Case, model: nn.Module, forget: Any, retain: Any, name: str) -> It
         yield (lambda: step(forget, retain)) if form is None else parts(step, forget, retain)["step in conflict"]
 
 
-def memory(row: Row, case: Case, model: nn.Module, forget: Any, retain: Any, name: str) -> dict[str, int] | None:
+def memory(row: Row, case: Case, model: nn.Module, forget: Any, retain: Any, name: str) -> dict[str, int | None] | None:
     """What an arm takes beyond the model and batches it is given, in bytes; None, and why, where it cannot run."""
     release()
     before = allocated()
@@ -176,6 +179,8 @@ def memory(row: Row, case: Case, model: nn.Module, forget: Any, retain: Any, nam
                 torch.cuda.reset_peak_memory_stats()
             step()
             found = {"peak_bytes": allocated(peak=True) - before, "resident_bytes": allocated() - before}
+            if device().type != "cuda":
+                return dict.fromkeys(found)  # not known here
     except Exception as error:
         row.setdefault("dropped", {})[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         return None
@@ -219,7 +224,7 @@ def side_by_side(case: Case, given: tuple[nn.Module, Any, Any], names: list[str]
         return sampled({name: stack.enter_context(arm(case, *given, name)) for name in names}, seconds, fewest=4)
 
 
-def fits(taken: dict[str, dict[str, int]], names: list[str]) -> bool:
+def fits(taken: dict[str, Any], names: list[str]) -> bool:
     """Whether the arms stand beside each other in the device's memory, one of them stepping."""
     if device().type != "cuda":
         return True

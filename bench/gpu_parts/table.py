@@ -113,9 +113,10 @@ def step(cases: list[Part]) -> list[str]:
             ratio = case["ratio_to_bare"].get(arm)
             shown = "1" if arm == "bare" else "refused" if ratio is None else "{:.3f} [{:.3f}, {:.3f}]".format(*ratio)
             peaks = {name: each["peak_bytes"] for name, each in case["memory"].items() if each}
-            extra = (peaks[arm] - peaks["bare"]) / copies if arm in peaks else float("nan")
+            known = None not in (peaks.get(arm), peaks.get("bare"))
+            extra = f"{(peaks[arm] - peaks['bare']) / copies:+.2f}" if known else ""
             cosine = case["alignment_cosine"].get(arm.split(",")[0], "")
-            lines.append(f"| {case['case']} | {arm} | {1e3 * times[0]:.2f} | {shown} | {extra:+.2f} | {cosine} |")
+            lines.append(f"| {case['case']} | {arm} | {1e3 * times[0]:.2f} | {shown} | {extra} | {cosine} |")
     for case in cases:
         if "own" in case:
             lines += ["", f"- {case['case']}: launches {case['launches']}, our own {case['own']}"]

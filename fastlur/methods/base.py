@@ -230,7 +230,7 @@ def _own(cost: Any, method: Recipe) -> Cost:
     return found
 
 
-def _with_parts(cost: Cost, method: Recipe) -> Cost:
+def _with_parts(cost: Any, method: Recipe) -> Any:
     """The cost with what the parts add: a mask is held as long as the run, a byte a weight; a trim leaves nothing."""
     if not isinstance(cost, Cost):
         return cost

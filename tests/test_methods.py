@@ -30,6 +30,10 @@ PROMISED = (
 # Pairs whose first updates may agree, with the reason.
 ALIASES: dict[frozenset[str], str] = {
     frozenset(("fine_tune", "retrain")): "retraining is fine-tuning of a fresh model",
+    frozenset(
+        ("fine_tune", "scrub")
+    ): "the divergence from the teacher has no gradient in the first step, at the teacher",
+    frozenset(("retrain", "scrub")): "both",
 }
 
 
@@ -182,6 +186,17 @@ def test_no_two_methods_are_the_same_one():
         if frozenset((one, other)) not in ALIASES:
             scale = max(float(updates[one].norm()), float(updates[other].norm()))
             assert float((updates[one] - updates[other]).norm()) > 1e-4 * scale, (one, other)
+
+
+def test_scrub_is_fine_tuning_in_its_first_step_only():
+    torch.manual_seed(3)
+    model, data = mlp(), (blobs(16), blobs(16))
+    moved = {}
+    for name in ("fine_tune", "scrub"):
+        copied = copy.deepcopy(model)
+        run(copied, *data, method=name, steps=4, batch_size=16)
+        moved[name] = flat(copied) - flat(model)
+    assert float((moved["scrub"] - moved["fine_tune"]).norm()) > 1e-4 * float(moved["fine_tune"].norm())
 
 
 def test_what_only_looks_like_a_method_is_refused_before_anything_happens():

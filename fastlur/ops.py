@@ -1,11 +1,14 @@
 """The vector operations of a step: their schemas, what they look like to a tracer, and how they are called.
 
 Each operation is registered with torch as `torch.ops.fastlur.<name>`, so that `torch.compile` takes it as one node; the
-functions here check their arguments, accept numbers where the schema wants device scalars, and call it. What an
-operation computes is defined by its namesake in `fastlur.reference`; who computes it is decided in `fastlur.backends`.
+functions here accept numbers where the schema wants device scalars, and call it. What an operation computes is defined
+by its namesake in `fastlur.reference`; who computes it is decided in `fastlur.backends`.
 
 Vectors are lists of tensors, or one tensor (a flat buffer). Tensors at the same place of several lists have the same
-shape and dtype (a mask is bool), all are on one device. Everything written is written in place, and nothing else is.
+shape and dtype (a mask is bool), all are on one device; their strides may differ. Everything written is written in
+place, and nothing else is. What is written shares memory with nothing, except that a tensor may be read at the very
+place where it is written (`displace(theta, theta, d, alpha)`). All of this is checked: what does not fit is refused with
+an ArgumentError, and nothing was written then.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench bench-full report ext cuda-compile sanitize clean
+.PHONY: demo test check check-slow bench bench-full report ext cuda-compile sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/python -m fastlur demo --out demo
@@ -18,13 +18,18 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
+# What takes too long for every day: hundreds of kills, every byte damaged, thousands of generated calls. Prints counts.
+check-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow -s
+
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench/bench_*.py --benchmark-only -s
 
 # Everything, 1e8 elements too, kept in bench/results with the machine in it.
 bench-full: $(STAMP) ext
-	FASTLUR_BENCH_FULL=1 $(BIN)/python -m pytest bench/bench_ops.py --benchmark-only --record cpu-ops
-	FASTLUR_BENCH_FULL=1 $(BIN)/python -m pytest bench/bench_memory.py --benchmark-only -s --record cpu-memory
+	for part in exact growth memory ops scissorhands step; do \
+	  FASTLUR_BENCH_FULL=1 $(BIN)/python -m pytest bench/bench_$$part.py --benchmark-only -s --record $$part || exit 1; \
+	done
 	$(BIN)/python bench/report.py
 
 # Figures in the README come from committed results through this, never from a hand.

@@ -19,7 +19,7 @@ from measure import interleaved, medians, ratio
 from models import MODELS
 
 FULL = os.environ.get("FASTLUR_BENCH_FULL") == "1"
-SECONDS = 40.0 if FULL else 10.0
+SECONDS = 20.0 if FULL else 10.0
 EVERYTHING = (*MODES, FRUGAL, *OTHERS)
 CASES = [
     (model, batch, precision, None, EVERYTHING)

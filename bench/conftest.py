@@ -1,4 +1,4 @@
-"""`--record NAME` keeps what the benchmarks measured in bench/results/NAME.json, with the machine in it."""
+"""`--record NAME` keeps what was measured in bench/results/cpu-NAME.json, or gpu-NAME.json where there is one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record", metavar="NAME", help="write the figures to bench/results/NAME.json")
+    parser.addoption("--record", metavar="NAME", help="write the figures to bench/results/{cpu,gpu}-NAME.json")
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +31,8 @@ def record(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
     name = request.config.getoption("--record")
     if name and rows and not request.session.testsfailed:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(dumped(measured_on, rows))
+        kind = "gpu" if torch.cuda.is_available() else "cpu"
+        (RESULTS / f"{kind}-{name}.json").write_text(dumped(measured_on, rows))
 
 
 def dumped(measured_on: dict[str, Any], rows: list[dict[str, Any]]) -> str:

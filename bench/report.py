@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from picture import draw
 from tables import memory, scissorhands, steps
 
 ROOT = Path(__file__).parent.parent
@@ -92,6 +93,7 @@ def main() -> int:
         return int(any(page.read_text() != text for page, text in after.items()))
     for page, text in after.items():
         page.write_text(text)
+    draw()
     return 0
 
 

@@ -98,11 +98,11 @@ def _parts(row: dict[str, Any]) -> list[str]:
 
 
 def _results(kind: str) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(the machine in words, the rows) of every result of that kind."""
-    found = []
+    """(the machine in words, the rows) of every result of that kind; parts recorded on one machine are one result."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(RESULTS.glob(f"*-{kind}.json")):
         kept = json.loads(path.read_text())
         made = kept["machine"]
         where = made["gpu"] or f"{made['cpu']}, {made['threads']} threads"
-        found.append((f"{where}, torch {made['torch']}", kept["rows"]))
-    return found
+        found.setdefault(f"{where}, torch {made['torch']}", []).extend(kept["rows"])
+    return list(found.items())

@@ -1,6 +1,6 @@
 """Make a trained PyTorch model forget some data and keep the rest: `unlearn(model, forget, retain)`."""
 
-from fastlur import methods
+from fastlur import methods, stopping
 from fastlur._version import __version__
 from fastlur.api import unlearn
 from fastlur.errors import (
@@ -39,5 +39,6 @@ __all__ = [
     "likelihood_ratio_attack",
     "meta_gradient",
     "methods",
+    "stopping",
     "unlearn",
 ]

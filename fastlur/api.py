@@ -2,44 +2,43 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastlur import checks, content, overlap
+from fastlur import checks, identity, look, overlap
 from fastlur._version import __version__
 from fastlur.backends import serving
-from fastlur.budget import RetainBudget
-from fastlur.checkpoint import Checkpointer, model_digest
-from fastlur.data import Feed, Source, Stream, source, to_device
-from fastlur.errors import ArgumentError, DataError, ModelError
+from fastlur.budget import RetainBudget, check_limit
+from fastlur.checkpoint import Checkpoints, Found
+from fastlur.checkpointer import Checkpointer
+from fastlur.data import Feed, Stream
+from fastlur.errors import ArgumentError, DataError, ModelError, NonFiniteError
 from fastlur.history import History
+from fastlur.interrupt import Interrupt, Interrupted
+from fastlur.look import SIDES
 from fastlur.loop import Observer, run
 from fastlur.losses import cross_entropy
 from fastlur.methods import resolve
-from fastlur.methods.base import Method
+from fastlur.methods.base import Method, Recipe
 from fastlur.passes import Loss, Which
 from fastlur.result import Result
 from fastlur.slots import Selection, select
+from fastlur.snapshot import Snapshot
 from fastlur.step import Step
-from fastlur.world import borrowed_random, derive, determinism, kept_modes, seed_loading
+from fastlur.world import derive, determinism, kept_modes, random_states, set_random_states
 
-STEPS = 150
 DEFAULT_LR = {"sgd": 0.03, "adamw": 1e-3}
 SCHEDULES: dict[str, Callable[[int, int], float]] = {
     "linear": lambda step, steps: 1 - step / steps,
     "constant": lambda step, steps: 1.0,
 }
-PROBES = 8  # retain batches that a retain budget is measured on
-SIDES: tuple[Which, Which] = ("forget", "retain")
 
 
 @torch.inference_mode(False)
@@ -72,6 +71,7 @@ def unlearn(
     device: str | torch.device | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 50,
+    keep_checkpoints: bool = False,
     allow_overlap: bool = False,
     progress: bool = True,
     callbacks: Sequence[Observer] = (),
@@ -113,14 +113,17 @@ def unlearn(
         compile: run forwards through `torch.compile`.
         memory_format: `torch.channels_last` for convolutional models; weights come back in their own format.
         deterministic: use deterministic algorithms on CUDA too (slower); the CPU is deterministic anyway.
-        stop: one or more stopping rules: callables that take a `fastlur.loop.StepEvent`; a true answer ends the run.
+        stop: one or more stopping rules (see `fastlur.stopping` for a target, patience, a time budget): callables that
+            take a `fastlur.loop.StepEvent`; a true answer ends the run.
         max_retain_loss_increase: end the run and roll back once the retain loss, in eval mode, has risen by more than
-            this; None: no such guard.
+            this over that of the model as given; the model comes back within it. None: no such guard.
         seed: fixes the order of the data and every random draw. Same seed, same machine: same result, bit for bit.
         device: move the model there first; None: use it where it is. Batches follow the model.
         checkpoint: a directory; an interrupted run goes on from it, bit for bit, when the same call is made again.
             Removed at the end, since it still holds the old weights.
         checkpoint_every: steps between two checkpoints.
+        keep_checkpoints: leave the last two where they are when the run is over; made again, the call then ends at once
+            with the same model.
         allow_overlap: go on although retain contains forget items (equal inputs and targets). Tensors in memory are
             compared whole; of data that may have to be decoded at most 5,000 items a side, with a warning.
         progress: show a bar on standard error.
@@ -153,10 +156,12 @@ def unlearn(
     rules: list[Observer] = [stop] if callable(stop) else list(checks.callables("stop", stop))
     callbacks = checks.callables("callbacks", callbacks)
     checks.path("checkpoint", checkpoint)
+    if max_retain_loss_increase is not None:
+        check_limit(max_retain_loss_increase)
     if device is not None:
         checks.move(model, device)
     where = next(model.parameters()).device
-    sources, contents, firsts = _look_at_data(forget, retain, batch_size, seed, where)
+    sources, contents, firsts = look.look_at_data(forget, retain, batch_size, seed, where)
     if not allow_overlap:
         overlap.check(forget, retain, contents["forget"], contents["retain"])
     uses_forget = getattr(method, "uses_forget", True)
@@ -167,10 +172,11 @@ def unlearn(
         "forget": forget_loss or method.default_forget_loss(kind),
     }
     tried: dict[Which, Loss] = losses if uses_forget else {"retain": losses["retain"]}
-    checks.trial(model, tried, firsts, contents, classifies=classifies, device=where, precision=precision)
+    how = checks.How(where, precision, getattr(method, "training", True))
+    rows = checks.trial(model, tried, firsts, contents, classifies, how)
     if forget_loss is not None and getattr(method, "own_objective", False):
         raise ArgumentError(f"forget_loss: {method.name} defines what it minimises on the forget data; leave it None")
-    total = _length(sources, steps, epochs, getattr(method, "steps", None))
+    total = look.length(sources, steps, epochs, getattr(method, "steps", None))
     if lr is not None and not isinstance(optimizer, str):
         raise ArgumentError(f"lr={lr!r}: the optimizer that was passed keeps its own; set it there")
     usual = DEFAULT_LR | getattr(method, "rates", {})
@@ -184,124 +190,116 @@ def unlearn(
         "batch_size": batch_size,
         "lr": base,
         "schedule": schedule,
-        "optimizer": optimizer if isinstance(optimizer, str) else type(optimizer).__name__,
+        "optimizer": identity.optimizer_settings(optimizer),
         "momentum": momentum,
         "weight_decay": weight_decay,
         "max_grad_norm": max_grad_norm,
         "precision": precision,
         "max_retain_loss_increase": max_retain_loss_increase,
+        "stop": [identity.name_of(rule) for rule in rules],
         "seed": seed,
         "device": str(where),
         "backend": serving(where.type),
-        "loss": _name(losses["retain"]),
-        "forget_loss": _name(losses["forget"]),
+        "loss": identity.name_of(losses["retain"]),
+        "forget_loss": identity.name_of(losses["forget"]),
         "memory_format": str(memory_format),
         "compile": compile,
         "deterministic": deterministic,
     }
     history = History()
     budget: RetainBudget | None = None
+    checkpoints: Checkpoints | None = None
+    found: Found | None = None
     kept: Checkpointer | None = None
     with ExitStack() as stack:
         stack.enter_context(kept_modes(model))
         stack.enter_context(determinism(deterministic))
         if where.type == "cuda":
             torch.cuda.reset_peak_memory_stats(where)
-        step = stack.enter_context(
-            Step(
-                model,
-                method,
-                losses,
-                optimizer=optimizer,
-                lr=base,
-                momentum=momentum,
-                weight_decay=weight_decay,
-                max_grad_norm=max_grad_norm,
-                parameters=parameters,
-                precision=precision,
-                memory_format=memory_format,
-                compile=compile,
-                seed=seed,
-                feed=Feed(sources, seed, where, memory_format),
-                steps=total,
-            )
-        )
-        guards: list[Observer] = []
-        if max_retain_loss_increase is not None:
-            probes = _probes(sources["retain"], seed, where, memory_format)
-            budget = RetainBudget(step.space, losses["retain"], probes, max_retain_loss_increase, checkpoint_every)
-            guards.append(budget)
         if checkpoint is not None:
-            identity: dict[str, Any] = {f"{side} data": contents[side].digest for side in SIDES}
-            identity |= {"model": model_digest(model), "moving parameters": step.space.names}
-            kept = Checkpointer(checkpoint, settings | identity, step, history, budget, checkpoint_every)
-            guards.append(kept)
-        streams = {side: Stream(sources[side], derive(seed, side), skip=step.step) for side in SIDES}
-        for stream in streams.values():
-            stack.callback(stream.close)
-        ended = run(
-            step,
-            streams["forget"],
-            streams["retain"],
-            steps=total,
-            lr=lambda t: base * SCHEDULES[schedule](t, total),
-            history=history,
-            observers=[*guards, *callbacks, *rules],
-            progress=progress,
-        )
-        step.finish()
-        if kept is not None:
-            kept.purge()
+            same: dict[str, Any] = {f"{side} data": contents[side].digest for side in SIDES}
+            same |= {"model": identity.model_digest(model), "architecture": identity.architecture_digest(model)}
+            same["moving parameters"] = list(dict.fromkeys(name for name, _ in select(model, parameters)))
+            if max_retain_loss_increase is not None:
+                same["checkpoint_every"] = checkpoint_every  # the budget looks then as well
+            checkpoints = Checkpoints(checkpoint, settings | same)
+            stack.callback(checkpoints.close)
+            found = checkpoints.newest()
+        if max_retain_loss_increase is not None:
+            budget = RetainBudget(
+                model,
+                losses["retain"],
+                look.probes(sources["retain"], seed, where, memory_format),
+                max_retain_loss_increase,
+                checkpoint_every,
+                parameters,
+                finishes=getattr(type(method), "finish", None) is not Recipe.finish,
+            )
+        rewrites = getattr(method, "trim", None) is not None or getattr(method, "rewrites", True)
+        given = Snapshot(model, parameters) if rewrites else None
+        try:
+            step = stack.enter_context(
+                Step(
+                    model,
+                    method,
+                    losses,
+                    optimizer=optimizer,
+                    lr=base,
+                    momentum=momentum,
+                    weight_decay=weight_decay,
+                    max_grad_norm=max_grad_norm,
+                    parameters=parameters,
+                    precision=precision,
+                    memory_format=memory_format,
+                    compile=compile,
+                    seed=seed,
+                    feed=Feed(sources, seed, where, memory_format),
+                    steps=total,
+                    rows=rows,
+                )
+            )
+            if checkpoints is not None and found is not None:
+                stack.callback(set_random_states, random_states())  # callbacks go on with the run's, the caller's stays
+                checkpoints.restore(step, found)
+            streams = {side: Stream(sources[side], derive(seed, side), skip=step.step) for side in SIDES}
+            for stream in streams.values():
+                stack.callback(stream.close)
+            observers = [*callbacks, *rules]
+            if checkpoints is not None:
+                kept = Checkpointer(
+                    checkpoints, step, history, streams, observers, budget, checkpoint_every, keep_checkpoints
+                )
+                if found is not None:
+                    kept.resume(found)
+        except BaseException:
+            if given is not None:
+                given.put_back()
+            raise
+        del given
+        interrupt = stack.enter_context(Interrupt())
+        try:
+            ended = run(
+                step,
+                streams["forget"],
+                streams["retain"],
+                steps=total,
+                lr=lambda t: base * SCHEDULES[schedule](t, total),
+                history=history,
+                observers=[each for each in (budget, *observers, kept) if each is not None],
+                progress=progress,
+                interrupted=lambda: interrupt.pending,
+            )
+            step.finish()
+        except (Interrupted, NonFiniteError) as error:
+            if kept is not None:
+                kept.broken_off(error)
+            raise
+        if budget is not None:
+            ended = budget.last() or ended
+        if checkpoints is not None and not keep_checkpoints:
+            checkpoints.purge()
+    settings["micro_batch"] = step.passes.spare.rows
     return Result(model, history, time.perf_counter() - began, _peak_memory(where), ended, settings)
-
-
-Looked = tuple[dict[Which, Source], dict[Which, content.Content], dict[Which, Any]]
-
-
-def _look_at_data(forget: Any, retain: Any, batch_size: int, seed: int, device: torch.device) -> Looked:
-    """Both sides as sources, what they hold, and the first batch of each."""
-    sources: dict[Which, Source] = {
-        "forget": source(forget, "forget", batch_size),
-        "retain": source(retain, "retain", batch_size),
-    }
-    contents: dict[Which, content.Content] = {}
-    firsts: dict[Which, Any] = {}
-    with borrowed_random(device):
-        for side in SIDES:
-            contents[side] = content.read(sources[side], side, derive(seed, "look", side))
-            stream = Stream(sources[side], derive(seed, side))
-            try:
-                firsts[side] = next(stream)
-            finally:
-                stream.close()
-    return sources, contents, firsts
-
-
-def _probes(retain: Source, seed: int, device: torch.device, memory_format: torch.memory_format | None) -> list[Any]:
-    """The fixed retain batches that a retain budget is measured on."""
-    with borrowed_random(device):
-        seed_loading(derive(seed, "budget"))
-        return [to_device(batch, device, memory_format) for batch in islice(retain.once(), PROBES)]
-
-
-def _name(loss: Loss) -> str:
-    """What tells a loss from another in a record: its settings where it shows them, else where it was defined."""
-    if not hasattr(loss, "__qualname__") and "__repr__" in vars(type(loss)):
-        return repr(loss)
-    owner: Any = loss if hasattr(loss, "__qualname__") else type(loss)
-    return f"{owner.__module__}.{owner.__qualname__}"
-
-
-def _length(sources: dict[Which, Source], steps: int | None, epochs: float | None, usual: int | None) -> int:
-    """How many steps: as asked for, or what is usual with the method; 0 for a method without steps, always."""
-    if usual == 0:
-        return 0
-    if epochs is None:
-        return steps or usual or STEPS
-    counts = [source.per_epoch for source in sources.values()]
-    if None in counts:
-        raise ArgumentError(f"epochs={epochs!r}: the data do not tell their length; give steps= instead")
-    return max(1, math.ceil(epochs * max(count for count in counts if count is not None)))
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from torch import nn
 
-from fastlur.errors import ArgumentError
+from fastlur.errors import ArgumentError, DataError
 from fastlur.loop import StepEvent
 from fastlur.passes import Loss
-from fastlur.space import ParameterSpace
+from fastlur.slots import Selection
+from fastlur.snapshot import Snapshot
 from fastlur.world import borrowed_random, mode, seed_torch
 
 CHECK_EVERY = 10
@@ -18,43 +21,58 @@ CHECK_EVERY = 10
 class RetainBudget:
     """An observer that ends the run once the retain loss has risen by more than `limit`, at the last good state.
 
-    The loss is the mean over fixed retain batches, in eval mode, looked at every 10 steps (and before every
-    checkpoint); "risen" is against the model as given. At each look within the budget the weights and buffers are
-    remembered, one copy of them; on the first one outside they are put back.
+    The loss is the mean over fixed retain batches, in eval mode, looked at every 10 steps, before every checkpoint and
+    at the end; "risen" is against the model as given, before anything that a method does to it beforehand, a trim say.
+    At each look within the budget the weights and buffers are remembered, one copy of them; on the first one outside
+    they are put back. So the model that a run leaves is within the budget, whatever the method.
 
     Args:
-        space: the moving parameters.
+        model: as given.
         loss: the retain loss.
         batches: what it is measured on, on the model's device.
         limit: the largest increase allowed, ≥ 0, in the units of the loss.
+        also_every: look as well whenever so many steps are done.
+        parameters: which may move.
+        finishes: the method changes the model after the last step, and what it makes of a state within the budget may
+            be outside; then there is only the model as given to go back to, of which a second copy is kept.
 
     Raises:
         ArgumentError: limit is negative or not a number.
+        DataError: the loss of the model as given is not finite.
     """
 
-    def __init__(self, space: ParameterSpace, loss: Loss, batches: list[Any], limit: float, also_every: int) -> None:
-        if not (isinstance(limit, int | float) and limit >= 0):
-            raise ArgumentError(f"max_retain_loss_increase={limit!r} must be a number ≥ 0, or None for no budget")
-        self.space, self.loss, self.batches, self.limit, self.also_every = space, loss, batches, limit, also_every
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        batches: list[Any],
+        limit: float,
+        also_every: int,
+        parameters: Selection = None,
+        finishes: bool = False,
+    ) -> None:
+        check_limit(limit)
+        self.model, self.loss, self.batches, self.limit, self.also_every = model, loss, batches, limit, also_every
+        self._device = next(model.parameters()).device
         self.baseline = self.measure()
-        self.remember()
+        if not math.isfinite(self.baseline):
+            raise DataError(
+                f"loss: is {self.baseline} on the retain data in eval mode, so max_retain_loss_increase={limit:g} has "
+                "nothing to start from; look for NaN in the model's buffers, or leave it None"
+            )
+        self._good = Snapshot(model, parameters)
+        self._given = Snapshot(model, parameters) if finishes else self._good
 
     def measure(self) -> float:
         """Mean retain loss now."""
-        model, device = self.space.model, self.space.device
-        with borrowed_random(device), mode(model, False), torch.no_grad():
-            seed_torch(0, device)
-            return sum(float(self.loss(model, batch)) for batch in self.batches) / len(self.batches)
-
-    def remember(self) -> None:
-        """Take the state to go back to."""
-        self._weights = [flat.clone() for flat in self.space.theta.flats]
-        self._buffers = [buffer.clone() for buffer in self.space.model.buffers()]
+        with borrowed_random(self._device), mode(self.model, False), torch.no_grad():
+            seed_torch(0, self._device)
+            return sum(float(self.loss(self.model, batch)) for batch in self.batches) / len(self.batches)
 
     def resume(self, baseline: float) -> None:
         """Go on with the baseline of an interrupted run, from the state it was brought back to."""
         self.baseline = baseline
-        self.remember()
+        self._good.take()
 
     def __call__(self, event: StepEvent) -> str | None:
         """Look, if it is time to; a text ends the run."""
@@ -62,13 +80,31 @@ class RetainBudget:
             return None
         now = self.measure()
         if now <= self.baseline + self.limit:
-            self.remember()
+            self._good.take()
             return None
-        with torch.no_grad():
-            torch._foreach_copy_(self.space.theta.flats, self._weights)
-            for buffer, before in zip(self.space.model.buffers(), self._buffers, strict=True):
-                buffer.copy_(before)
+        self._good.put_back()
+        return self._over(now, "the last state within the budget")
+
+    def last(self) -> str | None:
+        """Look at the finished model, which a method may have changed without a step; a text says why it was undone."""
+        now = self.measure()
+        if now <= self.baseline + self.limit:
+            return None
+        self._given.put_back()
+        return self._over(now, "the model as given")
+
+    def _over(self, now: float, to: str) -> str:
         return (
             f"retain loss rose from {self.baseline:.4g} to {now:.4g}, more than max_retain_loss_increase="
-            f"{self.limit:g}; rolled back to the last state within the budget"
+            f"{self.limit:g}; rolled back to {to}"
         )
+
+
+def check_limit(limit: object) -> None:
+    """Refuse what is no budget.
+
+    Raises:
+        ArgumentError: it is negative or not a number.
+    """
+    if not isinstance(limit, int | float) or isinstance(limit, bool) or not limit >= 0:
+        raise ArgumentError(f"max_retain_loss_increase={limit!r} must be a number ≥ 0, or None for no budget")

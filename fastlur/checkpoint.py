@@ -9,246 +9,256 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from fastlur.budget import RetainBudget
 from fastlur.errors import CheckpointError
-from fastlur.history import History
-from fastlur.loop import StepEvent
+from fastlur.folder import SUFFIX, Folder
+from fastlur.packing import pack, unpack
 from fastlur.step import Step
+from fastlur.world import random_states, set_random_states
 
 KEPT = 2
-OURS = re.compile(r"\.?step-\d{8}\.(json|safetensors)(\.writing)?")
+LARGEST = 1 << 30  # bytes of a description, which holds the history: more than any run has
+OURS = re.compile(r"(step-\d{8}\.(json|safetensors)|\.(probe|step-\d{8}\.(json|safetensors))" + re.escape(SUFFIX) + ")")
 NAME = re.compile(r"step-(\d{8})\.json")
+# what a file that is damaged, or was made to do damage, may bring out of the libraries that read it
+DAMAGE = (
+    OSError,
+    SafetensorError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    StopIteration,
+    RuntimeError,
+    RecursionError,
+    MemoryError,
+)
+
+
+class Found(NamedTuple):
+    """An intact checkpoint of this run: its description, and where its tensors are."""
+
+    record: dict[str, Any]
+    tensors: Path
 
 
 class Checkpoints:
-    """The checkpoints of one run in one directory.
+    """The checkpoints of one run in one directory, which nobody else may write to until `close`.
 
     Args:
         directory: made if it does not exist.
         settings: what determines the run; a checkpoint of other settings is refused.
 
     Raises:
-        CheckpointError: the directory cannot be made or written to.
+        CheckpointError: the directory cannot be made or written to, or another run is using it.
     """
 
     def __init__(self, directory: str | os.PathLike[str], settings: dict[str, Any]) -> None:
-        self.directory, self.settings = Path(directory), settings
+        self.name, self.settings = repr(os.fspath(directory)), settings
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._write("probe", b"")
-            (self.directory / "probe").unlink()
+            self.folder = Folder(directory)
+            free = self.folder.lock()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"checkpoint={self.name} cannot be written to: {error}") from error
+        if not free:
+            raise CheckpointError(f"checkpoint={self.name} is in use by another run; wait for it, or use another")
+        try:
+            self.folder.write("probe", b"")
+            self.folder.remove("probe")
         except OSError as error:
-            raise CheckpointError(f"checkpoint={str(directory)!r} cannot be written to: {error}") from error
+            self.close()
+            raise CheckpointError(f"checkpoint={self.name} cannot be written to: {error}") from error
+
+    def close(self) -> None:
+        """Let others use the directory."""
+        self.folder.unlock()
 
     def save(self, step: Step, extra: dict[str, Any]) -> None:
-        """Write the state after the step just done.
+        """Write the state after the step just done, random states of the host and of every device included.
+
+        Args:
+            step: the step.
+            extra: what else belongs to the run, as plain JSON.
 
         Raises:
             CheckpointError: it could not be written; older checkpoints are as they were.
         """
-        state = step.state_dict()
-        tensors = {f"buffer/{k}": v for k, v in step.space.model.named_buffers()}
-        tensors |= {f"weight/{k}": v for k, v in zip(step.space.names, step.space.theta.views, strict=True)}
-        for vector, named in state["vectors"].items():
-            tensors |= {f"vector/{vector}/{name}": tensor for name, tensor in named.items()}
-        tensors |= {f"method/{name}": tensor for name, tensor in state["tensors"].items()}
-        tensors["control"] = state["control"]
-        optimizer = _pack(state["optimizer"], "optimizer", tensors)
-        payload = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
-        stem = f"step-{state['step']:08d}"
-        record = {
-            "settings": self.settings,
-            "step": state["step"],
-            "method": state["method"],
-            "vectors": sorted(state["vectors"]),
-            "optimizer": optimizer,
-            "checksum": blake2b(payload, digest_size=32).hexdigest(),
-            **extra,
-        }
-        text = json.dumps(record)
+        stem = f"step-{step.step:08d}"
         try:
-            self._write(f"{stem}.safetensors", payload)
-            self._write(f"{stem}.json", json.dumps({"record": record, "checksum": _digest(text)}).encode())
-        except OSError as error:
-            raise CheckpointError(f"checkpoint {stem} could not be written: {error}") from error
-        for old in self._steps()[KEPT:]:
-            self._remove(old)
+            payload, text = self._content(step, extra)
+            self.folder.write(f"{stem}.safetensors", payload)
+            self.folder.write(f"{stem}.json", text)
+        except (OSError, SafetensorError, TypeError, ValueError, KeyError, RuntimeError) as error:
+            for name in (f"{stem}.json", f"{stem}.safetensors"):
+                with suppress(OSError):
+                    self.folder.remove(name)
+            raise CheckpointError(f"checkpoint={self.name}: {stem} could not be written: {error}") from error
+        with suppress(OSError):  # one too many does no harm
+            for old in self._steps()[KEPT:]:
+                self._remove(old)
 
-    def load(self, step: Step) -> dict[str, Any] | None:
-        """Bring a run to the newest readable checkpoint; returns what `save` was given as `extra`, or None.
+    def newest(self) -> Found | None:
+        """The newest intact checkpoint; what a crash has left of others is removed.
 
         Raises:
             CheckpointError: there are checkpoints, but of another run, or not one is intact.
         """
         faults = []
-        for number in self._steps():
-            try:
-                record, tensors = self._read(number)
-            except (OSError, ValueError, KeyError, SafetensorError) as error:
-                faults.append(f"step {number}: {error}")
-                continue
-            self._same_run(record["settings"])
-            self._restore(step, record, tensors)
-            return record
+        try:
+            for number in self._steps():
+                try:
+                    found = self._read(number)
+                    theirs = dict(found.record["settings"])
+                except DAMAGE as error:
+                    faults.append(f"step {number}: {_line(error)}")
+                    continue
+                self._same_run(theirs)
+                self._tidy()
+                return found
+        except OSError as error:
+            raise CheckpointError(f"checkpoint={self.name} cannot be read: {error}") from error
         if faults:
-            raise CheckpointError(
-                f"checkpoint: none in {str(self.directory)!r} is intact ({'; '.join(faults)}); remove it"
-            )
+            raise CheckpointError(f"checkpoint: none in {self.name} is intact ({'; '.join(faults)}); remove it")
         return None
 
-    def purge(self) -> None:
-        """Remove every checkpoint: they still hold the weights that were to be forgotten."""
-        for file in self.directory.iterdir():
-            if OURS.fullmatch(file.name):
-                file.unlink(missing_ok=True)
+    def restore(self, step: Step, found: Found) -> None:
+        """Bring a run to where it was; on an error the model is as it was.
 
-    def _read(self, number: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        stem = self.directory / f"step-{number:08d}"
-        outer = json.loads(stem.with_suffix(".json").read_bytes())
+        Raises:
+            CheckpointError: what the checkpoint holds does not fit the run.
+        """
+        try:
+            with safe_open(found.tensors, framework="pt") as file:
+                self._fill(step, found.record, file.get_tensor, set(file.keys()))
+        except CheckpointError:
+            raise
+        except DAMAGE as error:
+            raise CheckpointError(
+                f"checkpoint={self.name}: step {found.record.get('step')} does not fit this run: {_line(error)}"
+            ) from error
+
+    def purge(self) -> None:
+        """Remove every checkpoint, since they still hold the old weights; what cannot be removed is warned of."""
+        try:
+            for name in self.folder.names():
+                if OURS.fullmatch(name):
+                    self.folder.remove(name)
+        except OSError as error:
+            warnings.warn(
+                f"checkpoint={self.name} holds weights from before, and they could not be removed: {error}",
+                stacklevel=2,
+            )
+
+    def _content(self, step: Step, extra: dict[str, Any]) -> tuple[bytes, bytes]:
+        """Both files."""
+        state, space = step.state_dict(), step.space
+        tensors = {f"buffer/{k}": v.detach().clone() for k, v in space.model.named_buffers()}
+        tensors |= {f"weight/{k}": v for k, v in zip(space.names, space.theta.views, strict=True)}
+        for vector, named in state["vectors"].items():
+            tensors |= {f"vector/{vector}/{name}": tensor for name, tensor in named.items()}
+        tensors |= {f"method/{name}": tensor for name, tensor in state["tensors"].items()}
+        tensors["control"] = state["control"]
+        optimizer = pack(state["optimizer"], "optimizer", tensors)
+        random = pack(random_states(), "random", tensors)
+        payload = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+        record = {
+            "settings": self.settings,
+            "step": state["step"],
+            "rows": state["rows"],
+            "method": state["method"],
+            "vectors": sorted(state["vectors"]),
+            "optimizer": optimizer,
+            "random": random,
+            "checksum": blake2b(payload, digest_size=32).hexdigest(),
+            **extra,
+        }
+        text = json.dumps(record)
+        return payload, json.dumps({"record": record, "checksum": _digest(text)}).encode()
+
+    def _read(self, number: int) -> Found:
+        stem = f"step-{number:08d}"
+        outer = json.loads(self.folder.read(f"{stem}.json", LARGEST))
         record: dict[str, Any] = outer["record"]
         if _digest(json.dumps(record)) != outer["checksum"]:
             raise ValueError("its description is damaged")
-        payload = stem.with_suffix(".safetensors").read_bytes()
-        if blake2b(payload, digest_size=32).hexdigest() != record["checksum"]:
+        if record["step"] != number:
+            raise ValueError(f"it was made after step {record['step']}")
+        if self.folder.digest(f"{stem}.safetensors") != record["checksum"]:
             raise ValueError("its tensors are damaged")
-        return record, safetensors.torch.load(payload)
+        return Found(record, self.folder.place(f"{stem}.safetensors"))
 
     def _same_run(self, theirs: dict[str, Any]) -> None:
         mine = json.loads(json.dumps(self.settings))
         for key in sorted({*mine, *theirs}):
             if mine.get(key) != theirs.get(key):
                 raise CheckpointError(
-                    f"checkpoint={str(self.directory)!r} is of another run: {key} was {theirs.get(key)!r}, now "
-                    f"{mine.get(key)!r}; {'pass the model as it was at the start, or ' if key == 'model' else ''}"
+                    f"checkpoint={self.name} is of another run: {key} was {theirs.get(key)!r}, now {mine.get(key)!r}; "
+                    f"{'pass the model as it was at the start, or ' if key == 'model' else ''}"
                     "use another directory, or remove it to start afresh"
                 )
 
     @staticmethod
-    def _restore(step: Step, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, view in zip(step.space.names, step.space.theta.views, strict=True):
-                view.copy_(tensors[f"weight/{name}"])
-            for name, buffer in step.space.model.named_buffers():
-                buffer.copy_(tensors[f"buffer/{name}"])
+    def _fill(step: Step, record: dict[str, Any], tensor: Callable[[str], Tensor], names: set[str]) -> None:
+        """Everything is read and compared first; the model is written last, when nothing can fail any more."""
+        space = step.space
+        weights = [tensor(f"weight/{name}") for name in space.names]
+        for name, saved, view in zip(space.names, weights, space.theta.views, strict=True):
+            if (saved.shape, saved.dtype) != (view.shape, view.dtype):
+                raise ValueError(f"weight {name!r} is {saved.dtype} of shape {tuple(saved.shape)}")
+        prefix = "buffer/"
+        buffers = {name.removeprefix(prefix): tensor(name) for name in names if name.startswith(prefix)}
+        for name in buffers:
+            owner, _, last = name.rpartition(".")
+            module = space.model.get_submodule(owner)
+            if last not in module._buffers and hasattr(module, last):
+                raise ValueError(f"{name!r} is no buffer of the model")
         vectors = {
-            vector: {name: tensors[f"vector/{vector}/{name}"] for name in step.space.names}
-            for vector in record["vectors"]
+            vector: {name: tensor(f"vector/{vector}/{name}") for name in space.names} for vector in record["vectors"]
         }
-        optimizer = _unpack(record["optimizer"], tensors)
-        plain = {"step": record["step"], "method": record["method"]}
-        own = {k.removeprefix("method/"): v for k, v in tensors.items() if k.startswith("method/")}
-        state = plain | {"control": tensors["control"], "vectors": vectors, "tensors": own}
-        step.load_state_dict(state | {"optimizer": optimizer})
+        own = {name.removeprefix("method/"): tensor(name) for name in names if name.startswith("method/")}
+        state = {"control": tensor("control"), **{name: record[name] for name in ("step", "rows", "method")}}
+        optimizer = unpack(record["optimizer"], tensor)
+        random = unpack(record["random"], tensor)
+        step.load_state_dict(state | {"vectors": vectors, "tensors": own, "optimizer": optimizer})
+        set_random_states(random)
+        with torch.no_grad():
+            for saved, view in zip(weights, space.theta.views, strict=True):
+                view.copy_(saved)
+        gone = {name: None for name, _ in space.model.named_buffers() if name not in buffers}
+        step.passes.statistics.take(gone | {name: value.to(space.device) for name, value in buffers.items()})
 
     def _steps(self) -> list[int]:
-        found = (NAME.fullmatch(path.name) for path in self.directory.iterdir())
+        found = (NAME.fullmatch(name) for name in self.folder.names())
         return sorted((int(match[1]) for match in found if match), reverse=True)
 
+    def _tidy(self) -> None:
+        """Remove what a crash has left: half-written files, tensors without a description."""
+        described = {f"step-{number:08d}" for number in self._steps()}
+        for name in self.folder.names():
+            if OURS.fullmatch(name) and Path(name).stem not in described:
+                with suppress(OSError):
+                    self.folder.remove(name)
+
     def _remove(self, number: int) -> None:
-        stem = self.directory / f"step-{number:08d}"
-        for suffix in (".json", ".safetensors"):
-            stem.with_suffix(suffix).unlink(missing_ok=True)
-
-    def _write(self, name: str, content: bytes) -> None:
-        """A file whole or not at all: temporary name, flush to disk, rename, flush the directory."""
-        temporary = self.directory / f".{name}.writing"
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.directory / name)
-        handle = os.open(self.directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        for suffix in ("json", "safetensors"):
+            self.folder.remove(f"step-{number:08d}.{suffix}")
 
 
-class Checkpointer:
-    """An observer that saves every so many steps; when made, it first brings the run to where it was interrupted.
-
-    Args:
-        directory: of the checkpoints.
-        settings: what determines the run.
-        step: the step, which goes on from the newest checkpoint if there is one.
-        history: likewise.
-        budget: the retain budget, whose baseline is that of the interrupted run.
-        every: steps between two checkpoints.
-    """
-
-    def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        settings: dict[str, Any],
-        step: Step,
-        history: History,
-        budget: RetainBudget | None,
-        every: int,
-    ) -> None:
-        self.checkpoints = Checkpoints(directory, settings)
-        self.step, self.history, self.budget, self.every = step, history, budget, every
-        found = self.checkpoints.load(step)
-        if found is not None:
-            history.restore(found["history"])
-            if budget is not None:
-                budget.resume(found["baseline"])
-
-    def __call__(self, event: StepEvent) -> None:
-        """Save, if it is time to; only a state whose losses and gradients were finite is saved."""
-        if event.step % self.every == 0 and event.step < event.steps:
-            self.step.check()
-            baseline = None if self.budget is None else self.budget.baseline
-            self.checkpoints.save(self.step, {"history": self.history.columns(), "baseline": baseline})
-
-    def purge(self) -> None:
-        """Remove the checkpoints of a run that is over."""
-        self.checkpoints.purge()
-
-
-def model_digest(model: nn.Module) -> str:
-    """A hash of a model's parameters and buffers."""
-    digest = blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 def _digest(text: str) -> str:
     return blake2b(text.encode(), digest_size=32).hexdigest()
-
-
-def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Plain JSON for any nesting of dicts, lists and numbers, its tensors moved into `tensors`."""
-    if isinstance(value, Tensor):
-        tensors[path] = value
-        return {"tensor": path}
-    if isinstance(value, dict):
-        return {"dict": [[key, _pack(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
-    if isinstance(value, list | tuple):
-        return {type(value).__name__: [_pack(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]}
-    return {"plain": value}
-
-
-def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    kind, content = next(iter(value.items()))
-    match kind:
-        case "tensor":
-            return tensors[content]
-        case "dict":
-            return {key: _unpack(item, tensors) for key, item in content}
-        case "list":
-            return [_unpack(item, tensors) for item in content]
-        case "tuple":
-            return tuple(_unpack(item, tensors) for item in content)
-    return content

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from fastlur.content import Content
 from fastlur.data import to_device
 from fastlur.errors import ArgumentError, DataError, FastlurError, nearest
 from fastlur.losses import IGNORED, TARGETS, logits_and_targets, split
+from fastlur.microbatch import Spare
 from fastlur.passes import ARGUMENT, Loss, Which, scalar
 from fastlur.statistics import Statistics
 from fastlur.world import borrowed_random, passing
@@ -48,9 +50,9 @@ def path(name: str, value: object) -> None:
     """Refuse what is no path.
 
     Raises:
-        ArgumentError: it is neither None, a string nor a path.
+        ArgumentError: it is neither None, a string nor a path, or it is empty.
     """
-    if value is not None and not isinstance(value, str | os.PathLike):
+    if value is not None and (not isinstance(value, str | os.PathLike) or not os.fspath(value)):
         raise ArgumentError(f"{name}={value!r} must be a directory's path, or None")
 
 
@@ -90,34 +92,50 @@ def length(steps: int | None, epochs: float | None) -> None:
         raise ArgumentError(f"epochs={epochs!r} must be a positive number")
 
 
+class How(NamedTuple):
+    """How passes are made: on which device, in which precision, in train or in eval mode."""
+
+    device: torch.device
+    precision: str
+    training: bool
+
+
 def trial(
     model: nn.Module,
     losses: dict[Which, Loss],
     batches: dict[Which, Any],
     contents: dict[Which, Content],
-    *,
     classifies: dict[Which, bool],
-    device: torch.device,
-    precision: str,
-) -> None:
+    how: How,
+) -> int | None:
     """Evaluate the losses once as a step would, leaving no trace: no gradient, no statistics, no random state.
 
+    Returns:
+        How many items at a time the model has memory for; None: whole batches.
+
     Raises:
+        ModelError: it has not, and cannot take a batch in parts.
         DataError: the model or a loss cannot take a batch, a label is outside the logits, a loss is not a finite
             scalar, or batch norm cannot work with so small a batch.
     """
-    with borrowed_random(device), passing(model, device, precision), Statistics(model).frozen():
+    spare = Spare(model, model)
+
+    def attempt(which: Which, batch: Any) -> None:
+        try:
+            if classifies[which]:
+                _labels(spare.forward, batch, contents[which], which)
+            value = losses[which](spare.forward, batch)
+        except (FastlurError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise DataError(_why(error, which, batch)) from error
+        _value(value, which)
+
+    with borrowed_random(how.device), passing(model, *how), Statistics(model).frozen():
         for which in losses:
-            batch = to_device(batches[which], device)
-            try:
-                if classifies[which]:
-                    _labels(model, batch, contents[which], which)
-                value = losses[which](model, batch)
-            except FastlurError:
-                raise
-            except Exception as error:
-                raise DataError(_why(error, which, batch)) from error
-            _value(value, which)
+            batch = to_device(batches[which], how.device)
+            spare.run(partial(attempt, which, batch), batch)
+    return spare.rows
 
 
 def task_of(task: str, batches: dict[Which, Any]) -> str:
@@ -137,7 +155,7 @@ def task_of(task: str, batches: dict[Which, Any]) -> str:
     return "classification"
 
 
-def _labels(model: nn.Module, batch: Any, content: Content, which: Which) -> None:
+def _labels(model: Any, batch: Any, content: Content, which: Which) -> None:
     logits, targets = logits_and_targets(model, batch)
     classes, low, high = logits.shape[-1], int(targets.min()), int(targets.max())
     for label in (low, high, content.lowest, content.highest):

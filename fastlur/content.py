@@ -11,9 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
-from fastlur.data import Indexed, Source, loader_indices
+from fastlur.data import Indexed, Source
 from fastlur.errors import DataError
 from fastlur.losses import split
 from fastlur.world import seed_loading
@@ -95,6 +103,21 @@ def _by_index(source: Source) -> tuple[Any, Sequence[int]]:
     loader = getattr(source, "batches", None)
     served = loader_indices(loader) if isinstance(loader, DataLoader) else None
     return (None, ()) if loader is None or served is None else (loader.dataset, served)
+
+
+def loader_indices(loader: DataLoader[Any]) -> list[int] | None:
+    """The indices of its data set that a loader serves, where its samplers are torch's own and tell; else None."""
+    if not hasattr(loader.dataset, "__len__") or not hasattr(loader.dataset, "__getitem__"):
+        return None
+    batches: Any = loader.batch_sampler
+    if batches is not None and type(batches) is not BatchSampler:
+        return None
+    sampler: Any = loader.sampler if batches is None else batches.sampler
+    if type(sampler) is SubsetRandomSampler:
+        return [int(index) for index in sampler.indices]
+    if type(sampler) in (SequentialSampler, RandomSampler):
+        return list(range(len(loader.dataset)))
+    return None
 
 
 def _in_memory(data: Any) -> bool:

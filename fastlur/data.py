@@ -13,18 +13,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
     Dataset,
     IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
     default_collate,
 )
 
 from fastlur.errors import DataError
 from fastlur.world import derive, seed_loading
+
+NAMED = 8  # items of a batch that a message names
 
 
 def to_device(batch: Any, device: torch.device, memory_format: torch.memory_format | None = None) -> Any:
@@ -75,12 +73,9 @@ class Indexed:
         """See `Source`."""
         number = skip
         while True:
-            begin = number * self.batch_size
-            epochs = range(begin // self.length, (begin + self.batch_size - 1) // self.length + 1)
-            order = torch.cat([self._order(seed, epoch) for epoch in epochs])
-            within = begin - epochs[0] * self.length
+            index = self.indices(seed, number)
             seed_loading(derive(seed, "load", number))
-            yield self._take(order[within : within + self.batch_size])
+            yield self._take(index)
             number += 1
 
     def once(self, seed: int | None = None) -> Iterator[Any]:
@@ -89,6 +84,14 @@ class Indexed:
             seed_loading(seed)
         for begin in range(0, self.length, self.batch_size):
             yield self._take(torch.arange(begin, min(begin + self.batch_size, self.length)))
+
+    def indices(self, seed: int, number: int) -> Tensor:
+        """The items of batch `number` of the stream with that seed, shape (batch_size,)."""
+        begin = number * self.batch_size
+        epochs = range(begin // self.length, (begin + self.batch_size - 1) // self.length + 1)
+        order = torch.cat([self._order(seed, epoch) for epoch in epochs])
+        within = begin - epochs[0] * self.length
+        return order[within : within + self.batch_size]
 
     def _order(self, seed: int, epoch: int) -> Tensor:
         if getattr(self, "_cached", None) != (seed, epoch):
@@ -226,21 +229,6 @@ def _seed(batches: Iterable[Any], seed: int) -> None:
         generator.manual_seed(seed)
 
 
-def loader_indices(loader: DataLoader[Any]) -> list[int] | None:
-    """The indices of its data set that a loader serves, where its samplers are torch's own and tell; else None."""
-    if not hasattr(loader.dataset, "__len__") or not hasattr(loader.dataset, "__getitem__"):
-        return None
-    batches: Any = loader.batch_sampler
-    if batches is not None and type(batches) is not BatchSampler:
-        return None
-    sampler: Any = loader.sampler if batches is None else batches.sampler
-    if type(sampler) is SubsetRandomSampler:
-        return [int(index) for index in sampler.indices]
-    if type(sampler) in (SequentialSampler, RandomSampler):
-        return list(range(len(loader.dataset)))
-    return None
-
-
 class Feed:
     """The data of both sides, for what a method does before or between steps (a mask, a Fisher, a membership attack).
 
@@ -263,6 +251,24 @@ class Feed:
     def per_epoch(self, side: str) -> int | None:
         """Batches in one pass over a side; None where the data do not tell."""
         return self._sources[side].per_epoch
+
+    def where(self, side: str, step: int) -> str:
+        """What the batch of a side in a step is, in words."""
+        source, number = self._sources[side], step - 1
+        if isinstance(source, Indexed):
+            index = source.indices(derive(self._seed, side), number).tolist()
+            more = f", … ({len(index)})" if len(index) > NAMED else ""
+            return f"item{'s' * (len(index) > 1)} {', '.join(map(str, index[:NAMED]))}{more}"
+        count = source.per_epoch
+        return f"number {number % count + 1} of epoch {number // count + 1}" if count else f"number {step}"
+
+    def of_step(self, side: str, step: int) -> Any:
+        """The batch of a side in a step, read again; random state is seeded on the way."""
+        stream = Stream(self._sources[side], derive(self._seed, side), skip=step - 1)
+        try:
+            return to_device(next(stream), self._device, self._memory_format)
+        finally:
+            stream.close()
 
     def batches(self, side: str, limit: int | None = None, draw: object = 0) -> Iterator[Any]:
         """Every item of a side once, in batches on the device; with `limit` that many batches, drawn at random.
@@ -289,7 +295,7 @@ class Stream:
     """
 
     def __init__(self, source: Source, seed: int, skip: int = 0) -> None:
-        self.taken = skip
+        self.seed, self.taken = seed, skip
         self._generators = _generators(getattr(source, "batches", ()))
         self._before = [generator.get_state() for generator in self._generators]
         self._batches = source.stream(seed, skip)

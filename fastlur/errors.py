@@ -25,7 +25,19 @@ class DataError(FastlurError, ValueError):
 
 
 class NonFiniteError(FastlurError, ArithmeticError):
-    """A loss or a gradient was not finite; the model is as it was after the last good step."""
+    """A loss or a gradient was not finite; the model is as it was after the last good step.
+
+    Attributes:
+        step: in which, from 1; None before the first, and where it is not known.
+        sides: whose batch it may be: "forget", "retain" or both.
+        tensor: the name of the first parameter (or buffer) that is not finite, or whose gradient is not.
+    """
+
+    def __init__(
+        self, message: str, step: int | None = None, sides: tuple[str, ...] = (), tensor: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.step, self.sides, self.tensor = step, sides, tensor
 
 
 class CheckpointError(FastlurError, RuntimeError):

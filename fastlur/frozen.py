@@ -62,7 +62,7 @@ class Frozen:
     def logits(self, batch: Any) -> Tensor:
         """Its logits, shape (n, classes), one row a target."""
         with self.in_place():
-            return logits_and_targets(self.passes.forward, batch)[0]
+            return self.passes.spare.run(lambda: logits_and_targets(self.passes.forward, batch)[0], batch)
 
     def uphill(self, batch: Any, loss: Callable[[Any, Any], Tensor], epsilon: float) -> Any:
         """The batch with its floating-point inputs moved along the sign of the gradient of a loss.
@@ -77,9 +77,13 @@ class Frozen:
         leaves = {name: value.detach().requires_grad_() for name, value in named.items() if _floating(value)}
         if not leaves:
             return batch
-        with self.in_place(), torch.enable_grad():
+
+        def attempt() -> tuple[Tensor | None, ...]:
             value = loss(self.passes.forward, _with(batch, named | leaves, targets))
-            slopes = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+            return torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+
+        with self.in_place(), torch.enable_grad():
+            slopes = self.passes.spare.run(attempt, batch)
         for (name, leaf), slope in zip(leaves.items(), slopes, strict=True):
             if slope is not None:
                 here = leaf.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from fastlur.data import Stream
 from fastlur.history import History
+from fastlur.interrupt import Interrupted
 from fastlur.stats import StepStats
 from fastlur.step import Step
 from fastlur.world import borrowed_random
@@ -27,12 +29,14 @@ class StepEvent:
             waits for the device, looking at nothing does not.
         model: the model as it is now, undisplaced; evaluating it is fine; every pass runs in train mode
             whatever mode it is left in, and at the end of the run each module is in the mode it began in.
+        seconds: wall time since the first step of this call began.
     """
 
     step: int
     steps: int
     stats: StepStats
     model: nn.Module
+    seconds: float = 0.0
 
 
 Observer = Callable[[StepEvent], Any]
@@ -48,6 +52,7 @@ def run(
     history: History,
     observers: Sequence[Observer] = (),
     progress: bool = True,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> str:
     """Step until `steps` are done or an observer answers with something true; returns why it ended.
 
@@ -60,25 +65,37 @@ def run(
         history: filled on the way.
         observers: called in order after every step; the first true answer ends the run, as text its reason.
         progress: show a bar on standard error.
+        interrupted: looked at after every step, when all observers have seen it.
+
+    Raises:
+        Interrupted: it was so; the step last counted is whole.
     """
-    device = step.space.device
+    device, began = step.space.device, time.perf_counter()
     with tqdm(total=steps, initial=step.step, disable=not progress, desc="unlearn", unit="step") as bar:
         while step.step < steps:
             rate = lr(step.step)
             step.update.set_lr(rate)
-            with borrowed_random(device):
-                batches = next(forget), next(retain)
+            try:
+                with borrowed_random(device):
+                    batches = next(forget), next(retain)
+            except Exception as error:
+                if interrupted():  # Ctrl-C ends the workers of a loader as well
+                    raise Interrupted(f"after step {step.step} of {steps}") from error
+                raise
             stats = step(*batches)
             used = step.update.lr
             if history.add(stats, rate if used is None else used) and progress:
                 last = {name: f"{history[name][-1]:.3f}" for name in ("forget_loss", "retain_loss", "cosine")}
                 bar.set_postfix(last, refresh=False)
             bar.update()
-            event = StepEvent(step.step, steps, stats, step.space.model)
+            event = StepEvent(step.step, steps, stats, step.space.model, time.perf_counter() - began)
             for observer in observers:
                 answer = observer(event)
                 if answer:
                     history.flush()
                     return answer if isinstance(answer, str) else "stopped by a callback or rule"
+            if interrupted():
+                history.flush()
+                raise Interrupted(f"after step {step.step} of {steps}")
     history.flush()
     return "all steps done"

@@ -68,6 +68,11 @@ class Attackers:
         hidden = torch.tanh((x * self._sees) @ into + into_bias)
         return (hidden @ out + out_bias).squeeze(-1)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a fitted attack consists of, by name."""
+        named = {f"weight{i}": weight for i, weight in enumerate(self._weights)}
+        return {"mean": self._mean, "spread": self._spread, **named}
+
     @torch.enable_grad()
     def _fit(self, every: Tensor, members: int) -> None:
         for weight in self._weights:

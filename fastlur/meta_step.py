@@ -41,6 +41,9 @@ class MetaStep(Step):
         seed: of dropout and other draws inside the passes.
         keep_graph: False: "exact" builds the inner gradient's graph anew for the Hessian-vector product.
         hessian: likewise for "exact", "autograd" or "func"; see `fastlur.LUR`.
+        capture: on a CUDA device: record the fourth step as a CUDA graph and replay it from then on, wherever batches
+            have the shapes of that step; not for losses or models that wait for the device or draw random numbers.
+            Written and tested without a GPU, not yet run on one.
 
     Raises:
         ArgumentError, ModelError: see there; nothing was changed then.
@@ -69,6 +72,7 @@ class MetaStep(Step):
         seed: int = 0,
         keep_graph: bool = True,
         hessian: By = "autograd",
+        capture: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -84,6 +88,7 @@ class MetaStep(Step):
             memory_format=memory_format,
             compile=compile,
             seed=seed,
+            capture=capture,
         )
 
     def set_lr(self, lr: float) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from fastlur.content import Content
-from fastlur.data import loader_indices
+from fastlur.content import Content, loader_indices
 from fastlur.errors import DataError
 
 REMEDY = "take them out of retain (or pass allow_overlap=True if that is meant)"

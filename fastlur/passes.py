@@ -7,7 +7,7 @@ pass moves the normalisation statistics, which precision.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastlur.curvature import By, Curvature, Pull, put
 from fastlur.data import Feed
-from fastlur.errors import ArgumentError, DataError, not_scalar
+from fastlur.errors import ArgumentError, DataError, ModelError, not_scalar
+from fastlur.microbatch import Spare
 from fastlur.space import ParameterSpace, Vector
 from fastlur.statistics import Statistics
 from fastlur.world import derive, passing, seed_torch
@@ -33,7 +34,7 @@ class Passes:
         step: number of the step that is being made, from 1; 0 before the first.
         steps: how many are planned; None where nobody said.
         values: the losses of this step so far, unweighted, by side.
-        forward: what losses are called with as the model.
+        spare: how many items at a time the model takes, and what is run again with fewer where memory runs out.
 
     Args:
         space: the moving parameters.
@@ -45,6 +46,7 @@ class Passes:
         training: False: the passes of steps run in eval mode, for methods that keep the model's statistics.
         feed: the data, for methods that look at more than a step's batches; None in a loop of the user's own.
         steps: how many steps are planned.
+        rows: items that the model takes at a time; None: whole batches, until memory runs out.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Passes:
         training: bool = True,
         feed: Feed | None = None,
         steps: int | None = None,
+        rows: int | None = None,
     ) -> None:
         self.space = space
         self.losses = losses
@@ -71,9 +74,14 @@ class Passes:
         self.statistics = Statistics(space.model)
         self.values: dict[Which, Tensor] = {}
         self._feed = feed
-        self.forward = space.model if forward is None else forward
+        self.spare = Spare(space.model, space.model if forward is None else forward, rows)
         self._batches: dict[Which, Any] = {}
         self._tracked = False
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """What losses are called with as the model; asked for anew by whoever is run again."""
+        return self.spare.forward
 
     @property
     def feed(self) -> Feed:
@@ -85,6 +93,11 @@ class Passes:
         if self._feed is None:
             raise ArgumentError("method: looks at the data beforehand; use it through fastlur.unlearn")
         return self._feed
+
+    @property
+    def has_feed(self) -> bool:
+        """Whether there is one."""
+        return self._feed is not None
 
     def batch(self, which: Which) -> Any:
         """The batch of this side."""
@@ -144,10 +157,33 @@ class Passes:
             DataError: the loss is not a scalar that depends on a moving parameter.
         """
         weight = self.weights[which] if weight is None else weight
-        with self.space.at(at), self.space.collect(out, add), self._moving_statistics(which):
+        space, leaves = self.space, self.space.leaves()
+        kept = [(leaf, None if leaf.grad is None else leaf.grad.clone()) for leaf in also]
+
+        def attempt() -> None:
             value = self._evaluate(which, lambda own, batch: (loss or own)(self.forward, batch))
             self.values.setdefault(which, value.detach())
-            torch.autograd.backward(value * weight, inputs=[*self.space.leaves(), *also])
+            torch.autograd.backward(value * weight, inputs=[*leaves, *also])
+
+        def undo() -> None:
+            nonlocal leaves
+            for leaf, gradient in kept:
+                leaf.grad = gradient
+            if add:  # what has arrived has arrived as a whole, each leaf's sum at once; the others are still to come
+                done = space.reached
+                if any(len(space.slots[index].parameters) > 1 for index in done):
+                    raise ModelError("model: memory ran out among tied parameters; lower batch_size")
+                leaves = [p for index, slot in enumerate(space.slots) if index not in done for p in slot.parameters]
+            else:
+                out.zero_()
+                space.reached = set()
+
+        with space.at(at), space.collect(out, add), self._moving_statistics(which)():
+            before, space.reached = space.reached, set()
+            try:
+                self.spare.run(attempt, self._batches[which], undo)
+            finally:
+                space.reached |= before
 
     def joint(self, out: Vector) -> None:
         """out ← ∇ of both losses at θ, each times its weight, by one backward: what two adding passes give as well.
@@ -155,19 +191,28 @@ class Passes:
         The activations of both batches are alive at once.
         """
         sides: tuple[Which, Which] = ("retain", "forget")
-        with self.space.collect(out):
+        moving = self._moving_statistics("retain"), self._moving_statistics("forget")
+
+        def attempt() -> None:
             parts = []
-            for which in sides:
-                with self._moving_statistics(which):
+            for which, statistics in zip(sides, moving, strict=True):
+                with statistics():
                     value = self._evaluate(which, lambda own, batch: own(self.forward, batch))
                 self.values.setdefault(which, value.detach())
                 parts.append(value * self.weights[which])
             torch.autograd.backward(parts[0] + parts[1], inputs=self.space.leaves())
 
+        with self.space.collect(out):
+            self.spare.run(attempt, self._batches["retain"], lambda: out.zero_())
+
     def value(self, which: Which, at: Vector | None = None, *, loss: Loss | None = None) -> Tensor:
         """The loss at the point, shape (), without a gradient: one forward, which moves no statistics."""
-        with torch.no_grad(), self.space.at(at), self.statistics.frozen():
+
+        def attempt() -> Tensor:
             return self._evaluate(which, lambda own, batch: (loss or own)(self.forward, batch))
+
+        with torch.no_grad(), self.space.at(at), self.statistics.frozen():
+            return self.spare.run(attempt, self._batches[which])
 
     def linearize(self, which: Which, out: Vector, *, keep_graph: bool = True, by: By = "autograd") -> Pull:
         """out ← weight · ∇loss at θ; returns H, where H(v, hv) sets hv ← weight · (Hessian of the loss at θ) v.
@@ -182,37 +227,55 @@ class Passes:
             by: "autograd", or "func" for torch.func.
 
         Raises:
-            ModelError: here or by the product: the model cannot be differentiated twice.
+            ModelError: here or by the product: the model cannot be differentiated twice, or memory runs out.
         """
         fresh = partial(Curvature, self.space, lambda call: self._evaluate(which, call), self.weights[which], by)
         if not keep_graph:
             before = {name: buffer.clone() for name, buffer in self.space.model.named_buffers()}
             self.gradient(which, out)
-            return lambda v, hv: fresh(buffers=before).product(v, hv)
-        curvature = fresh()
+
+            def product(v: Vector, hv: Vector) -> None:
+                with _in_memory():
+                    fresh(buffers=before).product(v, hv)
+
+            return product
+        with _in_memory():
+            curvature = fresh()
         self.values.setdefault(which, curvature.loss)
         if self._first_retain(which):
             self.statistics.take(curvature.buffers)
         with torch.no_grad():
             put(curvature.gradient, out)
         self.space.reached |= {i for i, each in enumerate(curvature.gradient) if each is not None}
-        return curvature.product
+        return _in_memory()(curvature.product)
 
     def _evaluate(self, which: Which, call: Callable[[Loss, Any], Any]) -> Tensor:
         # the same numbers for every pass of this loss in this step: the same dropout mask
         seed_torch(derive(self.seed, self.step, which), self.space.device)
         return scalar(call(self.losses[which], self._batches[which]), which)
 
-    @contextmanager
-    def _moving_statistics(self, which: Which) -> Iterator[None]:
-        with nullcontext() if self._first_retain(which) else self.statistics.frozen():
-            yield
+    def _moving_statistics(self, which: Which) -> Callable[[], AbstractContextManager[None]]:
+        """What a pass runs in, decided once however often it is run."""
+        return nullcontext if self._first_retain(which) else self.statistics.frozen
 
     def _first_retain(self, which: Which) -> bool:
         """Whether this pass is the one of the step that moves the statistics, and note that it was."""
         first = which == "retain" and not self._tracked
         self._tracked |= first
         return first
+
+
+@contextmanager
+def _in_memory() -> Iterator[None]:
+    """Inside, the lack of memory is an error that says what to do: a graph of a graph is not taken in parts."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise ModelError(
+            f"gradient='exact' ran out of memory ({said}); use 'optimistic' or 'secant', which can take a batch in "
+            "parts, keep_graph=False, or a smaller batch_size"
+        ) from None
 
 
 def scalar(value: Any, which: Which) -> Tensor:

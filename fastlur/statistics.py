@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -60,11 +60,20 @@ class Statistics:
             for module, name, value in before:
                 _put(module, name, value)
 
-    def take(self, values: dict[str, Tensor]) -> None:
+    def put(self, saved: list[Saved]) -> None:
+        """Give the buffers the values that they had when `saved` was made; those that came since then go."""
+        known = {(id(module), name) for module, name, _ in saved}
+        for module in (*self._norms, *self._others):
+            for name in [name for name in module._buffers if (id(module), name) not in known]:
+                del module._buffers[name]
+        for module, name, value in saved:
+            _put(module, name, value)
+
+    def take(self, values: Mapping[str, Tensor | None]) -> None:
         """Give the buffers these values, by their names in the model."""
         for name, value in values.items():
             owner, _, last = name.rpartition(".")
-            _put(self.model.get_submodule(owner), last, value.detach())
+            _put(self.model.get_submodule(owner), last, None if value is None else value.detach())
 
     def save(self) -> None:
         """Remember the buffers as they are, before the passes of a step."""

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlur.capture import Captured
+from fastlur.culprit import accuse
 from fastlur.data import Feed, to_device
 from fastlur.errors import ArgumentError, CheckpointError, ModelError, NonFiniteError, number
-from fastlur.methods.base import Method
+from fastlur.methods.base import Direction, Method
 from fastlur.passes import Loss, Passes, Which
 from fastlur.reference import OK
 from fastlur.slots import Selection
@@ -46,12 +48,16 @@ class Step:
         seed: int = 0,
         feed: Feed | None = None,
         steps: int | None = None,
+        capture: bool = False,
+        rows: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ModelError(f"model: a {type(model).__name__} is no torch.nn.Module")
         _check_numbers(lr, momentum, weight_decay, max_grad_norm, precision)
         check_optimizer(optimizer)
         self.space = ParameterSpace(model, parameters, memory_format)
+        if capture:
+            _check_capture(self.space, optimizer)
         try:
             self.method = method
             self.memory_format = memory_format
@@ -67,6 +73,7 @@ class Step:
                 training=getattr(method, "training", True),
                 feed=feed,
                 steps=steps,
+                rows=rows,
             )
             self.update = Update(self.space, optimizer, lr, momentum, weight_decay, max_grad_norm)
             with borrowed_random(self.space.device):
@@ -81,6 +88,12 @@ class Step:
             raise
         self.step = 0
         self._unread: list[StepStats] = []
+        self._captured: Captured | None = None
+        if capture:
+            self._captured = Captured(self._work, self.space.device)
+            self.space.piecewise = False  # a graph wants gradients to stay where they are
+        self._direction: Direction | None = None
+        self._last: tuple[Direction | None, dict[Which, Any] | None] = None, None  # while the host looks, no longer
         self._nothing = torch.full((), math.nan, device=self.space.device)  # the loss of a side without a pass
 
     @torch.inference_mode(False)
@@ -94,10 +107,24 @@ class Step:
         self.space.check()
         device = self.space.device
         forget, retain = (to_device(batch, device, self.memory_format) for batch in (forget, retain))
+        with borrowed_random(device):
+            work = self._work if self._captured is None else self._captured
+            forget_loss, retain_loss, dots = work(forget, retain)
+        self.step += 1
+        stats = StepStats(self.step, forget_loss, retain_loss, dots)
+        self._unread.append(stats)
+        if device.type == "cpu" or len(self._unread) >= READ_EVERY:
+            self._last = self._direction, {"forget": forget, "retain": retain}
+            self.check()
+            self._last = None, None
+        return stats
+
+    def _work(self, forget: Any, retain: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """What a step does on the device: both losses, not a number for a side without a pass, and the dots."""
         passes = self.passes
         passes.statistics.save()
         try:
-            with borrowed_random(device), passes.of_step(self.step + 1, forget, retain):
+            with passes.of_step(self.step + 1, forget, retain):
                 direction = self.method.direction(passes, self.state)
                 if self.mask is not None:
                     direction = direction._replace(mask=_both(self.mask, direction.mask))
@@ -105,17 +132,14 @@ class Step:
                     dots = self.update.decide(direction, list(passes.values.values()))
                     self.update.apply(direction)
         except BaseException:
-            passes.statistics.keep(torch.zeros((), device=device))
+            passes.statistics.keep(torch.zeros((), device=self.space.device))
             raise
         passes.statistics.keep(self.update.control[OK])
-        self.step += 1
+        self._direction = direction
         forget_loss, retain_loss = (passes.values.get(side, self._nothing) for side in ("forget", "retain"))
-        stats = StepStats(self.step, forget_loss, retain_loss, dots)
-        self._unread.append(stats)
-        if device.type == "cpu" or len(self._unread) >= READ_EVERY:
-            self.check()
-        return stats
+        return forget_loss, retain_loss, dots
 
+    @torch.inference_mode(False)
     def check(self) -> None:
         """Look at the flag now.
 
@@ -125,21 +149,16 @@ class Step:
         unread, self._unread = self._unread, []
         if bool(self.update.control[OK]):
             return
-        bad, culprit = next(((s, name) for s in unread if (name := self._culprit(s))), (None, ""))
+        bad = next((stats for stats in unread if not self._was_good(stats)), None)
         if bad is None:
             raise NonFiniteError("a loss or gradient was not finite in an earlier step; the model is as before it")
-        raise NonFiniteError(
-            f"step {bad.step}: {culprit} is not finite (forget loss {float(bad.forget_loss):.4g}, retain loss "
-            f"{float(bad.retain_loss):.4g}); the model is as after step {bad.step - 1}. "
-            "Lower lr, inner_lr or forget_weight, or look for NaN in the data"
-        )
+        direction, batches = self._last if bad.step == self.step else (None, None)
+        raise accuse(self.passes, bad, self._nothing, direction, batches)
 
-    def _culprit(self, stats: StepStats) -> str:
-        """The first number of a step that is not finite; that a side was not evaluated is no fault."""
-        for name, value in zip(FIELDS, stats.numbers().tolist(), strict=True):
-            if not math.isfinite(value) and getattr(stats, name) is not self._nothing:
-                return name
-        return ""
+    def _was_good(self, stats: StepStats) -> bool:
+        """Whether every number of a step is finite; that a side was not evaluated is no fault."""
+        numbers = zip(FIELDS, stats.numbers().tolist(), strict=True)
+        return all(math.isfinite(value) or getattr(stats, name) is self._nothing for name, value in numbers)
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on beside the model itself: moments and kept gradients by parameter name.
@@ -148,10 +167,10 @@ class Step:
             ModelError: the step is closed.
         """
         self.space.check()
-        vectors = self.update.moments() | {f"method.{k}": v for k, v in self.state.vectors().items()}
+        vectors = self._fixed() | {f"method.{k}": v for k, v in self.state.vectors().items()}
         named = {k: {n: t.clone() for n, t in zip(self.space.names, v.views, strict=True)} for k, v in vectors.items()}
         custom = None if self.update.custom is None else self.update.custom.state_dict()
-        plain = {"step": self.step, "method": self.method.settings()}
+        plain = {"step": self.step, "method": self.method.settings(), "rows": self.passes.spare.rows}
         tensors = {name: tensor.clone() for name, tensor in self.state.tensors().items()}
         return plain | {
             "control": self.update.control.clone(),
@@ -177,7 +196,7 @@ class Step:
         saved = state["vectors"]
         prefix = "method."
         theirs = self.state.resume([name.removeprefix(prefix) for name in saved if name.startswith(prefix)])
-        mine = self.update.moments() | {prefix + name: vector for name, vector in theirs.items()}
+        mine = self._fixed() | {prefix + name: vector for name, vector in theirs.items()}
         if set(mine) != set(saved):
             raise CheckpointError(f"state: holds {sorted(saved)}, but this step needs {sorted(mine)}")
         for key, vector in mine.items():
@@ -192,22 +211,39 @@ class Step:
             tensor.copy_(state["tensors"][name])
         self.update.control.copy_(state["control"])
         self.step = int(state["step"])
+        self.passes.spare.rows = state.get("rows") or self.passes.spare.rows
         self._unread = []
+
+    def _fixed(self) -> dict[str, Vector]:
+        """The vectors that are there whatever the method: the optimizer's, and the mask if there is one."""
+        return self.update.moments() | ({} if self.mask is None else {"mask": self.mask})
 
     def finish(self) -> None:
         """The method's last word, after the last step.
 
         Raises:
+            NonFiniteError: see `check_finite`.
+        """
+        self.check_finite()
+        with borrowed_random(self.space.device):
+            self.method.finish(self.passes, self.state)
+
+    def check_finite(self) -> None:
+        """Look at the flag and at every weight now.
+
+        Raises:
             NonFiniteError: the last steps' losses or gradients were not finite, or a weight overflowed in the update.
         """
         self.check()
-        if not all(_finite(flat) for flat in self.space.theta.flats):
+        if not self.weights_are_finite():
             raise NonFiniteError(
                 f"step {self.step}: the update itself overflowed, the weights are not finite and cannot be used. "
                 "Lower lr, or set max_grad_norm or max_retain_loss_increase"
             )
-        with borrowed_random(self.space.device):
-            self.method.finish(self.passes, self.state)
+
+    def weights_are_finite(self) -> bool:
+        """Whether every weight that moves is; waits for the device."""
+        return all(_finite(flat) for flat in self.space.theta.flats)
 
     @torch.inference_mode(False)
     def close(self) -> None:
@@ -264,3 +300,14 @@ def _both(mask: Vector, own: Vector | None) -> Vector:
     for mine, flat in zip(own.flats, mask.flats, strict=True):
         mine.logical_and_(flat)
     return own
+
+
+def _check_capture(space: ParameterSpace, optimizer: object) -> None:
+    what = None
+    if space.device.type != "cuda":
+        what = f"needs a CUDA device, and the model is on {space.device}"
+    elif not isinstance(optimizer, str):
+        what = "needs 'sgd' or 'adamw': an optimizer of torch's decides on the host"
+    if what is not None:
+        space.close()
+        raise ArgumentError(f"capture=True: {what}; leave it off")

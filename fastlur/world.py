@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ def derive(*parts: object) -> int:
 def seed_torch(seed: int, device: torch.device) -> None:
     """Seed the generators that passes draw from: the CPU's and the model's device's, and no other."""
     torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():  # a graph is of models that do not draw
         torch.cuda.default_generators[_index(device)].manual_seed(seed)
 
 
@@ -46,6 +47,29 @@ def borrowed_random(device: torch.device) -> Iterator[None]:
         random.setstate(python_state)
         if on_device is not None:
             torch.cuda.set_rng_state(on_device, device)
+
+
+def random_states() -> dict[str, Any]:
+    """The states of all global generators, of the host and of every device, as tensors and plain values."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put the generators into states that `random_states` gave; devices that are not there now are left out."""
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    random.setstate(states["python"])
+    torch.set_rng_state(states["torch"])
+    for device, state in enumerate(states.get("cuda", [])[: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, device)
 
 
 @contextmanager

@@ -175,7 +175,7 @@ def test_a_run_with_both_goes_on_bit_for_bit_after_an_interruption(tmp_path):
         run(second, forget, retain, callbacks=[interrupt], **options)
     steps = []
     run(third, forget, retain, callbacks=[lambda event: steps.append(event.step)], **options)
-    assert steps == [3, 4]
+    assert steps == [2, 3, 4]  # a callback that raises leaves its own step unsaved
     assert same(state(first), state(third))
 
 

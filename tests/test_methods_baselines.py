@@ -255,11 +255,13 @@ class TestBrakes:
 
 
 def test_ascent_ends_at_the_loss_of_guessing(data):
-    model = mlp(dtype=F64)
-    with torch.no_grad():
-        model[3].bias[:] = torch.tensor([9.0, 0, 0, 0])
     forget = data[0][0], torch.ones(8, dtype=torch.long)
-    assert float(moved("gradient_ascent", model, forget, data[1]).abs().max()) == 0
+    for rival, ends in ((0.5, True), (-0.5, False)):  # losses of 1.54 and 1.28; guessing costs 1.39
+        model = mlp(dtype=F64)
+        with torch.no_grad():
+            model[3].weight.zero_()
+            model[3].bias[:] = torch.tensor([rival, 0, 0, 0])
+        assert (float(moved("gradient_ascent", model, forget, data[1]).abs().max()) == 0) == ends
 
 
 def test_a_loss_that_blows_up_is_named_although_the_other_side_has_none(data):

@@ -104,14 +104,18 @@ class TestBadTeacher:
 class TestBoundaryShrink:
     def test_the_first_step_is_the_rule(self, data):
         model, (forget, retain) = mlp(dtype=F64), data
+        forget = 0.3 * forget[0], forget[1]
         x = forget[0].clone().requires_grad_()
         (slope,) = torch.autograd.grad(entropy(model, (x, forget[1])), x)
-        logits = model(forget[0] + 2.0 * forget[0].std(correction=0) * slope.sign()).detach()
-        nearest = torch.tensor(
-            [max((v, c) for c, v in enumerate(row) if c != y)[1] for row, y in zip(logits, forget[1], strict=True)]
-        )
-        plain = model(forget[0]).detach().scatter(1, forget[1][:, None], -torch.inf).argmax(-1)
-        assert not torch.equal(nearest, plain)  # the step matters here
+
+        def across(step):
+            logits = model(forget[0] + step * slope.sign()).detach()
+            rows = zip(logits, forget[1], strict=True)
+            return torch.tensor([max((v, c) for c, v in enumerate(row) if c != y)[1] for row, y in rows])
+
+        nearest = across(2.0 * forget[0].std(correction=0))
+        for other in (0.0, 2.0, -2.0 * forget[0].std(correction=0)):  # the step, its length and its sign matter here
+            assert not torch.equal(nearest, across(other))
         r, f = gradient(model, entropy(model, retain)), gradient(model, entropy(model, (forget[0], nearest)))
         method = methods.BoundaryShrink(epsilon=2.0, forget_weight=0.5, retain_weight=0.25)
         twin = copy.deepcopy(model)

@@ -151,6 +151,8 @@ class Recipe:
         own_objective: the method defines what it minimises on the forget data; a `forget_loss` is refused.
         uses_forget: False: no forget batch is ever passed through the model, so the data need not fit a loss.
         steps: how many steps where the user says nothing; None: as many as `unlearn` takes; 0: it works without.
+        rewrites: `prepare` writes to the weights themselves; they are then put back where something fails before the
+            first step.
         rates: learning rates by optimizer where the user says nothing and `unlearn`'s do not fit.
         presets: published settings by name: arguments of `unlearn`, those of the method itself under "method".
 
@@ -167,6 +169,7 @@ class Recipe:
     own_objective: ClassVar[bool] = False
     uses_forget: ClassVar[bool] = True
     steps: ClassVar[int | None] = None
+    rewrites: ClassVar[bool] = False
     rates: ClassVar[dict[str, float]] = {}
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 

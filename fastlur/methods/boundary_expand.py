@@ -72,7 +72,7 @@ class BoundaryExpand(Recipe):
         with borrowed_random(passes.space.device):
             batch = next(passes.feed.batches("forget", limit=1))
         shadow = Shadow(passes)
-        with passes.aside({"forget": batch}):
+        with passes.aside({"forget": batch}), shadow.widened():
             try:
                 passes.value("forget", loss=shadow.loss)
             except RuntimeError as error:  # something behind the layer does not take one more
@@ -96,7 +96,7 @@ class Shadow(Gradients):
         layers = [module for module in passes.space.model.modules() if isinstance(module, nn.Linear)]
         if not layers:
             raise ModelError(f"model: has no nn.Linear to add a class to; {REMEDY}")
-        self.model, self.layer = passes.space.model, layers[-1]
+        self.spare, self.layer = passes.spare, layers[-1]
         size, like = self.layer.in_features, self.layer.weight
         drawn = torch.rand(size + 1, dtype=torch.float64) * 2 - 1  # as nn.Linear draws: weights, and the bias last
         self.row = (drawn / math.sqrt(size)).to(like.device, torch.promote_types(like.dtype, torch.float32))
@@ -105,7 +105,8 @@ class Shadow(Gradients):
         """The forget gradient into its place; returns that of the row."""
         self.row.requires_grad_()
         try:
-            passes.gradient("forget", self.forget, loss=self.loss, also=[self.row])
+            with self.widened():
+                passes.gradient("forget", self.forget, loss=self.loss, also=[self.row])
             assert self.row.grad is not None
             return self.row.grad
         finally:
@@ -113,13 +114,12 @@ class Shadow(Gradients):
             self.row.requires_grad_(False)
 
     def loss(self, model: object, batch: Any) -> Tensor:
-        """Cross-entropy towards the shadow, by the plain module: a compiled one may not look at hooks again.
+        """Cross-entropy towards the shadow inside `widened`, by the plain module: a compiled one may not look at hooks.
 
         Raises:
             ModelError: the extra logit does not arrive among the model's.
         """
-        with self.widened():
-            logits, targets = logits_and_targets(self.model, batch)
+        logits, targets = logits_and_targets(self.spare.plain, batch)
         shadow = self.layer.out_features
         if logits.shape[-1] != shadow + 1:
             raise ModelError(f"model: does not return what its last nn.Linear does; {REMEDY}")

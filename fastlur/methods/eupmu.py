@@ -85,8 +85,10 @@ class EUPMU(Recipe):
         before = passes.value("retain", state.last).double().log()
         torch._foreach_copy_(state.last.flats, passes.space.theta.flats)
         seen: dict[Which, Tensor] = {}
+        start = state.moments()
 
         def weighted(model: Any, batch: Any) -> Tensor:
+            state.moments(start)  # so that a pass may be made again
             seen["retain"] = passes.losses["retain"](model, batch)
             logarithm = seen["retain"].log()
             state.move(before - logarithm.detach().double() - self.required_fall, self.weight_lr, self.decay)
@@ -114,6 +116,12 @@ class Multiplier(Gradient):
     def w(self) -> Tensor:
         """The weight on log L_r before it is cut off at 0, shape (), float64."""
         return self._adam[0]
+
+    def moments(self, values: Tensor | None = None) -> Tensor:
+        """A copy of w, its moments and their count, set to `values` first if there are any."""
+        if values is not None:
+            self._adam.copy_(values)
+        return self._adam.clone()
 
     def move(self, change: Tensor, lr: float, decay: float) -> None:
         """One step of Adam, without waiting for the device."""

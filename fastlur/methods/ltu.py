@@ -26,14 +26,7 @@ Harmonization = Literal["one_sided", "symmetric", "none"]
 Rule = Literal["first_order", "secant"]
 RELATIVE_DEFAULT = 0.1
 AUDITED = 16  # retain batches that the attacks are fitted to
-NOISE = (
-    0.05,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.4,
-)  # relative; the outputs of a model so disturbed stand for those on items it has not seen
+NOISE = 0.05, 0.1, 0.15, 0.2, 0.3, 0.4  # relative; a model so disturbed answers as if it had not seen its items
 BATCH = 128
 
 
@@ -111,7 +104,10 @@ class LTU(Recipe):
     @property
     def cost(self) -> Cost:
         """Two or three passes of each side; both gradients and the displaced point."""
-        note = f"beforehand forwards over up to {AUDITED} retain batches, to fit the attacks"
+        looks = f"{1 + len(NOISE)} forwards over up to {AUDITED} retain batches"
+        if self.nonmembers is not None:
+            looks = f"1 forward over up to {AUDITED} retain batches and as many others"
+        note = f"beforehand {looks}, to fit the attacks"
         return Cost(passes=6 if self.gradient == "secant" else 4, buffers=3, note=note, adds=True)
 
     def settings(self) -> dict[str, Any]:
@@ -171,7 +167,10 @@ class LTU(Recipe):
         space = passes.space
 
         def seen(data: Iterable[Any]) -> Tensor:
-            found = [_features(space.model, to_device(batch, space.device)) for batch in data]
+            found = []
+            for batch in data:
+                here = to_device(batch, space.device)
+                found.append(passes.spare.run(lambda: _features(passes.spare.plain, here), here))  # noqa: B023
             return torch.cat(found)
 
         with passes.aside(), torch.no_grad(), passes.statistics.frozen():
@@ -192,7 +191,7 @@ class LTU(Recipe):
 class LTUState(State):
     """Both meta-gradients, the displaced point, the attacks, and the retain batches held where only some are used.
 
-    All of it is overwritten in each step or made again, the same, by `prepare`: nothing needs to be saved.
+    Vectors are overwritten in each step, and the batches drawn again by `prepare`; the attacks are what is saved.
     """
 
     attackers: Attackers
@@ -203,6 +202,10 @@ class LTUState(State):
         self.point = passes.space.vector()
         alpha = RELATIVE_DEFAULT if inner_lr is None else inner_lr
         self.inner_lr = torch.tensor(alpha, dtype=torch.float64, device=passes.space.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fitted attacks."""
+        return self.attackers.tensors()
 
 
 def remembering(tunes: bool, held: Any = None) -> Loss:

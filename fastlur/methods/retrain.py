@@ -46,6 +46,7 @@ class Retrain(Recipe):
 
     name: ClassVar[str] = "retrain"
     own_objective: ClassVar[bool] = True
+    rewrites: ClassVar[bool] = True
     uses_forget: ClassVar[bool] = False
     steps: ClassVar[int] = 600
 

@@ -38,7 +38,7 @@ class SalUn(Relabelling):
 
     @property
     def cost(self) -> Cost:
-        """A pass a side, a gradient a side, and the mask at a byte a weight."""
+        """A pass a side, a gradient a side, and the mask, if there is one, at a byte a weight."""
         if self.mask is None:
-            return Cost(passes=2, buffers=2)
+            return super().cost
         return Cost(passes=2, buffers=2.25, note="once: a pass over the forget data for the mask")

@@ -12,6 +12,7 @@ from fastlur.methods.components import check_batches
 from fastlur.methods.importance import importance
 from fastlur.methods.relabelling import TwoGradients, wrong_label_loss
 from fastlur.passes import Loss, Passes
+from fastlur.space import Vector
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class SelectiveAmnesia(Recipe):
 
 
 class Amnesia(TwoGradients):
-    """The penalty's centre and weights. Both follow from the model as given, so a resumed run makes them again."""
+    """The penalty's centre, which is the model as given, and its weights."""
 
     def __init__(self, passes: Passes, batches: int | None) -> None:
         self.fisher, mine = importance(passes, "forget", batches, "fisher")
@@ -81,3 +82,7 @@ class Amnesia(TwoGradients):
         del other
         self.theta0 = passes.space.copy()
         super().__init__(passes)
+
+    def vectors(self) -> dict[str, Vector]:
+        """The weights: made again, they would be the same only where the device sums in one order."""
+        return {"fisher": self.fisher}

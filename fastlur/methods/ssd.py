@@ -48,6 +48,7 @@ class SSD(Recipe):
 
     name: ClassVar[str] = "ssd"
     own_objective: ClassVar[bool] = True
+    rewrites: ClassVar[bool] = True
     steps: ClassVar[int | None] = 0
 
     def __post_init__(self) -> None:

@@ -1,0 +1,131 @@
+"""A directory of files that appear whole or not at all, and that is never left, whatever somebody put into it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+
+SUFFIX = ".writing"
+PIECE = 1 << 20
+
+
+class Folder:
+    """Files of one directory by name; whatever fails is an `OSError`.
+
+    A file is written under another name, flushed to the disk and renamed, so that a crash at any moment leaves the old
+    one or the new one. Names have no separator; symbolic links and anything else that is no plain file are neither
+    followed nor read, so that nothing outside the directory is touched.
+
+    Args:
+        path: made if it does not exist.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock: int | None = None
+
+    def names(self) -> list[str]:
+        """Everything in the directory."""
+        return sorted(os.listdir(self.path))
+
+    def write(self, name: str, content: bytes) -> None:
+        """A whole file, or none and the old one kept."""
+        temporary = self._place("." + name + SUFFIX)
+        self.remove(temporary.name)
+        # made anew: a link that waits under this name is not written through
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            with open(handle, "wb", closefd=True) as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self._place(name))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        self._flush()
+
+    def read(self, name: str, most: int) -> bytes:
+        """A file of at most `most` bytes."""
+        with self._opened(name) as handle:
+            size = os.fstat(handle).st_size
+            if size > most:
+                raise OSError(errno.EFBIG, f"{size} bytes are more than it can hold")
+            return b"".join(_pieces(handle))
+
+    def digest(self, name: str) -> str:
+        """A hash of a file, however large."""
+        digest = blake2b(digest_size=32)
+        with self._opened(name) as handle:
+            for piece in _pieces(handle):
+                digest.update(piece)
+        return digest.hexdigest()
+
+    def place(self, name: str) -> Path:
+        """Where a plain file is."""
+        with self._opened(name):
+            return self._place(name)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, or a link and not what it points at, if there is one."""
+        with contextlib.suppress(FileNotFoundError):
+            self._place(name).unlink()
+
+    def lock(self) -> bool:
+        """Keep other processes that ask out, until `unlock` or the end of the process; False if one was first."""
+        try:
+            import fcntl
+        except ImportError:  # not on every platform
+            return True
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # some file systems have no locks
+        self._lock = handle
+        return True
+
+    def unlock(self) -> None:
+        """Let others in."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _place(self, name: str) -> Path:
+        if name in ("", ".", "..") or any(each in name for each in (os.sep, os.altsep or os.sep, "\0")):
+            raise OSError(errno.EINVAL, f"{name!r} is no name of a file")
+        return self.path / name
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[int]:
+        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        handle = os.open(self._place(name), flags)
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise OSError(errno.EINVAL, f"{name} is no plain file")
+            yield handle
+        finally:
+            os.close(handle)
+
+    def _flush(self) -> None:
+        """The directory itself to the disk, so that the new name stays."""
+        if os.name != "posix":
+            return
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _pieces(handle: int) -> Iterator[bytes]:
+    while piece := os.read(handle, PIECE):
+        yield piece

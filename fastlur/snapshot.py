@@ -1,0 +1,39 @@
+"""A model's weights and buffers, kept to go back to."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastlur.slots import Selection, select
+from fastlur.statistics import Statistics
+
+
+class Snapshot:
+    """A copy of what can move: the chosen parameters and every buffer.
+
+    It holds the parameter objects, so that it may be taken before a space is opened over them and put back within, and
+    the other way round.
+
+    Args:
+        model: of which.
+        parameters: which may move, as in `fastlur.slots.select`.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Selection = None) -> None:
+        self._parameters = list({id(p): p for _, p in select(model, parameters)}.values())
+        self._weights = [p.detach().clone() for p in self._parameters]
+        self._statistics = Statistics(model)
+        self._buffers = self._statistics.copies()
+
+    def take(self) -> None:
+        """Keep the model as it is now instead."""
+        with torch.no_grad():
+            torch._foreach_copy_(self._weights, [p.detach() for p in self._parameters])
+        self._buffers = self._statistics.copies()
+
+    def put_back(self) -> None:
+        """Give the model what was kept."""
+        with torch.no_grad():
+            torch._foreach_copy_([p.detach() for p in self._parameters], self._weights)
+        self._statistics.put(self._buffers)

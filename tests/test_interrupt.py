@@ -1,0 +1,190 @@
+"""Ctrl-C: the step that is going on is finished, the model is that of a whole step, and the call can be made again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+from checkpoints import go_on, job, whole
+from helpers import blobs, mlp, run, same, state
+
+import fastlur
+from fastlur.interrupt import Interrupt, Interrupted
+from fastlur.methods import METHODS, Trim
+
+
+def control_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def press_in_forward(model, number):
+    """Ctrl-C in the middle of a step: in this forward of the model, counted from 1."""
+    count = []
+
+    def hook(*_):
+        count.append(1)
+        if len(count) == number:
+            control_c()
+
+    model.register_forward_hook(hook)
+    return model
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(METHODS) if METHODS[name].steps != 0])
+def test_the_model_is_that_of_a_whole_step(name):
+    model, seen = mlp(dropout=0.2), {}
+    press_in_forward(model, 140)  # more than any method needs before its first step
+    remember = lambda event: seen.update({event.step: state(event.model)})
+    with pytest.raises(Interrupted, match="after step"):
+        run(model, blobs(24), blobs(40), method=name, steps=200, callbacks=[remember])
+    assert same(state(model), seen[max(seen)])
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == len(list(model.parameters()))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_no_step_is_lost_and_the_run_goes_on_bit_for_bit(tmp_path):
+    model, data, options = job(tmp_path, checkpoint_every=50, steps=20)
+    expected = whole(model, data, options)
+    with pytest.raises(Interrupted, match="after step 7 of 20"):
+        fastlur.unlearn(press_in_forward(mlp_like(model), 18), *data, **options)
+    assert [path.name for path in tmp_path.glob("*.json")] == ["step-00000007.json"]
+    resumed, steps = go_on(model, data, options)
+    assert steps[0] == 8
+    assert same(state(resumed), state(expected))
+
+
+def test_with_a_budget_nothing_is_saved_between_its_looks(tmp_path):
+    """What it would go back to is not in a checkpoint, so an interrupted run goes on from the last look."""
+    model, data, options = job(tmp_path, checkpoint_every=5, steps=20, max_retain_loss_increase=50.0)
+    expected = whole(model, data, options)
+    press = lambda event: control_c() if event.step == 7 else None
+    with pytest.raises(Interrupted, match="after step 7 of 20"):
+        fastlur.unlearn(mlp_like(model), *data, **options, callbacks=[press])
+    resumed, steps = go_on(model, data, options)
+    assert steps[0] == 6
+    assert same(state(resumed), state(expected))
+
+
+def test_a_disk_that_is_full_does_not_hide_that_it_was_interrupted(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    model, data, options = job(tmp_path)
+
+    def press(event):
+        monkeypatch.setattr("fastlur.folder.os.fsync", full)
+        control_c()
+
+    with pytest.raises(Interrupted) as caught:
+        fastlur.unlearn(model, *data, **options, callbacks=[press])
+    assert "No space left" in caught.value.__notes__[0]
+
+
+def test_the_second_one_stops_at_once_and_theta_is_not_displaced():
+    calls, model, seen = [], mlp(), {}
+
+    def loss(model, batch):
+        calls.append(1)
+        if len(calls) == 9:
+            control_c()
+            control_c()
+        return fastlur.losses.cross_entropy(model, batch)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(
+            model,
+            blobs(12),
+            blobs(20),
+            loss=loss,
+            steps=20,
+            method=fastlur.LUR(gradient="secant", inner_lr=0.5),
+            callbacks=[lambda event: seen.update({event.step: state(event.model)})],
+        )
+    assert not isinstance(caught.value, Interrupted)
+    assert same(state(model), seen[max(seen)])
+
+
+def test_before_the_first_step_the_model_stays_as_given():
+    model, calls = mlp(), []
+    before = state(model)
+
+    def loss(model, batch):
+        calls.append(1)
+        if len(calls) == 4:  # the trial's, the trim's two, then the mask's first
+            control_c()
+        return fastlur.losses.cross_entropy(model, batch)
+
+    method = fastlur.LUR(trim=Trim(0.1), mask=fastlur.methods.SaliencyMask(0.5))
+    with pytest.raises(KeyboardInterrupt):
+        run(model, blobs(16), blobs(20), loss=loss, method=method)
+    assert same(state(model), before)
+    assert len(calls) == 4
+
+
+def test_after_the_last_step_it_is_not_swallowed():
+    model = mlp()
+    with pytest.raises(KeyboardInterrupt, match="the run is over"):
+        run(model, blobs(12), blobs(20), steps=3, stop=lambda event: event.step == 3 and (control_c() or "enough"))
+
+
+def test_a_handler_of_the_callers_own_is_left_alone():
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(1))
+    try:
+        mine = signal.getsignal(signal.SIGINT)
+        result = run(mlp(), blobs(12), blobs(20), steps=4, callbacks=[lambda event: control_c()])
+        assert signal.getsignal(signal.SIGINT) is mine
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(pressed) == 4
+    assert result.ended == "all steps done"
+
+
+def test_off_the_main_thread_there_is_nothing_to_handle():
+    ended = []
+    thread = threading.Thread(target=lambda: ended.append(run(mlp(), blobs(12), blobs(20)).ended))
+    thread.start()
+    thread.join()
+    assert ended == ["all steps done"]
+
+
+def test_a_loader_whose_workers_die_of_the_same_key_is_no_error(tmp_path):
+    class Dies(list):
+        """Batches; the fourth is not delivered, since its worker has heard Ctrl-C too."""
+
+        def __iter__(self):
+            for number, batch in enumerate(super().__iter__()):
+                if number == 3 and pressing:
+                    control_c()
+                    raise RuntimeError("DataLoader worker exited unexpectedly")
+                yield batch
+
+    pressing = []
+    model, (forget, _), options = job(tmp_path)
+    retain = Dies([blobs(8) for _ in range(6)])
+    data = (forget, retain)
+    expected = whole(model, data, options)
+    with pytest.raises(Interrupted, match="after step 3 of 9"):
+        fastlur.unlearn(mlp_like(model), *data, **options, callbacks=[lambda event: pressing.append(1)])
+    pressing.clear()
+    resumed, steps = go_on(model, data, options)
+    assert steps[0] == 4
+    assert same(state(resumed), state(expected))
+
+
+def test_inside_only_the_first_is_noted():
+    with Interrupt() as interrupt:
+        control_c()
+        assert interrupt.pending
+        with pytest.raises(KeyboardInterrupt):
+            control_c()
+        interrupt.pending = False
+
+
+def mlp_like(model):
+    made = mlp(dropout=model[2].p)
+    made.load_state_dict(model.state_dict())
+    return made

@@ -1,0 +1,45 @@
+"""A run that is killed again and again, and made again each time, ends like one that was left alone.
+
+`make check-slow` has the long forms. What was counted is printed; the docs quote it.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from killing import EVERY, Reaper, moment
+
+
+def kill_until_done(tmp_path, method, kills, seed):
+    """Returns the reaper of a run killed `kills` times, whose result was the same as that of one left alone."""
+    drawn = random.Random(seed)
+    reaper = Reaper(method, steps=kills * 2 * EVERY + EVERY + 2)
+    try:
+        assert reaper.live(tmp_path / "left alone", tmp_path / "expected")
+        reaper.furthest = 0
+        while reaper.kills < kills:
+            assert not reaper.live(tmp_path / "killed", tmp_path / "found", moment(drawn)), "it was done too early"
+        assert reaper.live(tmp_path / "killed", tmp_path / "found")
+    finally:
+        reaper.close()
+    assert (tmp_path / "found").read_bytes() == (tmp_path / "expected").read_bytes()
+    assert len(reaper.redone) == kills
+    assert all(0 <= steps <= EVERY for steps in reaper.redone)
+    print(
+        f"\n{method}: {reaper.kills} kills, {reaper.while_writing} of them during a write, {sum(reaper.redone)} steps "
+        f"made again, at most {max(reaper.redone)} after one kill (checkpoints every {EVERY})"
+    )
+    return reaper
+
+
+def test_a_killed_run_ends_like_one_left_alone(tmp_path):
+    kill_until_done(tmp_path, "lur", kills=8, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lur", "scissorhands", "ltu", "mox"])
+def test_a_run_killed_dozens_of_times_ends_like_one_left_alone(tmp_path, method):
+    reaper = kill_until_done(tmp_path, method, kills=80, seed=2)
+    assert reaper.kills >= 50
+    assert reaper.while_writing >= 10

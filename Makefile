@@ -27,7 +27,7 @@ bench: $(STAMP)
 
 # Everything, 1e8 elements too, kept in bench/results with the machine in it.
 bench-full: $(STAMP) ext
-	for part in exact growth memory ops scissorhands step; do \
+	for part in exact growth memory ops scissorhands step whole; do \
 	  FASTLUR_BENCH_FULL=1 $(BIN)/python -m pytest bench/bench_$$part.py --benchmark-only -s --record $$part || exit 1; \
 	done
 	$(BIN)/python bench/report.py

@@ -13,7 +13,7 @@ from typing import Any
 from gpu_parts import PARTS
 from gpu_parts.table import table as gpu_table
 from picture import draw
-from tables import memory, scissorhands, steps
+from tables import memory, scissorhands, steps, whole
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -105,6 +105,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "operations": operations,
     "steps": steps,
     "scissorhands": scissorhands,
+    "whole": whole,
     "gpu": gpu,
 }
 

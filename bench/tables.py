@@ -54,6 +54,28 @@ def scissorhands() -> str:
     return "\n".join(lines).rstrip() or "Not measured."
 
 
+def whole() -> str:
+    """Whole runs to the same gap, from every `*-whole.json`."""
+    lines: list[str] = []
+    for machine, rows in _results("whole"):
+        runs = [row for row in rows if "arm" in row]
+        seeds = len({run["seed"] for run in runs})
+        tries = len({(run["rate"], run["steps"]) for run in runs})
+        said = f"{tries} settings an arm, mean of {seeds} seeds" if seeds > 1 else f"{tries} settings an arm"
+        lines += [f"{machine}, digits, {said}. Seconds to the smallest gap that the opponent reached (÷ its own):", ""]
+        found = next(row["same_gap"] for row in rows if "same_gap" in row)
+        arms = list(dict.fromkeys(run["arm"] for run in runs))
+        lines += [f"| opponent, its gap | {' | '.join(arms)} |", f"|---{'|---' * len(arms)}|"]
+        for opponent, each in found.items():
+            cells = [
+                "never" if each["seconds"][arm] is None else f"{each['seconds'][arm]:.2f} ({each['ratio'][arm]:.2f})"
+                for arm in arms
+            ]
+            lines.append(f"| {opponent}, {each['target_gap']:.2f} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() or "Not measured."
+
+
 def memory() -> str:
     """What every arm holds beyond the parameters, and how far the prediction is off, from every `*-memory.json`."""
     lines: list[str] = []

@@ -1,13 +1,7 @@
-"""Whole runs to the same gap: LUR against ScissorHands, from the call to the model, everything in between included.
-
-Wrong labels of 5 % of the images are memorised and then to be forgotten; the gap is the mean distance to a network
-retrained without them. Each arm climbs a ladder of run lengths, every run from the same trained model. The target is
-the smallest gap that ScissorHands as published reached; an arm's time is that of its quickest run that is as near.
-"""
+"""Whole runs to the same gap on MNIST: 5 % wrong labels, memorised, then forgotten. What is compared: see `whole`."""
 
 from __future__ import annotations
 
-import copy
 import gzip
 import time
 from functools import partial
@@ -17,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from whole import ARMS, CLEANED, LUR, PUBLISHED, Data, Job, mislabelled, verdict
+from whole import run as run_arm
 
-import fastlur
 from fastlur.demo import digits, residual_cnn
-from fastlur.losses import negative_cross_entropy
 from gpu_parts.book import Book, Options, Row, Skip, device
 from gpu_parts.timing import wait
 
-Data = tuple[Tensor, Tensor]
 WRONG = 0.05
 FILES = (
     "train-images-idx3-ubyte.gz",
@@ -32,53 +25,34 @@ FILES = (
     "t10k-images-idx3-ubyte.gz",
     "t10k-labels-idx1-ubyte.gz",
 )
-PUBLISHED = "scissorhands, as published"
 LADDER = (10.0, 5.0, 2.0, 1.0)  # epochs; the published length first
-# what it is called: how `unlearn` is called
-ARMS: dict[str, dict[str, Any]] = {
-    PUBLISHED: {
-        "method": fastlur.methods.METHODS["scissorhands"](form="as_published"),
-        "forget_loss": negative_cross_entropy,
-        "lr": 5e-3,
-        "weight_decay": 5e-4,
-    },
-    "lur, optimistic": {"method": fastlur.LUR()},
-    "lur, optimistic, bf16": {
-        "method": fastlur.LUR(),
-        "precision": "bf16",
-        "memory_format": torch.channels_last,
-    },
-    "scissorhands, cleaned": {
-        "method": fastlur.methods.METHODS["scissorhands"](),
-        "forget_loss": negative_cross_entropy,
-        "lr": 5e-3,
-        "weight_decay": 5e-4,
-    },
-}
+RATES = (1.0, 0.3, 3.0)  # times the learning rate of each arm
 
 
 def run(book: Book, options: Options) -> None:
-    job: dict[str, Any] = {}
-    found: dict[str, list[Row]] = {name: [] for name in ARMS}
-    book.case("training, and retraining without the forget set", 20, lambda row: train_both(row, job, options))
-    if "model" not in job:
+    jobs: list[Job] = []
+    book.case("training, and retraining without the forget set", 20, lambda row: jobs.append(train_both(row, options)))
+    if not jobs:
         return
-    arms = [PUBLISHED, "lur, optimistic"] if options.tiny else list(ARMS)
-    rates: dict[str, float] = {}  # seconds an epoch, so far
-    for epochs in (1.0,) if options.tiny else LADDER:
+    arms = (PUBLISHED, LUR) if options.tiny else tuple(ARMS)
+    pace: dict[str, float] = {}  # seconds an epoch, so far
+    compared: list[Row] = []
+    for rate, epochs in [(1.0, 1.0)] if options.tiny else [(rate, epochs) for rate in RATES for epochs in LADDER]:
+        rows = []
         for name in arms:
-            likely = epochs * rates.get(name, max(rates.values(), default=0.0))
-            row = book.case(
-                f"{name}, {epochs:g} epochs", likely, partial(one, job=job, name=name, epochs=epochs, tiny=options.tiny)
-            )
+            likely = epochs * pace.get(name, max(pace.values(), default=0.0))
+            case = partial(one, job=jobs[0], name=name, epochs=epochs, rate=rate, tiny=options.tiny)
+            row = book.case(f"{name}, {epochs:g} epochs, learning rate × {rate:g}", likely, case)
             if row["status"] == "done":
-                found[name].append(row)
-                rates[name] = row["spent_seconds"] / epochs
-    book.case("to the same gap", 0, lambda row: verdict(row, found))
+                rows.append(row)
+                pace[name] = row["spent_seconds"] / epochs
+        if len(rows) == len(arms):  # every arm has the same number of tries
+            compared += rows
+    book.case("to the same gap", 0, lambda row: row.update(same_gap=verdict(compared, (PUBLISHED, CLEANED))))
 
 
-def train_both(row: Row, job: dict[str, Any], options: Options) -> None:
-    """The data, the network that memorised the wrong labels, the one that never saw them, and where we start."""
+def train_both(row: Row, options: Options) -> Job:
+    """The data, the network that memorised the wrong labels and from which all start, the one that never saw them."""
     if options.data is None and not options.tiny:
         raise Skip("needs MNIST: --data DIR")
     if options.tiny or options.data is None:
@@ -87,68 +61,25 @@ def train_both(row: Row, job: dict[str, Any], options: Options) -> None:
     else:
         (images, labels), test = mnist(options.data, 10_000)
         row["data"] = "MNIST, 10,000 images of 28 × 28"
-    generator = torch.Generator().manual_seed(1)
-    gone = torch.zeros(len(labels), dtype=torch.bool)
-    gone[torch.randperm(len(labels), generator=generator)[: int(WRONG * len(labels))]] = True
-    wrong = (labels + torch.randint(1, 10, labels.shape, generator=generator)) % 10
-    labels = torch.where(gone, wrong, labels)
+    labels, gone = mislabelled((images, labels), WRONG, 1)
     images, labels, gone = (x.to(device()) for x in (images, labels, gone))
-    job["forget"], job["retain"] = (images[gone], labels[gone]), (images[~gone], labels[~gone])
-    job["test"] = tuple(x.to(device()) for x in test)
+    retain = images[~gone], labels[~gone]
     epochs = 2 if options.tiny else 60
     model = train((images, labels), epochs, 0)
     wait()
     began = time.perf_counter()
-    truth = train(job["retain"], epochs, 100)
+    truth = train(retain, epochs, 100)
     wait()
     row["retraining_seconds"] = round(time.perf_counter() - began, 3)
-    reference = fastlur.evaluate(truth, forget=job["forget"], retain=job["retain"], test=job["test"])
-    job["model"], job["reference"] = model, reference
-    row["retrained"] = figures(reference)
-    row["before"] = figures(judge(model, job))
+    made = Job(model, (images[gone], labels[gone]), retain, tuple(x.to(device()) for x in test), truth)
+    row["before"], row["retrained"] = made.figures(model), made.figures(truth)
+    return made
 
 
-def one(row: Row, job: dict[str, Any], name: str, epochs: float, tiny: bool) -> None:
-    """One run from the trained model; its seconds are those of `unlearn` as a whole, its second time where short."""
-    batch = 32 if tiny else 128
-    settings = {"batch_size": batch, "epochs": epochs, "progress": False, **ARMS[name]}
-    spent = []
-    for _ in range(1 if tiny else 2):  # the first one also chooses algorithms and compiles kernels
-        model = copy.deepcopy(job["model"])
-        wait()
-        began = time.perf_counter()
-        result = fastlur.unlearn(model, job["forget"], job["retain"], **settings)
-        wait()
-        spent.append(time.perf_counter() - began)
-        if spent[0] > 5:
-            break
-    row |= {"arm": name, "epochs": epochs, "seconds": round(spent[-1], 4), "all_seconds": [round(s, 4) for s in spent]}
-    row["steps"] = len(result.history["retain_loss"])
-    row["after"] = figures(judge(model, job))
-    row["gap"] = row["after"]["gap"]
-
-
-def verdict(row: Row, found: dict[str, list[Row]]) -> None:
-    """Who was how quick to the gap that ScissorHands as published reached."""
-    if not found[PUBLISHED]:
-        raise Skip(f"no run of {PUBLISHED} is there")
-    row["target_gap"] = min(each["gap"] for each in found[PUBLISHED])
-    row["seconds"] = {}
-    for name, runs in ((name, runs) for name, runs in found.items() if runs):
-        near = [each["seconds"] for each in runs if each["gap"] <= row["target_gap"]]
-        row["seconds"][name] = min(near) if near else None
-    base = row["seconds"][PUBLISHED]
-    row["ratio_to_published"] = {n: None if s is None else round(s / base, 3) for n, s in row["seconds"].items()}
-
-
-def judge(model: nn.Module, job: dict[str, Any]) -> fastlur.Evaluation:
-    return fastlur.evaluate(
-        model, forget=job["forget"], retain=job["retain"], test=job["test"], reference=job["reference"]
-    )
-
-
-def figures(of: fastlur.Evaluation) -> dict[str, float | None]:
-    return {key: None if (v := getattr(of, key)) is None else round(v, 3) for key in ("ua", "ra", "ta", "mia", "gap")}
+def one(row: Row, job: Job, name: str, epochs: float, rate: float, tiny: bool) -> None:
+    """One setting of an arm."""
+    length: dict[str, Any] = {"epochs": epochs, "batch_size": 32 if tiny else 128}
+    row.update(run_arm(job, name, rate, times=1 if tiny else 2, wait=wait, **length), epochs=epochs)
 
 
 def train(data: Data, epochs: int, seed: int) -> nn.Module:

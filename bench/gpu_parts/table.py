@@ -126,7 +126,7 @@ def step(cases: list[Part]) -> list[str]:
 
 
 def end_to_end(cases: list[Part]) -> list[str]:
-    lines = ["| arm | epochs | seconds | UA | RA | TA | MIA | gap |", "|---" * 8 + "|"]
+    lines = ["| arm | epochs | lr × | seconds | UA | RA | TA | MIA | gap |", "|---" * 9 + "|"]
     for case in cases:
         named = {
             "before": case.get("before"),
@@ -137,9 +137,10 @@ def end_to_end(cases: list[Part]) -> list[str]:
             if found:
                 cells = " | ".join("" if found[key] is None else f"{found[key]:.2f}" for key in found)
                 spent = case.get("seconds", case["retraining_seconds"] if name == "retrained" else "")
-                lines.append(f"| {name} | {case.get('epochs', '')} | {spent} | {cells} |")
-    for case in (each for each in cases if "target_gap" in each):
-        lines += ["", f"To a gap of {case['target_gap']} (seconds): {case['seconds']}; ÷ {case['ratio_to_published']}"]
+                lines.append(f"| {name} | {case.get('epochs', '')} | {case.get('rate', '')} | {spent} | {cells} |")
+    for case in (each for each in cases if "same_gap" in each):
+        for opponent, found in case["same_gap"].items():
+            lines += ["", f"To the gap {found['target_gap']} of {opponent}, ÷ its time: {found['ratio']}"]
     return lines
 
 

@@ -1,0 +1,124 @@
+"""Whole runs to the same gap: LUR against ScissorHands, from the call to the model, everything in between included.
+
+Wrong labels of some images were memorised and are to be forgotten; the gap is the mean distance to a network retrained
+without them. Every arm is run at several lengths and learning rates, the same number of each, from the same trained
+model. The target is the smallest gap that the opponent reached; an arm's time is that of its quickest setting that
+comes as near.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastlur
+from fastlur.losses import negative_cross_entropy
+from fastlur.methods import METHODS
+
+Data = tuple[Tensor, Tensor]
+Run = Mapping[str, Any]  # arm, length, rate, seed, gap, seconds
+PUBLISHED, CLEANED = "scissorhands, as published", "scissorhands, cleaned"
+LUR, LUR_BF16, CLEANED_BF16 = "lur, optimistic", "lur, optimistic, bf16", "scissorhands, cleaned, bf16"
+FAST = {"precision": "bf16", "memory_format": torch.channels_last}
+SCISSORS = {"forget_loss": negative_cross_entropy, "weight_decay": 5e-4}
+# what it is called: how `unlearn` is called, and the learning rate that was published or is the default
+ARMS: dict[str, tuple[dict[str, Any], float]] = {
+    PUBLISHED: ({"method": METHODS["scissorhands"](form="as_published"), **SCISSORS}, 5e-3),
+    CLEANED: ({"method": METHODS["scissorhands"](), **SCISSORS}, 5e-3),
+    CLEANED_BF16: ({"method": METHODS["scissorhands"](), **SCISSORS, **FAST}, 5e-3),
+    LUR: ({"method": fastlur.LUR()}, 3e-2),
+    LUR_BF16: ({"method": fastlur.LUR(), **FAST}, 3e-2),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trained model, what it is to forget and to keep, and the figures of the one retrained without the former."""
+
+    model: nn.Module
+    forget: Data
+    retain: Data
+    test: Data
+    truth: nn.Module
+
+    def figures(self, model: nn.Module) -> dict[str, float | None]:
+        """What `evaluate` says of a model, in percent and points."""
+        data = {"forget": self.forget, "retain": self.retain, "test": self.test}
+        found = fastlur.evaluate(model, **data, reference=fastlur.evaluate(self.truth, **data))
+        names = ("ua", "ra", "ta", "mia", "gap")
+        return {name: None if (v := getattr(found, name)) is None else round(v, 3) for name in names}
+
+
+def mislabelled(data: Data, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Labels of which a share is wrong, and which ones those are."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = data[1]
+    gone = torch.zeros(len(labels), dtype=torch.bool)
+    gone[torch.randperm(len(labels), generator=generator)[: int(share * len(labels))]] = True
+    wrong = (labels + torch.randint(1, 10, labels.shape, generator=generator)) % 10
+    return torch.where(gone, wrong, labels), gone
+
+
+def run(
+    job: Job, arm: str, rate: float, times: int = 1, wait: Callable[[], None] = lambda: None, **length: float
+) -> dict[str, Any]:
+    """One setting of an arm from the trained model; its seconds are those of `unlearn` as a whole, of the last time.
+
+    Args:
+        job: what is to be done.
+        arm: a key of `ARMS`.
+        rate: the learning rate as a multiple of the arm's own.
+        times: how often it is run; the first time may choose algorithms and compile kernels.
+        wait: until the device has done everything.
+        **length: `steps` or `epochs`, and what else the call takes, the same for every arm.
+    """
+    options, lr = ARMS[arm]
+    spent = []
+    for _ in range(times):
+        model = copy.deepcopy(job.model)
+        wait()
+        began = time.perf_counter()
+        result = fastlur.unlearn(model, job.forget, job.retain, lr=rate * lr, progress=False, **options, **length)
+        wait()
+        spent.append(time.perf_counter() - began)
+        if spent[0] > 5:
+            break
+    return {
+        "arm": arm,
+        "rate": rate,
+        "steps": len(result.history["retain_loss"]),
+        "seconds": round(spent[-1], 4),
+        "all_seconds": [round(each, 4) for each in spent],
+        "after": (after := job.figures(model)),
+        "gap": after["gap"],
+    }
+
+
+def verdict(runs: Sequence[Run], opponents: Sequence[str]) -> dict[str, Any]:
+    """For each opponent the smallest gap it reached, and how long every arm takes to come as near.
+
+    Gaps and seconds are means over the runs that differ in their seed only.
+    """
+    settings: dict[tuple[str, float, int], list[Run]] = {}
+    for each in runs:
+        settings.setdefault((each["arm"], each["rate"], each["steps"]), []).append(each)
+    means: dict[str, list[tuple[float, float]]] = {}
+    for (arm, _, _), alike in settings.items():
+        gap, spent = (statistics.fmean(each[what] for each in alike) for what in ("gap", "seconds"))
+        means.setdefault(arm, []).append((gap, spent))
+    found: dict[str, Any] = {}
+    for opponent in (each for each in opponents if each in means):
+        target = min(gap for gap, _ in means[opponent])
+        near = {arm: [spent for gap, spent in each if gap <= target] for arm, each in means.items()}
+        seconds = {arm: round(min(each), 4) if each else None for arm, each in near.items()}
+        base = seconds[opponent]
+        ratios = {arm: None if spent is None else round(spent / base, 3) for arm, spent in seconds.items()}
+        found[opponent] = {"target_gap": round(target, 3), "seconds": seconds, "ratio": ratios}
+    return found

@@ -1,6 +1,7 @@
 """Whole runs to the same gap on scikit-learn's digits, LUR against ScissorHands: see `whole`.
 
-The short form is one seed, one length and one learning rate; FASTLUR_BENCH_FULL=1 takes three seeds and three rates for every arm.
+The short form is one seed, one length and one learning rate for every arm; FASTLUR_BENCH_FULL=1 takes three seeds, five
+lengths and three rates.
 """
 
 from __future__ import annotations

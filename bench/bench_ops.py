@@ -16,11 +16,28 @@ import pytest
 import torch
 from measure import interleaved, medians, ratio
 from shapes import numel, resnet18
-from spellings import ALPHA, DECAY, DOTS, L1, LR, MOMENTUM, OPERATIONS, PROX, Arm, Vectors, compiled, eager
+from spellings import (
+    ALPHA,
+    CLIP,
+    DECAY,
+    DOTS,
+    L1,
+    LR,
+    MOMENTUM,
+    OPERATIONS,
+    PROX,
+    SHARE,
+    Arm,
+    Vectors,
+    compiled,
+    decided,
+    eager,
+)
 from torch import Tensor
 
 from fastlur import backends, ops
 from fastlur.operands import control_scalars, hyper_parameters
+from fastlur.reference import OK, SCALE
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FULL = os.environ.get("FASTLUR_BENCH_FULL") == "1"
@@ -46,7 +63,13 @@ def layouts(full: bool, gpu: bool) -> dict[str, Shapes]:
     return found
 
 
-LAYOUTS = layouts(FULL, DEVICE.type == "cuda")
+def cases(full: bool, gpu: bool) -> list[tuple[str, str]]:
+    """Every operation in every layout; the decision of a step is about eight scalars, whatever the layout."""
+    vectorial = [name for name in OPERATIONS if name != "step_control"]
+    return [(name, layout) for name in vectorial for layout in layouts(full, gpu)] + [("step_control", "scalars")]
+
+
+LAYOUTS = layouts(FULL, DEVICE.type == "cuda") | {"scalars": [(3,)]}
 
 # float32 reads and writes an element
 TRAFFIC = {
@@ -58,6 +81,20 @@ TRAFFIC = {
     "adamw": 8,
     "extrapolate": 3,
     "saliency": 3,
+    "threshold": 1,
+    "step_control": 3,
+}
+# elements that the spelling by _foreach reads and writes, temporaries too: by more than the ratio of the two, fusing
+# passes cannot speed an operation up
+FOREACH_TRAFFIC = {
+    "grad_dot": 10,
+    "displace": 5,
+    "project": 3,
+    "regularize": 19,
+    "sgd": 14,
+    "adamw": 23,
+    "extrapolate": 5,
+    "saliency": 7,
 }
 
 
@@ -67,6 +104,13 @@ def ours(name: str, v: Vectors) -> Arm:
     control[1] = 1
     hyper = hyper_parameters(DEVICE, lr=LR, momentum=MOMENTUM, weight_decay=DECAY)
     dots, alpha, one = (torch.tensor(x, dtype=torch.float64, device=DEVICE) for x in (DOTS, ALPHA, 1.0))
+    verdict, clipped = control_scalars(DEVICE), hyper_parameters(DEVICE, lr=LR, clip=CLIP)
+    losses, decision_made = decided(DEVICE)[3], (verdict[OK], verdict[SCALE])
+
+    def decision() -> tuple[Tensor, Tensor]:
+        ops.step_control(verdict, dots, losses, clipped)
+        return decision_made
+
     arms: dict[str, Arm] = {
         "grad_dot": lambda: ops.grad_dot(v[0], v[1]),
         "displace": lambda: ops.displace(v[2], v[0], v[1], alpha),
@@ -76,6 +120,8 @@ def ours(name: str, v: Vectors) -> Arm:
         "adamw": lambda: ops.meta_update(v[2], v[0], v[1], v[3], v[4], control=control, hyper=hyper),
         "extrapolate": lambda: ops.extrapolate(v[2], v[0], v[1], alpha, one),
         "saliency": lambda: ops.saliency(v[2], v[0], v[1]),
+        "threshold": lambda: ops.threshold(v[0], SHARE),
+        "step_control": decision,
     }
     return arms[name]
 
@@ -168,6 +214,7 @@ def measured(
     middle = medians(times)
     best = min((how for how in middle if how.startswith("torch: ")), key=lambda how: middle[how])
     faster, low, high = ratio(times, best, "ours")
+    foreach = middle.get("torch: foreach")
     quartiles = {how: statistics.quantiles(each, n=4)[::2] for how, each in times.items()}
     return {
         "operation": name,
@@ -178,15 +225,14 @@ def measured(
         "best_torch": best.removeprefix("torch: "),
         "times_as_fast_as_best_torch": round(faster, 2),
         "quartiles_of_that": [round(low, 2), round(high, 2)],
-        "times_as_fast_as_foreach": round(middle["torch: foreach"] / middle["ours"], 2),
+        "times_as_fast_as_foreach": round(foreach / middle["ours"], 2) if foreach else None,
         "gigabytes_per_second": round(TRAFFIC[name] * 4 * size / middle["ours"] / 1e9, 2),
         "copy_gigabytes_per_second": round(2 * 4 * size / middle["copy"] / 1e9, 2),
     }
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own compiler imports deprecated parts of torch
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize(("name", "layout"), cases(FULL, DEVICE.type == "cuda"))
 def test_operation(name: str, layout: str, benchmark: Any, record: list[dict[str, Any]]) -> None:
     row = measured(name, layout, LAYOUTS[layout], FULL, SECONDS)
     record.append(row)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench_ops import FOREACH_TRAFFIC, TRAFFIC
 from gpu_parts import PARTS
 from gpu_parts.table import table as gpu_table
 from picture import draw
@@ -52,14 +53,28 @@ def operations() -> str:
             *table(rows, bandwidth),
             "",
         ]
+        large = [row for row in rows if row["layout"] not in ("1e5 flat", "scalars")]
         behind = [
             f"`{row['operation']}` {row['times_as_fast_as_best_torch']:.2f} at {row['layout']} ({row['best_torch']})"
-            for row in rows
-            if row["layout"] != "1e5 flat" and row["times_as_fast_as_best_torch"] < 1
+            for row in large
+            if row["times_as_fast_as_best_torch"] < 1
         ]
         if behind:
             lines += [f"From 1e6 elements on slower than the best torch spelling: {', '.join(behind)}.", ""]
-        large = [row["seconds"] for row in rows if row["layout"] != "1e5 flat" and "plain" in row["seconds"]]
+        few = [
+            f"`{row['operation']}` {row['times_as_fast_as_foreach']:.2f} at {row['layout']} "
+            f"(by bytes at most {FOREACH_TRAFFIC[row['operation']] / TRAFFIC[row['operation']]:.2g})"
+            for row in large
+            if row["operation"] in FOREACH_TRAFFIC
+            and row["times_as_fast_as_foreach"] < 2
+            and FOREACH_TRAFFIC[row["operation"]] > TRAFFIC[row["operation"]]
+        ]
+        if few:
+            lines += [f"Less than twice as fast as `_foreach`, although passes are fused: {', '.join(few)}.", ""]
+        for row in (each for each in rows if each["layout"] == "scalars"):
+            times = row["times_as_fast_as_best_torch"]
+            lines += [f"`{row['operation']}`, on scalars only: {times:.2f} times as fast as {row['best_torch']}.", ""]
+        large = [row["seconds"] for row in large if "plain" in row["seconds"]]
         slower = [seconds["plain"] / seconds["ours"] for seconds in large]
         if slower:
             span = f"{min(slower):.1f} to {max(slower):.1f}"
@@ -69,6 +84,7 @@ def operations() -> str:
 
 def table(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str]) -> list[str]:
     """One line an operation, one column a layout."""
+    rows = [row for row in rows if row["layout"] != "scalars"]
     layouts = list(dict.fromkeys(row["layout"] for row in rows))
     lines = [f"| | {' | '.join(layouts)} |", f"|---{'|---' * len(layouts)}|"]
     for name in dict.fromkeys(row["operation"] for row in rows):
@@ -81,7 +97,7 @@ def speed(row: dict[str, Any]) -> str:
     """How many times as fast as torch; the spread, where it was recorded."""
     spread = " [{:.2f}–{:.2f}]".format(*row["quartiles_of_that"]) if "quartiles_of_that" in row else ""
     best, foreach = row["times_as_fast_as_best_torch"], row["times_as_fast_as_foreach"]
-    return f"{best:.2f}{spread} ({row['best_torch']}) / {foreach:.2f}"
+    return f"{best:.2f}{spread} ({row['best_torch']})" + ("" if foreach is None else f" / {foreach:.2f}")
 
 
 def bandwidth(row: dict[str, Any]) -> str:

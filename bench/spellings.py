@@ -18,12 +18,13 @@ Arm = Callable[[], object]
 Vectors = list[list[Tensor]]
 
 ALPHA, LR, MOMENTUM, DECAY, L1, PROX = 0.1, 1e-3, 0.9, 1e-4, 1e-6, 1e-3
+CLIP, SHARE = 1.0, 0.9
 DOTS = (-0.5, 1.0, 1.0)
 _each: Any = torch  # its _foreach functions are private to the type checker
 
 
 def eager(name: str, v: Vectors) -> dict[str, Arm]:
-    """The spellings without a compiler; "foreach" is among them for every operation."""
+    """The spellings without a compiler; "foreach" is among them where torch has one."""
     return _EAGER[name](v)
 
 
@@ -158,6 +159,31 @@ def _saliency(v: Vectors) -> dict[str, Arm]:
     return {"foreach": foreach, "out=": out}
 
 
+def _kth(scores: list[Tensor]) -> Tensor:
+    every = torch.cat([x.view(-1) for x in scores])
+    return torch.kthvalue(every, max(1, int(SHARE * every.numel()))).values
+
+
+def _threshold(v: Vectors) -> dict[str, Arm]:
+    return {"kthvalue": lambda: _kth(v[0])}
+
+
+def _decide(ok: Tensor, count: Tensor, dots: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    ok = ok * torch.isfinite(dots.sum() + losses.sum())
+    count.add_(ok)
+    norm = (dots[1] + 2 * dots[0] + dots[2]).clamp(min=0).sqrt()
+    return ok, torch.where(norm > CLIP, CLIP / norm, 1.0)
+
+
+def decided(device: torch.device) -> tuple[Tensor, ...]:
+    """What a step is decided from: whether all was well, steps so far, dots, losses; float64."""
+    return tuple(torch.tensor(x, dtype=torch.float64, device=device) for x in (1.0, 0.0, DOTS, [1.0, 2.0]))
+
+
+def _step_control(v: Vectors) -> dict[str, Arm]:
+    return {"eager": partial(_decide, *decided(v[0][0].device))}
+
+
 _EAGER: dict[str, Callable[[Vectors], dict[str, Arm]]] = {
     "grad_dot": _grad_dot,
     "displace": _displace,
@@ -167,6 +193,8 @@ _EAGER: dict[str, Callable[[Vectors], dict[str, Arm]]] = {
     "adamw": _adamw,
     "extrapolate": _extrapolate,
     "saliency": _saliency,
+    "threshold": _threshold,
+    "step_control": _step_control,
 }
 OPERATIONS = tuple(_EAGER)
 
@@ -231,6 +259,8 @@ def compiled(name: str, held: list[Vectors], backend: str = "inductor") -> list[
         "adamw": (adamw, lambda v: (v[2], v[0], v[1], v[3], v[4], count)),
         "extrapolate": (extrapolate, lambda v: (v[2], v[0], v[1])),
         "saliency": (saliency, lambda v: (v[2], v[0], v[1])),
+        "threshold": (_kth, lambda v: (v[0],)),
+        "step_control": (_decide, lambda v: decided(device)),
     }
     function, arguments = functions[name]
     torch._dynamo.reset()

@@ -15,13 +15,15 @@ UNMEASURED = {"torch": "not measured on a GPU", "triton": "interpreter only", "e
 
 
 def measured_on_a_gpu(folder):
-    """The backends that some committed result from a machine with a GPU was served by."""
+    """The backends that some committed result from a machine with a GPU was served by; `make gpu` leaves folders."""
     found = set()
-    for path in folder.glob("*.json"):
+    for path in folder.rglob("*.json"):
         result = json.loads(path.read_text())
-        if isinstance(result, dict) and result.get("machine", {}).get("gpu"):
+        if isinstance(result, dict) and (result.get("machine") or {}).get("gpu"):
             found |= {row["backend"] for row in result.get("rows", []) if "backend" in row}
-    return found
+            for case in result.get("cases", []):
+                found |= {name.split(",")[0] for name in case.get("gigabytes_per_second", {})}
+    return found & set(UNMEASURED)
 
 
 def untrue(checked, folder):
@@ -63,9 +65,15 @@ def test_info_says_it_with_a_gpu_or_without_whoever_serves(forced, monkeypatch):
 
 
 @pytest.mark.parametrize("gpu", [None, "NVIDIA H100"])
-def test_a_result_and_what_is_said_of_it_come_together(gpu, tmp_path):
+@pytest.mark.parametrize("suite", [False, True], ids=["bench-full", "make gpu"])
+def test_a_result_and_what_is_said_of_it_come_together(gpu, suite, tmp_path):
     rows = [{"operation": "displace", "backend": "triton"}, {"operation": "a step"}]
-    (tmp_path / "ops.json").write_text(json.dumps({"machine": {"gpu": gpu}, "rows": rows}))
+    if suite:
+        kept = {"machine": {"gpu": gpu}, "cases": [{"case": "copy"}, {"gigabytes_per_second": {"triton, graph": 1.0}}]}
+        (tmp_path / "gpu-h100").mkdir()
+        (tmp_path / "gpu-h100" / "kernels.json").write_text(json.dumps(kept))
+    else:
+        (tmp_path / "ops.json").write_text(json.dumps({"machine": {"gpu": gpu}, "rows": rows}))
     modest = {(name, "cuda"): said for name, said in UNMEASURED.items()}
     proud = modest | {("triton", "cuda"): "measured"}
     boastful = proud | {("extension", "cuda"): "measured"}

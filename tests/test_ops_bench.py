@@ -93,14 +93,15 @@ def test_the_names_of_the_arms_are_those_of_the_spellings():
         made, _ = arms(name)
         own = spellings.eager(name, bench_ops.vectors(SMALL, 0))
         assert set(made) == {"ours", "plain", "torch: compiled", *(f"torch: {how}" for how in own)}
-        assert "foreach" in own and len(own) > 1
+        assert ("foreach" in own) == (name in bench_ops.FOREACH_TRAFFIC)
+        assert len(own) > 1 or name in ("threshold", "step_control")
         assert set(bench_ops.names("torch", name, False)) == set(made) - {"plain", "torch: compiled"}
 
 
 def whole(rows, full, gpu) -> None:
     """Every operation and layout once, each row with all its arms and figures."""
     seen = [(row["operation"], row["layout"]) for row in rows]
-    assert sorted(seen) == sorted((o, where) for o in spellings.OPERATIONS for where in bench_ops.layouts(full, gpu))
+    assert sorted(seen) == sorted(bench_ops.cases(full, gpu))
     for row in rows:
         wanted = {"copy", *bench_ops.names(row["backend"], row["operation"], full)}
         assert set(row["seconds"]) == set(row["quartiles"]) == wanted, (row["operation"], row["layout"])
@@ -122,9 +123,7 @@ def test_a_committed_result_is_whole(path):
 
 def rows(full=False) -> list[dict]:
     return [
-        bench_ops.measured(name, layout, SMALL, full, 0.0, "eager")
-        for name in spellings.OPERATIONS
-        for layout in bench_ops.layouts(full, False)
+        bench_ops.measured(name, layout, SMALL, full, 0.0, "eager") for name, layout in bench_ops.cases(full, False)
     ]
 
 
@@ -148,12 +147,17 @@ def test_what_is_measured_now_fills_the_table(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ROOT", tmp_path)
     row = rows()[0] | {"times_as_fast_as_best_torch": 0.5, "quartiles_of_that": [0.4, 0.6], "best_torch": "dot"}
     row |= {"times_as_fast_as_foreach": 3.0, "gigabytes_per_second": 30.0, "copy_gigabytes_per_second": 40.0}
-    there = row | {"layout": "1e6 flat"}
-    (tmp_path / "bench" / "results" / "cpu-ops.json").write_text(json.dumps({"machine": made, "rows": [row, there]}))
+    there = row | {"layout": "1e6 flat", "times_as_fast_as_foreach": 1.5}
+    alone = row | {"operation": "step_control", "layout": "scalars", "times_as_fast_as_foreach": None}
+    (tmp_path / "bench" / "results" / "cpu-ops.json").write_text(
+        json.dumps({"machine": made, "rows": [row, there, alone]})
+    )
     text = report.operations()
-    assert "| `grad_dot` | 0.50 [0.40–0.60] (dot) / 3.00 | 0.50 [0.40–0.60] (dot) / 3.00 |" in text
+    assert "| `grad_dot` | 0.50 [0.40–0.60] (dot) / 3.00 | 0.50 [0.40–0.60] (dot) / 1.50 |" in text
     assert "| `grad_dot` | 30.0 (75 %) | 30.0 (75 %) |" in text
     assert "slower than the best torch spelling: `grad_dot` 0.50 at 1e6 flat (dot)." in text
+    assert "although passes are fused: `grad_dot` 1.50 at 1e6 flat (by bytes at most 5)." in text
+    assert "`step_control`, on scalars only: 0.50 times as fast" in text and "scalars |" not in text
 
 
 @pytest.mark.parametrize(("gpu", "name"), [(None, "cpu-ops"), ("NVIDIA H100", "gpu-ops")])

@@ -41,15 +41,26 @@ def run(book: Book, options: Options) -> None:
     layouts = TINY if options.tiny else FULL
     seconds = 0.02 if options.tiny else 0.4
     first = ("sgd",) if options.tiny else FIRST
-    others = () if options.tiny else tuple(each for each in OPERATIONS if each not in FIRST)
+    vectorial = tuple(each for each in OPERATIONS if each != "step_control")
+    others = () if options.tiny else tuple(each for each in vectorial if each not in FIRST)
     for layout, shapes in list(layouts.items())[::2]:  # the lists
         book.case(f"the vector work of a step: {layout}", 6, partial(whole, shapes=shapes, seconds=seconds))
     plain(book, first, layouts, seconds)
-    for name in others and first:
-        book.case(f"{name}, compiled: {IN_62}", 15, partial(tuned, name=name, layout=IN_62, seconds=seconds))
+    in_lists, in_one = list(layouts.items())[:2]
+    compiler = "eager" if options.tiny else "inductor"  # which takes half a minute for an operation on a CPU
+    beside_compiled(book, first, in_lists, 15, seconds, compiler)
     plain(book, others, layouts, seconds)
-    for name in others and first:
-        book.case(f"{name}, compiled: 1e8 flat", 10, partial(tuned, name=name, layout="1e8 flat", seconds=seconds))
+    beside_compiled(book, first, in_one, 10, seconds, compiler)
+
+
+def beside_compiled(
+    book: Book, operations: tuple[str, ...], layout: tuple[str, Shapes], likely: float, seconds: float, compiler: str
+) -> None:
+    """A case for each of the operations beside torch's compiler."""
+    where, shapes = layout
+    for name in operations:
+        run_one = partial(tuned, name=name, layout=where, shapes=shapes, seconds=seconds, compiler=compiler)
+        book.case(f"{name}, compiled: {where}", likely, run_one)
 
 
 def plain(book: Book, operations: tuple[str, ...], layouts: dict[str, Shapes], seconds: float) -> None:
@@ -123,18 +134,18 @@ def one(row: Row, name: str, layout: str, shapes: Shapes, seconds: float) -> Non
     assert not wrong, f"not what float64 says: {wrong}"
 
 
-def tuned(row: Row, name: str, layout: str, seconds: float) -> None:
+def tuned(row: Row, name: str, layout: str, shapes: Shapes, seconds: float, compiler: str) -> None:
     """One operation beside torch's compiler, which gets the spelling by lists and by _foreach."""
-    shapes = FULL[layout]
     row |= {"operation": name, "layout": layout, "elements": numel(shapes), "wrong": {}}
     held = [vectors(shapes, 0)]
     source, target = torch.rand(2, numel(shapes), device=device())
     arms: dict[str, Arm] = {"copy": lambda: target.copy_(source)}
     best = backends.serving(device().type)
     arms[best] = bench_ops.ours(name, held[0])
-    arms["torch: compiled"] = compiled(name, held[0])
-    spelled = eager(name, held[0])
-    arms["torch: foreach"], arms["torch: compiled foreach"] = spelled["foreach"], torch.compile(spelled["foreach"])
+    (arms["torch: compiled"],) = compiled(name, held, compiler)
+    arms["torch: foreach"] = eager(name, held[0])["foreach"]
+    arms["torch: compiled foreach"] = torch.compile(arms["torch: foreach"], backend=compiler)
+    bench_ops.check(name, shapes, {how: [arm] for how, arm in arms.items() if how != "copy"}, held[0])
     in_graphs(row, arms)
     row["one_buffer"] = True  # below 1e8 elements all arms alike then find much of it in the cache
     summary(row, measured(row, arms, seconds), numel(shapes))

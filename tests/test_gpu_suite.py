@@ -11,6 +11,9 @@ from gpu_parts.table import table
 
 STATES = {"done", "skipped", "failed", "out of memory"}
 
+# torch's own compiler imports deprecated parts of torch
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
 
 class Clock:
     """A clock that stands still until it is told."""

@@ -1,4 +1,4 @@
-"""Put the figures of committed results into the README and docs/memory.md, between markers. `--check` only compares."""
+"""Put the figures of committed results into the README and docs/, between markers. `--check` only compares."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from gpu_parts import PARTS
 from gpu_parts.table import table as gpu_table
 from picture import draw
 from tables import memory, scissorhands, steps, whole
+from targets import exact, growth, targets
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -126,7 +127,12 @@ SECTIONS: dict[str, Callable[[], str]] = {
 }
 
 
-PAGES = {README: SECTIONS, ROOT / "docs" / "memory.md": {"memory": memory}}
+DOCS = ROOT / "docs"
+PAGES = {
+    README: SECTIONS,
+    DOCS / "cost.md": {"targets": targets, "exact": exact, "growth": growth},
+    DOCS / "memory.md": {"memory": memory},
+}
 
 
 def filled(page: Path) -> str:

@@ -13,7 +13,7 @@ FORMS = ("cleaned", "as_published")
 def steps() -> str:
     """Every step as a ratio to a plain two-loss step, from every `*-step.json`."""
     lines: list[str] = []
-    for machine, rows in _results("step"):
+    for machine, rows in results("step"):
         arms = list(dict.fromkeys(arm for row in rows for arm in row["ratio_to_bare"]))
         lines += [f"{machine}. Time ÷ that of a plain two-loss step, median of interleaved rounds:", ""]
         lines += [f"| model, batch, precision | {' | '.join(arms)} |", f"|---{'|---' * len(arms)}|"]
@@ -38,7 +38,7 @@ def steps() -> str:
 def scissorhands() -> str:
     """The parts of ScissorHands beside LUR's steps, from every `*-scissorhands.json`."""
     lines: list[str] = []
-    for machine, rows in _results("scissorhands"):
+    for machine, rows in results("scissorhands"):
         names = [f"{form}: {part}" for part in _parts(rows[0]) for form in FORMS]
         shown = ["LUR, optimistic", "LUR, secant", *names]
         heads = [f"{row['model']}, {row['batch']} + {row['batch']}" for row in rows]
@@ -57,7 +57,7 @@ def scissorhands() -> str:
 def whole() -> str:
     """Whole runs to the same gap, from every `*-whole.json`."""
     lines: list[str] = []
-    for machine, rows in _results("whole"):
+    for machine, rows in results("whole"):
         runs = [row for row in rows if "arm" in row]
         seeds = len({run["seed"] for run in runs})
         tries = len({(run["rate"], run["steps"]) for run in runs})
@@ -79,7 +79,7 @@ def whole() -> str:
 def memory() -> str:
     """What every arm holds beyond the parameters, and how far the prediction is off, from every `*-memory.json`."""
     lines: list[str] = []
-    for machine, rows in _results("memory"):
+    for machine, rows in results("memory"):
         arms = list(dict.fromkeys(arm for row in rows for arm in row["extra"]))
         heads = [f"{row['model']}, {row['batch']} + {row['batch']}" for row in rows]
         lines += [f"{machine}. Peak beyond the parameters, MiB (error of the predicted peak):", ""]
@@ -119,10 +119,15 @@ def _parts(row: dict[str, Any]) -> list[str]:
     return [name.removeprefix("cleaned: ") for name in row["ratio_to_bare"] if name.startswith("cleaned: ")]
 
 
-def _results(kind: str) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(the machine in words, the rows) of every result of that kind; parts recorded on one machine are one result."""
+def results(kind: str, where: str = "") -> list[tuple[str, list[dict[str, Any]]]]:
+    """(the machine in words, the rows) of every result of that kind; parts recorded on one machine are one result.
+
+    Args:
+        kind: what the name of a file ends with.
+        where: what it begins with.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(RESULTS.glob(f"*-{kind}.json")):
+    for path in sorted(each for each in RESULTS.glob(f"*-{kind}.json") if each.stem.startswith(where)):
         kept = json.loads(path.read_text())
         made = kept["machine"]
         where = made["gpu"] or f"{made['cpu']}, {made['threads']} threads"

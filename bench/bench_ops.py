@@ -34,6 +34,7 @@ from spellings import (
     eager,
 )
 from torch import Tensor
+from traffic import TRAFFIC
 
 from fastlur import backends, ops
 from fastlur.operands import control_scalars, hyper_parameters
@@ -70,32 +71,6 @@ def cases(full: bool, gpu: bool) -> list[tuple[str, str]]:
 
 
 LAYOUTS = layouts(FULL, DEVICE.type == "cuda") | {"scalars": [(3,)]}
-
-# float32 reads and writes an element
-TRAFFIC = {
-    "grad_dot": 2,
-    "displace": 3,
-    "project": 3,
-    "regularize": 4,
-    "sgd": 6,
-    "adamw": 8,
-    "extrapolate": 3,
-    "saliency": 3,
-    "threshold": 1,
-    "step_control": 3,
-}
-# elements that the spelling by _foreach reads and writes, temporaries too: by more than the ratio of the two, fusing
-# passes cannot speed an operation up
-FOREACH_TRAFFIC = {
-    "grad_dot": 10,
-    "displace": 5,
-    "project": 3,
-    "regularize": 19,
-    "sgd": 14,
-    "adamw": 23,
-    "extrapolate": 5,
-    "saliency": 7,
-}
 
 
 def ours(name: str, v: Vectors) -> Arm:

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_ops import FOREACH_TRAFFIC, TRAFFIC
 from gpu_parts import PARTS
 from gpu_parts.table import table as gpu_table
 from picture import draw
 from tables import memory, scissorhands, steps, whole
 from targets import exact, growth, targets
+from traffic import FOREACH_TRAFFIC, TRAFFIC
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -12,6 +12,7 @@ import pytest
 import report
 import spellings
 import torch
+import traffic
 from kernel_cases import DEVICE
 
 from fastlur import backends
@@ -93,7 +94,7 @@ def test_the_names_of_the_arms_are_those_of_the_spellings():
         made, _ = arms(name)
         own = spellings.eager(name, bench_ops.vectors(SMALL, 0))
         assert set(made) == {"ours", "plain", "torch: compiled", *(f"torch: {how}" for how in own)}
-        assert ("foreach" in own) == (name in bench_ops.FOREACH_TRAFFIC)
+        assert ("foreach" in own) == (name in traffic.FOREACH_TRAFFIC)
         assert len(own) > 1 or name in ("threshold", "step_control")
         assert set(bench_ops.names("torch", name, False)) == set(made) - {"plain", "torch: compiled"}
 

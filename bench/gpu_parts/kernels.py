@@ -15,10 +15,11 @@ from typing import Any
 import backend_cases
 import bench_ops
 import torch
-from bench_ops import CACHE, TRAFFIC, rotating, vectors
+from bench_ops import CACHE, rotating, vectors
 from measure import medians
 from shapes import Shapes, language_1b, numel, resnet18
 from spellings import ALPHA, DECAY, LR, MOMENTUM, OPERATIONS, Arm, Vectors, compiled, eager
+from traffic import TRAFFIC
 
 from fastlur import backends, ops
 from fastlur.operands import control_scalars, hyper_parameters

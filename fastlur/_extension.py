@@ -147,7 +147,8 @@ def project(a: Tensors, b: Tensors, dots: Tensor, kind: str) -> None:
         return
     x, y = _read(a), _read(b)
     torch.ops.fastlur_ext.project(x, y, _value(dots), kind)
-    _wrote(a, x)
+    if kind == "symmetric":
+        _wrote(a, x)
     _wrote(b, y)
 
 

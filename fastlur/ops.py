@@ -57,11 +57,22 @@ _FAKES: dict[str, Callable[..., Any]] = {"grad_dot": _fake_grad_dot, "regularize
 
 def _register(name: str) -> None:
     _library.define(name + SCHEMAS[name], tags=(torch.Tag.needs_fixed_stride_order,))
-    _library.impl(name, partial(serve, _SIGNATURES[name]), "CompositeExplicitAutograd")
+    implementation = _serve_project if name == "project" else partial(serve, _SIGNATURES[name])
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlur::{name}", _FAKES.get(name, lambda *_: None), lib=_library)
 
 
+def _serve_project(*arguments: Any) -> None:
+    serve(_projection(arguments[-1]), *arguments)
+
+
+def _projection(kind: str) -> Signature:
+    """The schema has to allow for all kinds; only one of them writes `a`."""
+    return _SIGNATURES["project"] if kind == "symmetric" else _ONE_SIDED
+
+
 _SIGNATURES = {name: Signature.of(name, schema) for name, schema in SCHEMAS.items()}
+_ONE_SIDED = _SIGNATURES["project"].reading("a")
 for _name in SCHEMAS:
     _register(_name)
 
@@ -118,7 +129,8 @@ def project(a: Vector, b: Vector, dots: Tensor, kind: str = "one_sided") -> None
     quadratic programme with one memory (arXiv 2401.06187).
 
     Args:
-        a: what is protected; "scissorhands": the memory's gradient. Changed by "symmetric" only.
+        a: what is protected; "scissorhands": the memory's gradient. Changed by "symmetric" only; to the others it may
+            be anything that can be read (under torch.compile it counts as written by all).
         b: what gives way.
         dots: (⟨a,b⟩, ‖a‖², ‖b‖²), shape (3,), float64, as `grad_dot` gives them.
         kind: "one_sided", "symmetric" or "scissorhands".
@@ -128,7 +140,7 @@ def project(a: Vector, b: Vector, dots: Tensor, kind: str = "one_sided") -> None
     """
     if kind not in reference.PROJECTIONS:
         raise ArgumentError(f"kind={kind!r} is no projection; use one of {', '.join(reference.PROJECTIONS)}")
-    call(_SIGNATURES["project"], listed(a), listed(b), dots, kind)
+    call(_projection(kind), listed(a), listed(b), dots, kind)
 
 
 def regularize(

@@ -1,4 +1,4 @@
-"""The vector operations of a step in plain torch: the truth for every other backend, and the default one.
+"""The vector operations of a step in plain torch: the truth for every other backend, which serves where none is there.
 
 All operations take lists of tensors (a flat buffer is a list of one). Tensors at the same place of two lists have the
 same shape and dtype (a mask is bool); different places may differ. All are on one device, and so are the

@@ -7,7 +7,7 @@ alike are flat, and autograd is told what was written.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torch.autograd.graph import increment_version
 
 from fastlur import backends
 from fastlur.errors import ArgumentError
-from fastlur.memory import flattened, refuse_overlaps
+from fastlur.memory import flattened
 from fastlur.operands import Operand, fit, fit_scalars
+from fastlur.sharing import refuse_overlaps
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -29,12 +30,14 @@ class Signature:
     Args:
         name: of the operation.
         lists: the lists of tensors.
-        scalars: names of the other arguments.
+        beside: the other arguments.
+        scalars: their names.
         written: places of the arguments that are written.
     """
 
     name: str
     lists: tuple[Operand, ...]
+    beside: tuple[Operand, ...]
     scalars: tuple[str, ...]
     written: tuple[int, ...]
 
@@ -43,9 +46,17 @@ class Signature:
         """Read it from "(Tensor(a!)[] out, Tensor[]? theta, …) -> …"."""
         parts = schema[1 : schema.index(") ->")].split(", ")
         lists = [part for part in parts if "[]" in part]
-        operands = tuple(Operand(part.split()[1], "?" in part, "!" in part) for part in lists)
-        scalars = tuple(part.split()[1] for part in parts[len(lists) :])
-        return cls(name, operands, scalars, tuple(place for place, part in enumerate(parts) if "!" in part))
+        operands = tuple(Operand(part.split()[1], "?" in part, "!" in part) for part in parts)
+        count = len(lists)
+        scalars = tuple(operand.name for operand in operands[count:])
+        written = tuple(place for place, operand in enumerate(operands) if operand.written)
+        return cls(name, operands[:count], operands[count:], scalars, written)
+
+    def reading(self, name: str) -> Signature:
+        """The same for calls that leave one of the lists as it is."""
+        lists = tuple(each._replace(written=each.written and each.name != name) for each in self.lists)
+        written = tuple(place for place in self.written if place >= len(lists) or lists[place].written)
+        return replace(self, lists=lists, written=written)
 
 
 def call(signature: Signature, *arguments: Any) -> Any:
@@ -116,9 +127,7 @@ def _serve(signature: Signature, arguments: Sequence[Any]) -> Any:
     with torch.no_grad():  # on finished gradients, as any optimizer works: nothing here is differentiated
         lists = flattened(arguments[:count])
         if written:
-            # scalars are float64: they are part of a vector only if that is
-            beside = arguments[count:] if count and first.dtype == torch.float64 else ()
-            refuse_overlaps(signature.lists, lists, [each for each in beside if isinstance(each, Tensor)])
+            refuse_overlaps(signature.lists, lists, signature.beside, arguments[count:])
         _, module = backends.resolve("cpu" if first is None else first.device.type)
         result = getattr(module, signature.name)(*lists, *arguments[count:])
     # Triton writes behind autograd's back, and plain torch may leave out what the schema says is written

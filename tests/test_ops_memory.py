@@ -75,7 +75,7 @@ def filled(values):
     return x
 
 
-# what is called with forty thousand numbers that begin with control scalars, dots, or hyper-parameters, and as many more
+# what is called with forty thousand numbers that begin with scalars of some kind, and as many more
 SCALARS = {
     "alpha": lambda x, y: ops.displace(x, y, y.clone(), x[3]),
     "norm2": lambda x, y: ops.displace(y, y, y.clone(), 1.0, y[-1]),

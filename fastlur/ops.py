@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastlur import reference
 from fastlur.errors import ArgumentError
-from fastlur.operands import Number, Operand, Vector, device_of, fit, hyper_parameters, listed, scalar
+from fastlur.operands import Number, Operand, Vector, device_of, fit, hyper_parameters, listed, refuse_tangents, scalar
 from fastlur.serving import Signature, call, serve
 
 SCHEMAS = {
@@ -110,7 +111,7 @@ def displace(out: Vector, theta: Vector, d: Vector, alpha: Number, norm2: Tensor
         theta: the point.
         d: the vector to move along.
         alpha: a number or a 0-d tensor; with `norm2` the length of the step.
-        norm2: ‖d‖², shape (), from `grad_dot`; where it is 0 or infinite the step is 0.
+        norm2: ‖d‖², shape (), from `grad_dot`; where it is 0 or infinite the step is 0: out ← θ, be d infinite or NaN.
 
     Raises:
         ArgumentError: the vectors do not fit each other.
@@ -195,7 +196,11 @@ def step_control(control: Tensor, dots: Tensor, losses: Tensor, hyper: Tensor) -
     Raises:
         ArgumentError: something is no tensor, of another length or dtype, or on another device than `control`.
     """
-    given = losses.detach().double() if isinstance(losses, Tensor) else losses
+    if isinstance(losses, Tensor) and losses.is_complex():
+        raise ArgumentError(f"losses: are {losses.dtype}; pass real numbers")
+    if forward_ad._current_level >= 0:
+        refuse_tangents(["losses"], [losses])
+    given = losses.detach().double() if isinstance(losses, Tensor) and not losses.is_nested else losses
     call(_SIGNATURES["step_control"], control, dots, given, hyper)
 
 
@@ -276,6 +281,8 @@ def threshold(scores: Vector, sparsity: Number) -> Tensor:
         ArgumentError: sparsity outside [0, 1], or no score at all.
     """
     every = listed(scores)
+    if forward_ad._current_level >= 0:
+        refuse_tangents(["scores"], [every])
     fit((Operand("scores"),), (every,))
     share = _share(sparsity)
     if not 0 <= share <= 1:
@@ -288,9 +295,13 @@ def threshold(scores: Vector, sparsity: Number) -> Tensor:
 def _share(sparsity: Number) -> float:
     """The float that prints as the number does: 0.29 in float32 is a little less, and would be 28 of 100 scores."""
     number: Any = sparsity
-    if isinstance(sparsity, Tensor) and sparsity.dtype != torch.bfloat16 and not sparsity.is_meta:
-        number = sparsity.detach().cpu().numpy()
     try:
+        if isinstance(sparsity, Tensor):
+            value = sparsity.detach().reshape(()).cpu()
+            # the fewest digits that name this number in its own dtype
+            exact = float(value.double())
+            digits = (float(f"{exact:.{count}g}") for count in range(1, 18))
+            return next((each for each in digits if torch.tensor(each).to(value.dtype) == value), exact)
         return float(str(number) if hasattr(number, "dtype") else number)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ArgumentError(f"sparsity={sparsity!r} must be a number in [0, 1]") from error

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from fastlur import backends
 from fastlur.errors import ArgumentError
 from fastlur.memory import flattened
-from fastlur.operands import Operand, fit, fit_scalars
+from fastlur.operands import Operand, fit, fit_scalars, refuse_tangents
 from fastlur.sharing import refuse_overlaps
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -66,6 +67,8 @@ def call(signature: Signature, *arguments: Any) -> Any:
         ArgumentError: they do not fit each other, or overlap.
     """
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if forward_ad._current_level >= 0:  # a level of forward-mode differentiation is open
+        refuse_tangents([operand.name for operand in (*signature.lists, *signature.beside)], arguments)
     if not traced:
         served, result = _at_once(signature, arguments)
         if served:
@@ -124,8 +127,17 @@ def _serve(signature: Signature, arguments: Sequence[Any]) -> Any:
         raise ArgumentError(
             f"{signature.name}: a tensor that it writes was made in inference mode; make it outside, or write a clone()"
         )
+    lists = arguments[:count]
+    if any(tensor.is_neg() for argument in arguments for tensor in _tensors(argument)):
+        # backends go by addresses: the sign would be lost
+        if any(map(Tensor.is_neg, written)):
+            raise ArgumentError(
+                f"{signature.name}: a tensor that it writes is a negative view; write its resolve_neg()"
+            )
+        lists = [each and [tensor.resolve_neg() for tensor in each] for each in lists]
+        arguments = [*lists, *(x.resolve_neg() if isinstance(x, Tensor) else x for x in arguments[count:])]
     with torch.no_grad():  # on finished gradients, as any optimizer works: nothing here is differentiated
-        lists = flattened(arguments[:count])
+        lists = flattened(lists)
         if written:
             refuse_overlaps(signature.lists, lists, signature.beside, arguments[count:])
         _, module = backends.resolve("cpu" if first is None else first.device.type)
@@ -136,7 +148,9 @@ def _serve(signature: Signature, arguments: Sequence[Any]) -> Any:
 
 
 def _tensors(argument: Any) -> Sequence[Tensor]:
-    return [argument] if isinstance(argument, Tensor) else argument or ()
+    if isinstance(argument, Tensor):
+        return [argument]
+    return argument if isinstance(argument, list | tuple) else ()
 
 
 def _first(arguments: Sequence[Any]) -> Any:

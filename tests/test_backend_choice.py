@@ -134,6 +134,7 @@ def test_an_extension_that_is_found_later_serves_from_then_on_and_info_says_so(c
     if _extension.load() is not None or not libraries:
         pytest.skip("the extension was not built")
     monkeypatch.setattr(_extension, "_failure", "not loaded yet")
+    monkeypatch.setattr(_extension, "_library", None)
     monkeypatch.setenv("FASTLUR_EXT_PATH", "/nowhere.so")
     ops.grad_dot(torch.ones(2), torch.ones(2))
     assert backends.resolve("cpu")[0] == "torch" == fastlur.info()["operations"]["displace"]["cpu"]["served_by"]

@@ -297,6 +297,8 @@ def _share(sparsity: Number) -> float:
     number: Any = sparsity
     try:
         if isinstance(sparsity, Tensor):
+            if sparsity.is_complex():
+                raise TypeError("complex")
             value = sparsity.detach().reshape(()).cpu()
             # the fewest digits that name this number in its own dtype
             exact = float(value.double())

@@ -104,6 +104,23 @@ def scalar(value: Number, device: torch.device, name: str = "value") -> Tensor:
         raise ArgumentError(f"{name}={value!r} is no hyper-parameter; pass a number") from error
 
 
+def share_of(sparsity: Number) -> float:
+    """The float that prints as the number does: 0.29 in float32 is a little less, and would be 28 of 100 scores."""
+    number: Any = sparsity
+    try:
+        if isinstance(sparsity, Tensor):
+            if sparsity.is_complex():
+                raise TypeError("complex")
+            value = sparsity.detach().reshape(()).cpu()
+            # the fewest digits that name this number in its own dtype
+            exact = float(value.double())
+            digits = (float(f"{exact:.{count}g}") for count in range(1, 18))
+            return next((each for each in digits if torch.tensor(each).to(value.dtype) == value), exact)
+        return float(str(number) if hasattr(number, "dtype") else number)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ArgumentError(f"sparsity={sparsity!r} must be a number in [0, 1]") from error
+
+
 def fit_scalars(beside: Any, names: Sequence[str], scalars: Sequence[Any]) -> None:
     """Refuse vectors of scalars that an operation would read past, in the wrong dtype or on another device.
 

@@ -23,7 +23,18 @@ from torch.autograd import forward_ad
 
 from fastlur import reference
 from fastlur.errors import ArgumentError
-from fastlur.operands import Number, Operand, Vector, device_of, fit, hyper_parameters, listed, refuse_tangents, scalar
+from fastlur.operands import (
+    Number,
+    Operand,
+    Vector,
+    device_of,
+    fit,
+    hyper_parameters,
+    listed,
+    refuse_tangents,
+    scalar,
+    share_of,
+)
 from fastlur.serving import Signature, call, serve
 
 SCHEMAS = {
@@ -76,6 +87,12 @@ _SIGNATURES = {name: Signature.of(name, schema) for name, schema in SCHEMAS.item
 _ONE_SIDED = _SIGNATURES["project"].reading("a")
 for _name in SCHEMAS:
     _register(_name)
+# a selection has no fused form to be served by: it is registered so that graphs can hold it
+_library.define("threshold(Tensor[] scores, float sparsity) -> Tensor")
+_library.impl("threshold", reference.threshold, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "fastlur::threshold", lambda scores, _: scores[0].new_empty((), dtype=torch.float64), lib=_library
+)
 
 
 def grad_dot(a: Vector, b: Vector) -> tuple[Tensor, Tensor]:
@@ -271,11 +288,12 @@ def saliency(out: Vector, grad: Vector, theta: Vector | None = None) -> None:
 
 
 def threshold(scores: Vector, sparsity: Number) -> Tensor:
-    """The ⌊sparsity·N⌋-th smallest of all N scores (the smallest for 0), shape (), float64.
+    """The ⌊sparsity·N⌋-th smallest of all N scores (the smallest for 0), shape (), float64; by plain torch everywhere.
 
     Args:
         scores: a vector; NaN counts as largest.
-        sparsity: in [0, 1]. The decimal digits count: 0.29 of 100 scores are 29. A 0-d tensor is waited for.
+        sparsity: in [0, 1]. The decimal digits count: 0.29 of 100 scores are 29. A tensor is waited for, and cannot be
+            taken under torch.compile.
 
     Raises:
         ArgumentError: sparsity outside [0, 1], or no score at all.
@@ -284,26 +302,12 @@ def threshold(scores: Vector, sparsity: Number) -> Tensor:
     if forward_ad._current_level >= 0:
         refuse_tangents(["scores"], [every])
     fit((Operand("scores"),), (every,))
-    share = _share(sparsity)
+    if torch.compiler.is_compiling() and isinstance(sparsity, Tensor):
+        raise ArgumentError("sparsity: is a tensor, whose value is not known while it is compiled; pass a number")
+    share = share_of(sparsity)
     if not 0 <= share <= 1:
         raise ArgumentError(f"sparsity={sparsity!r} must be in [0, 1]")
     if not any(each.numel() for each in every):
         raise ArgumentError("scores: hold nothing to find a threshold in")
-    return reference.threshold([x.detach() for x in every], share)
-
-
-def _share(sparsity: Number) -> float:
-    """The float that prints as the number does: 0.29 in float32 is a little less, and would be 28 of 100 scores."""
-    number: Any = sparsity
-    try:
-        if isinstance(sparsity, Tensor):
-            if sparsity.is_complex():
-                raise TypeError("complex")
-            value = sparsity.detach().reshape(()).cpu()
-            # the fewest digits that name this number in its own dtype
-            exact = float(value.double())
-            digits = (float(f"{exact:.{count}g}") for count in range(1, 18))
-            return next((each for each in digits if torch.tensor(each).to(value.dtype) == value), exact)
-        return float(str(number) if hasattr(number, "dtype") else number)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ArgumentError(f"sparsity={sparsity!r} must be a number in [0, 1]") from error
+    found: Tensor = torch.ops.fastlur.threshold([x.detach() for x in every], share)
+    return found

@@ -159,6 +159,15 @@ def test_grad_dot(shapes, dtype, contiguous):
     lists.check()
 
 
+def test_float64_takes_over_before_float32_runs_out_of_digits():
+    """Of whole numbers, one of them odd: a float32 sum of a whole block would lose it."""
+    x = torch.full((2**15,), 64.0)
+    x[7] = 1.0
+    exact = (2**15 - 1) * 4096 + 1
+    assert extension.grad_dot([x], [x])[0].tolist() == [exact] * 3
+    assert float(extension.regularize([torch.zeros_like(x)], [x], None, None, hyper(decay=2.0))) == exact
+
+
 def test_a_dot_does_not_depend_on_the_tensors_beside_it():
     a, b = torch.randn(100_003), torch.randn(100_003)
     others = [torch.randn(k) for k in (1, 70_000, 33)]

@@ -180,7 +180,7 @@ def refuse_tangents(names: Sequence[str], arguments: Sequence[Any]) -> None:
     """
     for name, argument in zip(names, arguments, strict=True):
         for tensor in argument if isinstance(argument, list | tuple) else (argument,):
-            if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
                 raise ArgumentError(
                     f"{name}: has a tangent of torch.autograd.forward_ad, which these operations do not carry on; pass "
                     "unpack_dual(it).primal"

@@ -55,6 +55,9 @@ def extension(cuda: bool) -> Extension:
     # no contraction to fused multiply-add: the CPU kernels then round where plain torch does
     cxx = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp-simd", "-ffp-contract=off"]
     cxx += ["-fno-math-errno", "-fno-trapping-math"]
+    # messages tell the place in the source: as it stands in the repository, not where this machine keeps it
+    roots = {Path(__file__).resolve().parent: ".", **{Path(path): "torch" for path in cpp_extension.include_paths()}}
+    places = [f"-fmacro-prefix-map={root}/={name}/" for root, name in roots.items()]
     link = []
     if sanitize:
         link = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -62,13 +65,13 @@ def extension(cuda: bool) -> Extension:
         # the functions that choose a copy would run before the sanitizer is ready
         cxx.append("-DFASTLUR_ONE_CLONE")
     sources = sorted(str(path) for path in [Path("csrc/library.cpp"), *Path("csrc/cpu").glob("*.cpp")])
-    flags = {"cxx": [*defines, *cxx]}
+    flags = {"cxx": [*defines, *cxx, *places]}
     make = cpp_extension.CppExtension
     if cuda:
         make = cpp_extension.CUDAExtension
         sources += sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
         flags["cxx"].append("-DUSE_CUDA")
-        flags["nvcc"] = [*defines, "-DUSE_CUDA", "-O3", "--fmad=false"]
+        flags["nvcc"] = [*defines, "-DUSE_CUDA", "-O3", "--fmad=false", *(f"-Xcompiler={place}" for place in places)]
     depends = [str(path) for path in Path("csrc").rglob("*.*h")]
     return make(
         "fastlur._native",

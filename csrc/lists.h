@@ -14,8 +14,11 @@
 #include <initializer_list>
 #include <iterator>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
+
+#include "layout.h"
 
 namespace fastlur {
 
@@ -62,16 +65,27 @@ inline int64_t bytes_of(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : dtype == ScalarType::Bool ? 1 : 2;
 }
 
-// The memory that one tensor occupies.
+// Scalars that a kernel reads while it writes; null where they are absent.
+struct Beside {
+  const char* name;
+  const double* at;
+  size_t count = 1;
+};
+
+// The memory that one tensor occupies; scalars are at no place of a list, NOWHERE.
 struct Extent {
   uintptr_t begin, end;
   size_t place;
-  const List* list;
+  const char* name;
 };
+constexpr size_t NOWHERE = SIZE_MAX;
+
+inline std::string called(const Extent& each) {
+  return each.place == NOWHERE ? each.name : std::string(each.name) + "[" + std::to_string(each.place) + "]";
+}
 
 inline void refuse(const Extent& a, const Extent& b) {
-  STD_TORCH_CHECK(false, a.list->name, "[", a.place, "] and ", b.list->name, "[", b.place,
-                  "] overlap in memory, and one of them is written");
+  STD_TORCH_CHECK(false, called(a), " and ", called(b), " overlap in memory, and one of them is written");
 }
 
 // What is written shares memory with nothing, except that a tensor may be read at the place where it is written.
@@ -91,13 +105,15 @@ inline void refuse_overlaps(std::vector<Extent>& written, const std::vector<Exte
 }
 
 // One row for each place of the lists, all on the device of `home`; the first list is always present. Everything is
-// looked at here, before anything is written: a caller whose operands are refused finds them as they were.
-inline std::vector<Row> rows_of(const Tensor& home, std::initializer_list<List> lists) {
+// looked at here, before anything is written: a caller whose operands are refused finds them as they were. `beside` are
+// the scalars: were one part of what is written, it would change while it is read.
+inline std::vector<Row> rows_of(const Tensor& home, std::initializer_list<List> lists,
+                                std::initializer_list<Beside> beside = {}) {
   const List& lead = *lists.begin();
   std::vector<Row> rows(lead.tensors->size());
   const List* moments = nullptr;
   std::vector<Extent> written, read;
-  read.reserve(rows.size() * lists.size());
+  read.reserve(rows.size() * lists.size() + beside.size());
   int column = 0;
   for (const List& list : lists) {
     if (list.tensors != nullptr) {
@@ -130,13 +146,18 @@ inline std::vector<Row> rows_of(const Tensor& home, std::initializer_list<List> 
         rows[i].at[column] = changed ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
         if (rows[i].numel == 0) continue;
         const auto begin = reinterpret_cast<uintptr_t>(rows[i].at[column]);
-        (changed ? written : read).push_back({begin, begin + uintptr_t(rows[i].numel * bytes_of(dtype)), i, &list});
+        (changed ? written : read).push_back({begin, begin + uintptr_t(rows[i].numel * bytes_of(dtype)), i, list.name});
       }
       if (list.use == List::MOMENT) moments = &list;  // a second list of them has the dtypes of the first
     }
     ++column;
   }
-  if (!written.empty()) refuse_overlaps(written, read);
+  if (written.empty()) return rows;
+  for (const Beside& each : beside) {
+    const auto begin = reinterpret_cast<uintptr_t>(each.at);
+    if (each.at != nullptr) read.push_back({begin, begin + each.count * sizeof(double), NOWHERE, each.name});
+  }
+  refuse_overlaps(written, read);
   return rows;
 }
 
@@ -151,6 +172,29 @@ inline const double* numbers(const Tensor& tensor, const char* name, int64_t cou
 
 inline const double* numbers(const std::optional<Tensor>& tensor, const char* name, const Tensor& home) {
   return tensor ? numbers(*tensor, name, 1, home) : nullptr;
+}
+
+// What `step_control` works on, checked: control shares memory with nothing that is read beside it.
+struct Decision {
+  double* control;
+  const double *dots, *hyper;
+  Row losses;
+};
+
+inline Decision decision_of(const Tensor& control, const Tensor& dots, const Tensor& losses, const Tensor& hyper) {
+  const double *c = numbers(control, "control", CONTROL, control), *d = numbers(dots, "dots", 3, control);
+  const double* h = numbers(hyper, "hyper", HYPER, control);
+  STD_TORCH_CHECK(same_device(losses, control), "losses must be on the device of control");
+  const Row row = rows_of(losses, {{"losses", Tensors{losses}}}).front();
+  const auto extent = [](const char* name, const void* at, int64_t bytes) {
+    const auto begin = reinterpret_cast<uintptr_t>(at);
+    return Extent{begin, begin + uintptr_t(bytes), NOWHERE, name};
+  };
+  const Extent written = extent("control", c, CONTROL * sizeof(double));
+  for (const Extent& each : {extent("dots", d, 3 * sizeof(double)), extent("hyper", h, HYPER * sizeof(double)),
+                             extent("losses", row.at[0], row.numel * bytes_of(row.dtype))})
+    if (each.begin < written.end && written.begin < each.end) refuse(written, each);
+  return {static_cast<double*>(control.mutable_data_ptr()), d, h, row};
 }
 
 inline Tensor new_numbers(std::initializer_list<int64_t> shape, const Tensor& like) {

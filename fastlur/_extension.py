@@ -19,15 +19,19 @@ KINDS = ("one_sided", "symmetric", "scissorhands")
 Tensors = Sequence[Tensor]
 
 _failure: str | None = "not loaded yet"
+_library: Path | None = None  # the one that is loaded
 
 
 def load(path: str | os.PathLike[str] | None = None) -> str | None:
     """Load the shared library once; None when it is there, otherwise the reason why not.
 
     Args:
-        path: The library to load. By default the one that FASTLUR_EXT_PATH names, else the one beside this file.
+        path: The library to load. By default the one that FASTLUR_EXT_PATH names, else the one beside this file; any
+            that is loaded already will then do. A process holds one: another one asked for by name is not loaded.
     """
-    global _failure
+    global _failure, _library
+    if _library is not None and path is not None and Path(path).resolve() != _library:
+        return f"{_library} is loaded already, and a process holds one library; load {path} in another process"
     if _failure is None:
         return None
     named = path or os.environ.get("FASTLUR_EXT_PATH")
@@ -40,8 +44,13 @@ def load(path: str | os.PathLike[str] | None = None) -> str | None:
     except (OSError, RuntimeError) as error:  # a missing file or symbol; a library made for another machine or torch
         _failure = f"{found[0]} cannot be loaded: {error}"
         return _failure
-    _failure = None
+    _failure, _library = None, found[0].resolve()
     return None
+
+
+def library() -> Path | None:
+    """The library that is loaded, if one is."""
+    return _library
 
 
 def loaded() -> bool:
@@ -147,7 +156,8 @@ def project(a: Tensors, b: Tensors, dots: Tensor, kind: str) -> None:
         return
     x, y = _read(a), _read(b)
     torch.ops.fastlur_ext.project(x, y, _value(dots), kind)
-    _wrote(a, x)
+    if kind == "symmetric":
+        _wrote(a, x)
     _wrote(b, y)
 
 

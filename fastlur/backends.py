@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,13 +109,21 @@ def _wish() -> str | None:
     return _forced.get() or os.environ.get(VARIABLE) or None
 
 
-def describe() -> dict[str, Any]:
-    """For each device type: who serves, why the others do not, and what the code of each has been through."""
+def describe(fused: bool = True) -> dict[str, Any]:
+    """For each device type: who serves, why the others do not, and what the code of each has been through.
+
+    Args:
+        fused: whether it is an operation that every backend has; plain torch serves what they have not.
+    """
     found: dict[str, Any] = {}
     _extension.load()  # so that all that is said here is said of one state of things
     for device_type in ("cpu", "cuda"):
         if device_type == "cuda" and not torch.cuda.is_available():
-            found[device_type] = {"served_by": None, "because": "no CUDA device"}
+            why = {name: _without_device(name) for name in NAMES}
+            found[device_type] = {"served_by": None, "because": "no CUDA device", "others": why}
+        elif not fused:
+            others = {name: "has no kernel of it" for name in NAMES if name != "torch"}
+            found[device_type] = {"served_by": "torch", "others": others}
         else:
             try:
                 name, _ = resolve(device_type)
@@ -125,6 +134,15 @@ def describe() -> dict[str, Any]:
                 found[device_type] = {"served_by": name, "others": others}
         found[device_type]["checked"] = {name: CHECKED[name, where] for name, where in CHECKED if where == device_type}
     return found
+
+
+def _without_device(name: str) -> str:
+    """Why a backend does not serve CUDA tensors where there is no such device: what else it lacks, if anything."""
+    if name == "extension":
+        return _extension.missing("cuda") or "no CUDA device"
+    if name == "triton":
+        return "no CUDA device" if importlib.util.find_spec("triton") else "triton is not installed"
+    return "no CUDA device" if torch.version.cuda or torch.version.hip else "this torch was built without CUDA"
 
 
 def _why_not(other: str, name: str, device_type: str) -> str:

@@ -31,5 +31,6 @@ def info() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton,
         "device": torch.cuda.get_device_name() if cuda else f"cpu ({torch.get_num_threads()} threads)",
-        "operations": {name: backends.describe() for name in backends.OPERATIONS},
+        "operations": {name: backends.describe() for name in backends.OPERATIONS}
+        | {"threshold": backends.describe(fused=False)},
     }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastlur.errors import ArgumentError
 from fastlur.reference import BETA2, CLIP, CONTROL, EPS, HYPER, L1, LR, MOMENTUM, OK, PROX, SCALE, WEIGHT_DECAY
@@ -69,7 +71,8 @@ def hyper_parameters(
     ordered = [named[place] for place in range(HYPER)]
     where = torch.device(device)
     if where.type == "cpu" and all(isinstance(value, float | int) for value in ordered):
-        return torch.tensor(ordered, dtype=torch.float64, device=where)
+        with suppress(OverflowError, RuntimeError):  # an integer too large for torch, or for a float64 too
+            return torch.tensor(ordered, dtype=torch.float64, device=where)
     # filled on the device, number by number: a copy from the host would wait for it
     return torch.stack([scalar(value, where, NAMES[place]) for place, value in enumerate(ordered)])
 
@@ -81,8 +84,10 @@ def scalar(value: Number, device: torch.device, name: str = "value") -> Tensor:
         ArgumentError: a tensor with more than one element, or no number.
     """
     if isinstance(value, Tensor):
-        if value.numel() != 1 or value.is_complex():
-            what = f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+        if forward_ad._current_level >= 0:
+            refuse_tangents([name], [value])
+        if value.is_nested or value.numel() != 1 or value.is_complex():
+            what = "a nested tensor" if value.is_nested else f"a {value.dtype} tensor of shape {tuple(value.shape)}"
             raise ArgumentError(f"{name}: {what} is no hyper-parameter; pass a number")
         if value.dtype == torch.float64 and value.dim() == 0 and value.device == device and not value.requires_grad:
             return value  # as it is wanted: four calls into torch saved
@@ -90,9 +95,30 @@ def scalar(value: Number, device: torch.device, name: str = "value") -> Tensor:
             raise ArgumentError(f"{name}: is on meta, where it has no value; pass a number")
         return value.detach().reshape(()).to(device, torch.float64)
     try:
-        return torch.full((), value, dtype=torch.float64, device=device)
+        # an integer of torch's is short: those of Python are turned into a float first
+        number = float(value) if isinstance(value, int) else value
+        return torch.full((), number, dtype=torch.float64, device=device)
+    except OverflowError as error:
+        raise ArgumentError(f"{name}: is too large for a float64; pass a smaller number") from error
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentError(f"{name}={value!r} is no hyper-parameter; pass a number") from error
+
+
+def share_of(sparsity: Number) -> float:
+    """The float that prints as the number does: 0.29 in float32 is a little less, and would be 28 of 100 scores."""
+    number: Any = sparsity
+    try:
+        if isinstance(sparsity, Tensor):
+            if sparsity.is_complex():
+                raise TypeError("complex")
+            value = sparsity.detach().reshape(()).cpu()
+            # the fewest digits that name this number in its own dtype
+            exact = float(value.double())
+            digits = (float(f"{exact:.{count}g}") for count in range(1, 18))
+            return next((each for each in digits if torch.tensor(each).to(value.dtype) == value), exact)
+        return float(str(number) if hasattr(number, "dtype") else number)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ArgumentError(f"sparsity={sparsity!r} must be a number in [0, 1]") from error
 
 
 def fit_scalars(beside: Any, names: Sequence[str], scalars: Sequence[Any]) -> None:
@@ -114,8 +140,9 @@ def fit_scalars(beside: Any, names: Sequence[str], scalars: Sequence[Any]) -> No
         length = LENGTHS[name]
         if not isinstance(tensor, Tensor):
             raise ArgumentError(f"{name}: is a {type(tensor).__name__}; it must be a tensor")
-        if tensor.layout != torch.strided:
-            raise ArgumentError(f"{name}: is {tensor.layout}; call to_dense() on it first")
+        if tensor.is_nested or tensor.layout != torch.strided:
+            what = "a nested tensor" if tensor.is_nested else tensor.layout
+            raise ArgumentError(f"{name}: is {what}; pass an ordinary tensor, such as its to_dense()")
         if length is not None and (tensor.dtype != torch.float64 or tensor.shape != (length,)):
             what = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
             raise ArgumentError(f"{name}: is {what}; it must be float64 of shape ({length},)")
@@ -141,6 +168,25 @@ def device_of(vector: Any) -> torch.device:
     return first.device if isinstance(first, Tensor) else CPU
 
 
+def refuse_tangents(names: Sequence[str], arguments: Sequence[Any]) -> None:
+    """Refuse dual tensors of forward-mode differentiation, whose tangents would silently be lost.
+
+    Args:
+        names: of the arguments.
+        arguments: tensors, lists of tensors, or anything else, which is passed over.
+
+    Raises:
+        ArgumentError: one has a tangent at the level that is open now.
+    """
+    for name, argument in zip(names, arguments, strict=True):
+        for tensor in argument if isinstance(argument, list | tuple) else (argument,):
+            if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+                raise ArgumentError(
+                    f"{name}: has a tangent of torch.autograd.forward_ad, which these operations do not carry on; pass "
+                    "unpack_dual(it).primal"
+                )
+
+
 def fit(operands: Sequence[Operand], vectors: Sequence[Any]) -> None:
     """Refuse what is no vector, and vectors that do not fit each other: a look at lengths, shapes, dtypes and devices.
 
@@ -162,7 +208,7 @@ def fit(operands: Sequence[Operand], vectors: Sequence[Any]) -> None:
 
 def _fitting(operands: Sequence[Operand], vectors: Sequence[Any]) -> bool:
     first: list[Any] = []
-    moments = None
+    moments: list[Any] = []
     for operand, vector in zip(operands, vectors, strict=True):
         if vector is None and operand.optional:
             continue
@@ -170,7 +216,7 @@ def _fitting(operands: Sequence[Operand], vectors: Sequence[Any]) -> bool:
             return False
         try:
             found = [(x.dtype, x.shape, x.device, x.layout) for x in vector]
-        except AttributeError:
+        except (AttributeError, RuntimeError):  # no tensor, or a nested one, which has no shape
             return False
         if operand is operands[0]:
             first = found
@@ -183,11 +229,12 @@ def _fitting(operands: Sequence[Operand], vectors: Sequence[Any]) -> bool:
         wanted = first
         if operand.name == "mask":
             wanted = [(torch.bool, *x[1:]) for x in first]
-        elif operand.name in ("moment1", "moment2") and found != first:
-            wanted = moments or [_moment(x, y) for x, y in zip(first, found, strict=True)]
+        elif operand.name == "moment1":
+            wanted = moments = [_moment(x, y) for x, y in zip(first, found, strict=True)]
+        elif operand.name == "moment2":
+            wanted = moments
         if found != wanted:
             return False
-        moments = found if operand.name == "moment1" else moments
     return True
 
 
@@ -239,6 +286,8 @@ def _is_vector(operand: Operand, vector: Any) -> bool:
         if not isinstance(tensor, Tensor):
             what = "None" if tensor is None else f"a {type(tensor).__name__}"
             raise ArgumentError(f"{operand.name}[{index}] is {what}; leave it out, or pass a tensor")
+        if tensor.is_nested:
+            raise ArgumentError(f"{operand.name}[{index}] is a nested tensor; pass its unbind(), a list of tensors")
         if tensor.layout != torch.strided:
             raise ArgumentError(f"{operand.name}[{index}] is {tensor.layout}; call to_dense() on it first")
     return True

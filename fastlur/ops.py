@@ -19,10 +19,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastlur import reference
 from fastlur.errors import ArgumentError
-from fastlur.operands import Number, Operand, Vector, device_of, fit, hyper_parameters, listed, scalar
+from fastlur.operands import (
+    Number,
+    Operand,
+    Vector,
+    device_of,
+    fit,
+    hyper_parameters,
+    listed,
+    refuse_tangents,
+    scalar,
+    share_of,
+)
 from fastlur.serving import Signature, call, serve
 
 SCHEMAS = {
@@ -57,13 +69,30 @@ _FAKES: dict[str, Callable[..., Any]] = {"grad_dot": _fake_grad_dot, "regularize
 
 def _register(name: str) -> None:
     _library.define(name + SCHEMAS[name], tags=(torch.Tag.needs_fixed_stride_order,))
-    _library.impl(name, partial(serve, _SIGNATURES[name]), "CompositeExplicitAutograd")
+    implementation = _serve_project if name == "project" else partial(serve, _SIGNATURES[name])
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlur::{name}", _FAKES.get(name, lambda *_: None), lib=_library)
 
 
+def _serve_project(*arguments: Any) -> None:
+    serve(_projection(arguments[-1]), *arguments)
+
+
+def _projection(kind: str) -> Signature:
+    """The schema has to allow for all kinds; only one of them writes `a`."""
+    return _SIGNATURES["project"] if kind == "symmetric" else _ONE_SIDED
+
+
 _SIGNATURES = {name: Signature.of(name, schema) for name, schema in SCHEMAS.items()}
+_ONE_SIDED = _SIGNATURES["project"].reading("a")
 for _name in SCHEMAS:
     _register(_name)
+# a selection has no fused form to be served by: it is registered so that graphs can hold it
+_library.define("threshold(Tensor[] scores, float sparsity) -> Tensor")
+_library.impl("threshold", reference.threshold, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "fastlur::threshold", lambda scores, _: scores[0].new_empty((), dtype=torch.float64), lib=_library
+)
 
 
 def grad_dot(a: Vector, b: Vector) -> tuple[Tensor, Tensor]:
@@ -99,7 +128,7 @@ def displace(out: Vector, theta: Vector, d: Vector, alpha: Number, norm2: Tensor
         theta: the point.
         d: the vector to move along.
         alpha: a number or a 0-d tensor; with `norm2` the length of the step.
-        norm2: ‖d‖², shape (), from `grad_dot`; where it is 0 or infinite the step is 0.
+        norm2: ‖d‖², shape (), from `grad_dot`; where it is 0 or infinite the step is 0: out ← θ, be d infinite or NaN.
 
     Raises:
         ArgumentError: the vectors do not fit each other.
@@ -118,7 +147,8 @@ def project(a: Vector, b: Vector, dots: Tensor, kind: str = "one_sided") -> None
     quadratic programme with one memory (arXiv 2401.06187).
 
     Args:
-        a: what is protected; "scissorhands": the memory's gradient. Changed by "symmetric" only.
+        a: what is protected; "scissorhands": the memory's gradient. Changed by "symmetric" only; to the others it may
+            be anything that can be read (under torch.compile it counts as written by all).
         b: what gives way.
         dots: (⟨a,b⟩, ‖a‖², ‖b‖²), shape (3,), float64, as `grad_dot` gives them.
         kind: "one_sided", "symmetric" or "scissorhands".
@@ -128,7 +158,7 @@ def project(a: Vector, b: Vector, dots: Tensor, kind: str = "one_sided") -> None
     """
     if kind not in reference.PROJECTIONS:
         raise ArgumentError(f"kind={kind!r} is no projection; use one of {', '.join(reference.PROJECTIONS)}")
-    call(_SIGNATURES["project"], listed(a), listed(b), dots, kind)
+    call(_projection(kind), listed(a), listed(b), dots, kind)
 
 
 def regularize(
@@ -183,7 +213,11 @@ def step_control(control: Tensor, dots: Tensor, losses: Tensor, hyper: Tensor) -
     Raises:
         ArgumentError: something is no tensor, of another length or dtype, or on another device than `control`.
     """
-    given = losses.detach().double() if isinstance(losses, Tensor) else losses
+    if isinstance(losses, Tensor) and losses.is_complex():
+        raise ArgumentError(f"losses: are {losses.dtype}; pass real numbers")
+    if forward_ad._current_level >= 0:
+        refuse_tangents(["losses"], [losses])
+    given = losses.detach().double() if isinstance(losses, Tensor) and not losses.is_nested else losses
     call(_SIGNATURES["step_control"], control, dots, given, hyper)
 
 
@@ -254,31 +288,26 @@ def saliency(out: Vector, grad: Vector, theta: Vector | None = None) -> None:
 
 
 def threshold(scores: Vector, sparsity: Number) -> Tensor:
-    """The ⌊sparsity·N⌋-th smallest of all N scores (the smallest for 0), shape (), float64.
+    """The ⌊sparsity·N⌋-th smallest of all N scores (the smallest for 0), shape (), float64; by plain torch everywhere.
 
     Args:
         scores: a vector; NaN counts as largest.
-        sparsity: in [0, 1]. The decimal digits count: 0.29 of 100 scores are 29. A 0-d tensor is waited for.
+        sparsity: in [0, 1]. The decimal digits count: 0.29 of 100 scores are 29. A tensor is waited for, and cannot be
+            taken under torch.compile.
 
     Raises:
         ArgumentError: sparsity outside [0, 1], or no score at all.
     """
     every = listed(scores)
+    if forward_ad._current_level >= 0:
+        refuse_tangents(["scores"], [every])
     fit((Operand("scores"),), (every,))
-    share = _share(sparsity)
+    if torch.compiler.is_compiling() and isinstance(sparsity, Tensor):
+        raise ArgumentError("sparsity: is a tensor, whose value is not known while it is compiled; pass a number")
+    share = share_of(sparsity)
     if not 0 <= share <= 1:
         raise ArgumentError(f"sparsity={sparsity!r} must be in [0, 1]")
     if not any(each.numel() for each in every):
         raise ArgumentError("scores: hold nothing to find a threshold in")
-    return reference.threshold([x.detach() for x in every], share)
-
-
-def _share(sparsity: Number) -> float:
-    """The float that prints as the number does: 0.29 in float32 is a little less, and would be 28 of 100 scores."""
-    number: Any = sparsity
-    if isinstance(sparsity, Tensor) and sparsity.dtype != torch.bfloat16 and not sparsity.is_meta:
-        number = sparsity.detach().cpu().numpy()
-    try:
-        return float(str(number) if hasattr(number, "dtype") else number)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentError(f"sparsity={sparsity!r} must be a number in [0, 1]") from error
+    found: Tensor = torch.ops.fastlur.threshold([x.detach() for x in every], share)
+    return found

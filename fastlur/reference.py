@@ -1,4 +1,4 @@
-"""The vector operations of a step in plain torch: the truth for every other backend, and the default one.
+"""The vector operations of a step in plain torch: the truth for every other backend, which serves where none is there.
 
 All operations take lists of tensors (a flat buffer is a list of one). Tensors at the same place of two lists have the
 same shape and dtype (a mask is bool); different places may differ. All are on one device, and so are the
@@ -92,11 +92,14 @@ def grad_dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def displace(
     out: Sequence[Tensor], theta: Sequence[Tensor], d: Sequence[Tensor], alpha: Tensor, norm2: Tensor | None = None
 ) -> None:
-    """out ← θ − αd; with `norm2` = ‖v‖² of some v, α is divided by ‖v‖, and is 0 where that norm is 0."""
+    """out ← θ − αd; with `norm2` = ‖v‖² of some v, α is divided by ‖v‖, and is 0 where that norm is 0.
+
+    Where the factor is 0 nothing of d arrives, be it infinite.
+    """
     if norm2 is not None:
         alpha = torch.where(norm2 > 0, alpha * norm2.rsqrt(), 0.0)
     for o, t, v in pieces(out, theta, d):
-        step = wide(v) * alpha
+        step = scaled(wide(v), alpha)
         if o.dtype == step.dtype:
             torch.sub(t, step, out=o)
         else:
@@ -126,10 +129,19 @@ def present(factor: Tensor, term: Callable[[], Tensor]) -> Tensor:
     return term() if value != 0 else torch.zeros_like(factor)
 
 
+def scaled(vector: Tensor, factor: Tensor) -> Tensor:
+    """The vector times a factor that is rounded first, since it may round to 0; 0 is then all there is."""
+    by = factor.to(vector.dtype)
+    return present(by, lambda: vector * by)
+
+
 def penalty_gradient(
     theta: Tensor, theta0: Tensor | None, fisher: Tensor | None, l2: Tensor, l1: Tensor, prox: Tensor
 ) -> Tensor:
     """Gradient, elementwise, of ½·l2‖θ‖² + l1‖θ‖₁ + ½·prox·Σ F (θ − θ₀)²."""
+    l2, l1, prox = (
+        factor.to(theta.dtype) for factor in (l2, l1, prox)
+    )  # before they are looked at: one may round to 0
     gradient = present(l2, lambda: theta * l2) + present(l1, lambda: theta.sign() * l1)
     if theta0 is None:
         return gradient
@@ -141,6 +153,9 @@ def penalty(
     theta: Tensor, theta0: Tensor | None, fisher: Tensor | None, l2: Tensor, l1: Tensor, prox: Tensor
 ) -> Tensor:
     """Value, float64, shape (), of the same."""
+    zero = torch.zeros_like(l2)
+    # a term is present where it is in the gradient
+    l2, l1, prox = (torch.where(factor.to(theta.dtype) != 0, factor, zero) for factor in (l2, l1, prox))
     value = present(l2, lambda: 0.5 * l2 * theta.square().sum(dtype=torch.float64))
     value = value + present(l1, lambda: l1 * theta.abs().sum(dtype=torch.float64))
     if theta0 is None:

@@ -7,17 +7,19 @@ alike are flat, and autograd is told what was written.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from fastlur import backends
 from fastlur.errors import ArgumentError
-from fastlur.memory import flattened, refuse_overlaps
-from fastlur.operands import Operand, fit, fit_scalars
+from fastlur.memory import flattened
+from fastlur.operands import Operand, fit, fit_scalars, refuse_tangents
+from fastlur.sharing import refuse_overlaps
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -29,12 +31,14 @@ class Signature:
     Args:
         name: of the operation.
         lists: the lists of tensors.
-        scalars: names of the other arguments.
+        beside: the other arguments.
+        scalars: their names.
         written: places of the arguments that are written.
     """
 
     name: str
     lists: tuple[Operand, ...]
+    beside: tuple[Operand, ...]
     scalars: tuple[str, ...]
     written: tuple[int, ...]
 
@@ -43,9 +47,17 @@ class Signature:
         """Read it from "(Tensor(a!)[] out, Tensor[]? theta, …) -> …"."""
         parts = schema[1 : schema.index(") ->")].split(", ")
         lists = [part for part in parts if "[]" in part]
-        operands = tuple(Operand(part.split()[1], "?" in part, "!" in part) for part in lists)
-        scalars = tuple(part.split()[1] for part in parts[len(lists) :])
-        return cls(name, operands, scalars, tuple(place for place, part in enumerate(parts) if "!" in part))
+        operands = tuple(Operand(part.split()[1], "?" in part, "!" in part) for part in parts)
+        count = len(lists)
+        scalars = tuple(operand.name for operand in operands[count:])
+        written = tuple(place for place, operand in enumerate(operands) if operand.written)
+        return cls(name, operands[:count], operands[count:], scalars, written)
+
+    def reading(self, name: str) -> Signature:
+        """The same for calls that leave one of the lists as it is."""
+        lists = tuple(each._replace(written=each.written and each.name != name) for each in self.lists)
+        written = tuple(place for place in self.written if place >= len(lists) or lists[place].written)
+        return replace(self, lists=lists, written=written)
 
 
 def call(signature: Signature, *arguments: Any) -> Any:
@@ -55,6 +67,8 @@ def call(signature: Signature, *arguments: Any) -> Any:
         ArgumentError: they do not fit each other, or overlap.
     """
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if forward_ad._current_level >= 0:  # a level of forward-mode differentiation is open
+        refuse_tangents([operand.name for operand in (*signature.lists, *signature.beside)], arguments)
     if not traced:
         served, result = _at_once(signature, arguments)
         if served:
@@ -113,12 +127,19 @@ def _serve(signature: Signature, arguments: Sequence[Any]) -> Any:
         raise ArgumentError(
             f"{signature.name}: a tensor that it writes was made in inference mode; make it outside, or write a clone()"
         )
+    lists = arguments[:count]
+    if any(tensor.is_neg() for argument in arguments for tensor in _tensors(argument)):
+        # backends go by addresses: the sign would be lost
+        if any(map(Tensor.is_neg, written)):
+            raise ArgumentError(
+                f"{signature.name}: a tensor that it writes is a negative view; write its resolve_neg()"
+            )
+        lists = [each and [tensor.resolve_neg() for tensor in each] for each in lists]
+        arguments = [*lists, *(x.resolve_neg() if isinstance(x, Tensor) else x for x in arguments[count:])]
     with torch.no_grad():  # on finished gradients, as any optimizer works: nothing here is differentiated
-        lists = flattened(arguments[:count])
+        lists = flattened(lists)
         if written:
-            # scalars are float64: they are part of a vector only if that is
-            beside = arguments[count:] if count and first.dtype == torch.float64 else ()
-            refuse_overlaps(signature.lists, lists, [each for each in beside if isinstance(each, Tensor)])
+            refuse_overlaps(signature.lists, lists, signature.beside, arguments[count:])
         _, module = backends.resolve("cpu" if first is None else first.device.type)
         result = getattr(module, signature.name)(*lists, *arguments[count:])
     # Triton writes behind autograd's back, and plain torch may leave out what the schema says is written
@@ -127,7 +148,9 @@ def _serve(signature: Signature, arguments: Sequence[Any]) -> Any:
 
 
 def _tensors(argument: Any) -> Sequence[Tensor]:
-    return [argument] if isinstance(argument, Tensor) else argument or ()
+    if isinstance(argument, Tensor):
+        return [argument]
+    return argument if isinstance(argument, list | tuple) else ()
 
 
 def _first(arguments: Sequence[Any]) -> Any:

@@ -1,4 +1,7 @@
-"""out = θ − αd, or θ − (α/‖v‖)d where ‖v‖² is given, with α/‖v‖ = 0 at ‖v‖ = 0."""
+"""out = θ − αd, or θ − (α/‖v‖)d where ‖v‖² is given, with α/‖v‖ = 0 at ‖v‖ = 0 and ∞.
+
+By a factor of 0 the point does not move, whatever d holds.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,9 @@ BLOCK = 4096
 @triton.jit
 def displace_block(out, theta, d, alpha, offsets, mask, COMPUTE: tl.constexpr):
     """Displace one block."""
-    moved = read(theta, offsets, mask, COMPUTE) - read(d, offsets, mask, COMPUTE) * alpha
-    tl.store(out + offsets, moved, mask)
+    point = read(theta, offsets, mask, COMPUTE)
+    moved = point - read(d, offsets, mask, COMPUTE) * alpha
+    tl.store(out + offsets, tl.where(alpha != 0, moved, point), mask)  # 0·∞ would be NaN
 
 
 @jit

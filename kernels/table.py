@@ -101,6 +101,11 @@ _kept: OrderedDict[Any, Plan] = OrderedDict()
 _captured: dict[Any, Plan] = {}  # read by a CUDA graph for as long as that lives, hence never dropped
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched now becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def plan(lists: Lists, block: int, limit: int | None = None) -> Plan:
     """The launches that serve these lists, `block` elements a program and step, at most `limit` programs a tensor."""
     device = next(tensor.device for each in lists if each for tensor in each)
@@ -110,7 +115,7 @@ def plan(lists: Lists, block: int, limit: int | None = None) -> Plan:
         device,
         tuple(None if each is None else tuple((x.data_ptr(), x.numel(), x.dtype) for x in each) for each in lists),
     )
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    capturing = is_capturing(device)
     found = _captured.get(key) or _kept.get(key)
     if found is None:
         found = _plan(lists, block, limit, device, capturing)

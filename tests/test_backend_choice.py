@@ -117,6 +117,25 @@ def test_info_gives_the_reason_why_another_one_does_not_serve(cpu):
     assert told["others"]["extension"] == "torch comes first (FASTLUR_BACKEND=extension asks for this one)"
 
 
+@pytest.mark.parametrize("reason", ["it was built without cuda kernels", None])
+def test_without_a_gpu_info_tells_what_each_backend_lacks_besides(cpu, monkeypatch, reason):
+    cpu(reason)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    told = fastlur.info()["operations"]["displace"]["cuda"]
+    assert (told["served_by"], told["because"]) == (None, "no CUDA device")
+    assert told["others"] == {
+        "torch": "this torch was built without CUDA",
+        "triton": "triton is not installed",
+        "extension": reason or "no CUDA device",
+    }
+    monkeypatch.setattr(torch.version, "cuda", "12.4")
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
+    told = fastlur.info()["operations"]["threshold"]["cuda"]
+    assert {told["others"][name] for name in ("torch", "triton")} == {"no CUDA device"}
+
+
 def test_info_knows_the_versions(monkeypatch):
     told = fastlur.info()
     assert told["triton"] == importlib.metadata.version("triton")
@@ -134,6 +153,7 @@ def test_an_extension_that_is_found_later_serves_from_then_on_and_info_says_so(c
     if _extension.load() is not None or not libraries:
         pytest.skip("the extension was not built")
     monkeypatch.setattr(_extension, "_failure", "not loaded yet")
+    monkeypatch.setattr(_extension, "_library", None)
     monkeypatch.setenv("FASTLUR_EXT_PATH", "/nowhere.so")
     ops.grad_dot(torch.ones(2), torch.ones(2))
     assert backends.resolve("cpu")[0] == "torch" == fastlur.info()["operations"]["displace"]["cpu"]["served_by"]

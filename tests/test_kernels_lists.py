@@ -208,3 +208,24 @@ def test_kernels_import_torch_triton_and_each_other_only():
             for name in imported:
                 top = name.split(".")[0]
                 assert top in ("torch", "triton") or top in sys.stdlib_module_names, f"{path.name}: {name}"
+
+
+@without_gpu
+def test_tables_that_a_graph_reads_are_kept_for_good(monkeypatch):
+    """A graph has their addresses: others, however many, may not take their place."""
+    lists = [draw([5, 7], seed=0), draw([5, 7], seed=1)]
+    recorded = table.plan(lists, 64)
+    monkeypatch.setattr(table, "_captured", {})
+    monkeypatch.setattr(table, "is_capturing", lambda device: True)
+    assert table.plan(lists, 64) is recorded
+    with pytest.raises(RuntimeError, match="call once with the same tensors before capturing a graph"):
+        table.plan([draw([3, 4], seed=2)], 64)
+    monkeypatch.setattr(table, "is_capturing", lambda device: False)
+    others = [[draw([3, 4], seed=seed)] for seed in range(table.KEPT + 1)]  # held, so that addresses differ
+    for each in others:
+        table.plan(each, 64)
+    assert table.plan(lists, 64) is recorded
+    tables = [group.table for group in recorded.groups]
+    assert all(
+        any(kept is x for each in table._captured.values() for x in (g.table for g in each.groups)) for kept in tables
+    )

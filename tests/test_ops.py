@@ -223,7 +223,10 @@ class TestBackends:
 
     def test_info_tells_who_serves_what_and_why_the_others_do_not(self):
         found = fastlur.info()["operations"]
-        assert set(found) == set(ops.SCHEMAS)
+        assert set(found) == {*ops.SCHEMAS, "threshold"}
+        selection = found.pop("threshold")["cpu"]
+        assert selection["served_by"] == "torch"
+        assert selection["others"] == dict.fromkeys(("triton", "extension"), "has no kernel of it")
         for entry in found.values():
             cpu = entry["cpu"]
             assert cpu["served_by"] in ("torch", "extension")

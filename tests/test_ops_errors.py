@@ -27,7 +27,7 @@ VECTORS = {
 WRITTEN = {
     "grad_dot": "",
     "displace": "out",
-    "project": "a b",
+    "project": "b",
     "regularize": "grad",
     "meta_update": "theta moment1 moment2",
     "extrapolate": "theta",

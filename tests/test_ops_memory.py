@@ -12,7 +12,8 @@ from kernel_cases import DEVICE, same
 from torch import Tensor
 
 import fastlur
-from fastlur import _extension, backends, ops, reference
+from fastlur import _extension, backends, ops, reference, serving
+from fastlur.operands import control_scalars, hyper_parameters
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="asks who serves tensors on the CPU")
 DOTS = torch.tensor([-1.0, 2.0, 3.0], dtype=torch.float64)
@@ -41,7 +42,7 @@ OVERLAPS = {
         "theta",
     ),
     "a part of it": (lambda x, y: ops.regularize([x[:10], y], [x[20:30], x], l2=0.5), "grad theta"),
-    "both are written": (lambda x, y: ops.project(x, x, DOTS), "a b"),
+    "both are written": (lambda x, y: ops.project(x, x, DOTS, "symmetric"), "a b"),
     "the moments": (lambda x, y: update(x[:20], x[20:], None, y[:20], y[:20]), "moment1 moment2"),
     "weights and moments": (lambda x, y: update(x[:20], y[:20], None, x[:20], y[20:]), "theta moment1"),
     "wide moments": (lambda x, y: update(x.bfloat16(), y.view(torch.bfloat16)[:40], None, y), "a moment1"),
@@ -67,17 +68,97 @@ def test_what_overlaps_is_refused_and_stays_as_it_was(served, case):
     assert torch.equal(x, torch.arange(1.0, 41.0)) and torch.equal(y, x)
 
 
+def filled(values):
+    """More numbers than are worked on in one go, the first of them such scalars."""
+    x = torch.ones(40_000, dtype=torch.float64)
+    x[: len(values)] = values
+    return x
+
+
+# what is called with forty thousand numbers that begin with scalars of some kind, and as many more
+SCALARS = {
+    "alpha": lambda x, y: ops.displace(x, y, y.clone(), x[3]),
+    "norm2": lambda x, y: ops.displace(y, y, y.clone(), 1.0, y[-1]),
+    "alpha of a list": lambda x, y: ops.displace([y.float(), x], [y.float(), y], [y.float(), y], x[-1]),
+    "the alpha of extrapolate": lambda x, y: ops.extrapolate(x, y, y, x[3]),
+    "eta": lambda x, y: ops.extrapolate(x, y, y, 2.0, x[0]),
+    "dots": lambda x, y: ops.project(y, x, x[:3]),
+    "dots of both": lambda x, y: ops.project(x, y, x[:3], "symmetric"),
+    "hyper": lambda x, y: ops.meta_update(x, y, None, y.clone(), control=control_scalars("cpu"), hyper=x[:8]),
+    "hyper of half its width": lambda x, y: ops.meta_update(
+        x.view(torch.float32),
+        y.view(torch.float32),
+        None,
+        torch.zeros(80_000),
+        control=control_scalars("cpu"),
+        hyper=x[:8],
+    ),
+    "control": lambda x, y: ops.meta_update(
+        y.clone(), y, None, x, control=x[:3], hyper=hyper_parameters("cpu", lr=0.5)
+    ),
+    "the hyper of regularize": lambda x, y: torch.ops.fastlur.regularize([x], [y], None, None, x[:8]),
+}
+
+
 @every_backend
-def test_a_scalar_that_is_part_of_what_is_written_is_refused(served):
-    """On a GPU, and over several pieces, it would change while it is used."""
-    x = torch.arange(1.0, 41.0, dtype=torch.float64)
-    if served == "extension":  # reads its scalars before it writes
-        ops.displace(x, x, x.clone(), x[3])
-        assert x.tolist() == [-3.0 * k for k in range(1, 41)]
-        return
-    with pytest.raises(fastlur.ArgumentError, match=r"scalar\[0\]"):
-        ops.displace(x, x, x.clone(), x[3])
-    assert x[3] == 4
+@pytest.mark.parametrize("case", SCALARS)
+def test_a_scalar_that_is_part_of_what_is_written_is_refused(served, case):
+    """Over several pieces, and on a GPU anyway, it would change while it is used."""
+    scalars = (
+        torch.tensor([1.0, 0.0, 1.0, 0, 0, 0, 0, 0]) if case == "control" else torch.tensor([-0.5, 1, 1, 4, 0, 0, 0, 0])
+    )
+    x, y = filled(scalars), torch.ones(40_000, dtype=torch.float64)
+    name = next(name for name in ("alpha", "norm2", "eta", "dots", "hyper", "control") if name in case)
+    with pytest.raises(
+        fastlur.ArgumentError, match=rf"\b{name}\b(?!\[).* overlap in memory|and {name} overlap in memory"
+    ):
+        SCALARS[case](x, y)
+    assert torch.equal(x, filled(scalars)) and torch.equal(y, torch.ones_like(y))
+
+
+@pytest.mark.parametrize("case", SCALARS)
+def test_the_compiled_operation_refuses_such_scalars_by_itself(case):
+    """Nothing in front of it looks: what it takes has been done."""
+    if reason := _extension.missing("cpu"):
+        pytest.skip(reason)
+    taken = []
+
+    def long_way(signature, *arguments):
+        taken.append(signature.name)
+
+    scalars = torch.tensor([1.0, 0.0, 1.0, 0, 0, 0, 0, 0])
+    x, y = filled(scalars), torch.ones(40_000, dtype=torch.float64)
+    with (
+        backends.backend("extension"),
+        mock.patch.object(serving, "_serve", lambda signature, arguments: long_way(signature, *arguments)),
+    ):
+        if "regularize" in case:
+            with pytest.raises(RuntimeError, match="hyper overlap in memory"):
+                torch.ops.fastlur_ext.regularize([x], [y], None, None, x[:8])
+        else:
+            SCALARS[case](x, y)
+            assert len(taken) == 1
+    assert torch.equal(x, filled(scalars)) and torch.equal(y, torch.ones_like(y))
+
+
+@every_backend
+@pytest.mark.parametrize("which", ["dots", "losses", "hyper", "a part of the losses"])
+def test_the_control_scalars_are_read_as_nothing_else(served, which):
+    """The decision would be taken on what it has overwritten."""
+    shared = torch.tensor([1.0, 5, 9, 0, 0, 0, 0, 1], dtype=torch.float64)
+    given = {"dots": shared[:3].clone(), "losses": torch.ones(2).double(), "hyper": shared.clone()}
+    given |= {"losses": shared[2:6]} if " " in which else {which: shared[:3] if which == "dots" else shared}
+    with pytest.raises(
+        fastlur.ArgumentError, match=rf"control and {which.split()[-1]} overlap|{which.split()[-1]} and con"
+    ):
+        ops.step_control(shared[:3], **given)
+    assert shared.tolist() == [1, 5, 9, 0, 0, 0, 0, 1]
+    if served == "extension":
+        with pytest.raises(RuntimeError, match="overlap in memory"):
+            torch.ops.fastlur_ext.step_control(shared[:3], *given.values())
+    ops.step_control(shared[:3].clone(), **given)
+    ops.step_control(shared[:3], shared[3:6], shared[5:], given["hyper"].clone())
+    assert shared[1] == 6
 
 
 @every_backend
@@ -146,6 +227,26 @@ def test_the_compiled_operation_refuses_overlaps_by_itself():
     several = [x[10 * i : 10 * i + 10] for i in (2, 0, 3, 1)]
     torch.ops.fastlur_ext.displace(several, several, [y[:10], y[5:15], y[:10], y[:10]], alpha, None)
     assert torch.equal(x, torch.zeros(40))
+
+
+@every_backend
+@pytest.mark.parametrize("kind", ["one_sided", "scissorhands"])
+def test_what_a_projection_protects_is_only_read(served, kind):
+    """One place for several elements, twice the same, the tensor that gives way itself, or made in inference mode."""
+    factor = 0.5
+    one, b, c = torch.ones(1).expand(40), torch.ones(40), torch.ones(40)
+    version = one._version
+    ops.project([one, one], [b, c], DOTS, kind)
+    assert torch.equal(b, 1 + factor * torch.ones(40)) and torch.equal(c, b) and one._version == version
+    ops.project(b, b, DOTS, kind)
+    assert torch.equal(b, (1 + factor) * c)
+    with torch.inference_mode():
+        inside = torch.ones(40)
+    ops.project(inside, c, DOTS, kind)
+    torch.ops.fastlur.project([inside], [c], DOTS, kind)
+    assert torch.equal(c, torch.full((40,), 2.5))
+    with pytest.raises(fastlur.ArgumentError):
+        ops.project(one, c, DOTS, "symmetric")
 
 
 LAYOUTS = {

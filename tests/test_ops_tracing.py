@@ -117,6 +117,34 @@ def test_a_function_that_uses_it_compiles_as_one_graph(name):
     assert_equal(run(FUNCTIONS[name], "aot_eager"), eager)
 
 
+def trim(v, share):
+    """Scores and a mask of the weights above the threshold, as the trims have it."""
+    ops.saliency(v[0], v[1], v[2])
+    least = ops.threshold(v[0], share)
+    return least, *((x > least).sum() for x in v[0])
+
+
+@pytest.mark.parametrize("share", [0, 0.29, 1.0])
+def test_a_threshold_compiles_as_part_of_a_graph(share):
+    torch._dynamo.reset()
+    results = [run(lambda v, *_: trim(v, share), compiler, SINGLE) for compiler in (None, "aot_eager")]
+    assert_equal(*results)
+    for given in vectors(2):
+        torch.library.opcheck(torch.ops.fastlur.threshold.default, (given, float(share)))
+
+
+def test_a_threshold_at_a_share_that_is_a_tensor_is_no_part_of_a_graph():
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="sparsity: is a tensor, whose value is not known while it is compiled"):
+        torch.compile(lambda x: ops.threshold(x, torch.tensor(0.5)), fullgraph=True, backend="aot_eager")(torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ops.SCHEMAS)
+def test_a_compiler_may_not_change_the_order_of_elements(name):
+    """Strides would then differ between operands that lie alike, which are worked on as they lie in memory."""
+    assert torch.Tag.needs_fixed_stride_order in getattr(torch.ops.fastlur, name).default.tags
+
+
 def whole_step(v, control, hyper):
     """A step of the vectors, with work of torch's own before and after, such as no compiler can round differently."""
     theta, a, u, moment, point = v[0], [x * 2 for x in v[1]], v[2], v[3], v[4]

@@ -1,4 +1,4 @@
-"""grad_dot, regularize, threshold and step_control by the plain-torch backend, against float64 written out."""
+"""grad_dot, regularize, threshold and step_control by plain torch, against float64 written out; long sums by both."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import math
 from fractions import Fraction
 
+import backend_cases as cases
 import pytest
 import torch
 import truth
@@ -19,9 +20,14 @@ FINE = 2.0**-53  # a rounding error of float64
 
 
 @pytest.fixture(autouse=True)
-def _plain():
-    with backends.backend("torch"):
+def _served(request):
+    """Plain torch, or the backend that the test is asked for."""
+    name = getattr(request, "param", "torch")
+    with cases.through(name) if name != "torch" else backends.backend("torch"):
         yield
+
+
+by_both = pytest.mark.parametrize("_served", ["torch", "extension"], indirect=True)
 
 
 def rounding(tensor):
@@ -48,6 +54,7 @@ def test_grad_dot(sizes, layout, dtype):
     kept.check()
 
 
+@by_both
 @pytest.mark.parametrize("lay", [lambda x: x, lambda x: x.view(1024, -1).t(), lambda x: x.view(-1, 2)[:, 0]])
 def test_a_long_sum_keeps_six_digits(lay):
     """However large a piece is: of numbers that are all positive, so that every rounding counts."""
@@ -89,6 +96,7 @@ def test_the_value_of_a_penalty_of_whole_numbers_is_exact(sizes, layout, dtype):
     assert float(value) == sum(map(float, values))
 
 
+@by_both
 def test_sums_are_kept_in_float64():
     """Totals that float32 cannot tell from their neighbours: of pieces, and inside one."""
     many, one = torch.full((3 * reference.PIECE,), 16.0), torch.ones(1)

@@ -26,6 +26,7 @@ FLOORS = [
     {"stats", "_version", "errors", "reference", "_extension", "placement"},
     {"backends", "capture", "footprint", "operands", "world", "slots"},
     {"memory"},
+    {"sharing"},
     {"serving"},
     {"ops"},
     {

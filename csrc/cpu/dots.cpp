@@ -54,21 +54,15 @@ std::tuple<Tensor, Tensor> grad_dot(const Tensors& a, const Tensors& b) {
   return {total, each};
 }
 
-double sum_of(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous(), "losses must be contiguous and on the device of control");
-  const auto rows = rows_of(tensor, {{"losses", Tensors{tensor}}});
-  double sum = 0;
-  typed(rows[0].dtype, [&](auto zero) {
-    const auto* p = static_cast<const decltype(zero)*>(rows[0].at[0]);
-    for (int64_t i = 0; i < rows[0].numel; ++i) sum += load(p + i);
-  });
-  return sum;
-}
-
 void step_control(const Tensor& control, const Tensor& dots, const Tensor& losses, const Tensor& hyper) {
-  numbers(control, "control", CONTROL, control);
-  control_step(static_cast<double*>(control.mutable_data_ptr()), numbers(dots, "dots", 3, control),
-               sum_of(dots) + sum_of(losses), numbers(hyper, "hyper", HYPER, control));
+  const Decision at = decision_of(control, dots, losses, hyper);
+  double sum = 0;
+  for (int i = 0; i < 3; ++i) sum += at.dots[i];
+  typed(at.losses.dtype, [&](auto zero) {
+    const auto* p = static_cast<const decltype(zero)*>(at.losses.at[0]);
+    for (int64_t i = 0; i < at.losses.numel; ++i) sum += load(p + i);
+  });
+  control_step(at.control, at.dots, sum, at.hyper);
 }
 
 }  // namespace

@@ -20,13 +20,18 @@ void walk(const std::vector<Row>& rows, const F& f) {
 template <class T>
 FASTLUR_CLONES void displace_span(T* out, const T* theta, const T* d, int64_t n, Wide<T> alpha,
                                   bool past_cache) {
-  write(out, n, past_cache, [=](int64_t i) FASTLUR_LAMBDA { return load(theta + i) - load(d + i) * alpha; });
+  if (alpha == 0)  // by an infinite norm, say: not even an infinity in d reaches the point
+    write(out, n, past_cache, [=](int64_t i) FASTLUR_LAMBDA { return load(theta + i); });
+  else
+    write(out, n, past_cache, [=](int64_t i) FASTLUR_LAMBDA { return load(theta + i) - load(d + i) * alpha; });
 }
 
 void displace(const Tensors& out, const Tensors& theta, const Tensors& d, const Tensor& alpha,
               const std::optional<Tensor>& norm2) {
-  const double step = step_length(numbers(alpha, "alpha", 1, alpha), numbers(norm2, "norm2", alpha));
-  const auto rows = rows_of(alpha, {{"out", out, List::WRITTEN}, {"theta", theta}, {"d", d}});
+  const double *length = numbers(alpha, "alpha", 1, alpha), *square = numbers(norm2, "norm2", alpha);
+  const auto rows = rows_of(alpha, {{"out", out, List::WRITTEN}, {"theta", theta}, {"d", d}},
+                            {{"alpha", length}, {"norm2", square}});
+  const double step = step_length(length, square);
   const bool past_cache = worth_streaming(rows);
   walk(rows, [=](auto zero, const Row& row, int64_t start, int64_t n) {
     using T = decltype(zero);
@@ -56,8 +61,10 @@ void project(const Tensors& a, const Tensors& b, const Tensor& dots, const std::
   STD_TORCH_CHECK(kind == "one_sided" || kind == "symmetric" || kind == "scissorhands", "kind='", kind,
                   "' is no projection; use 'one_sided', 'symmetric' or 'scissorhands'");
   const int which = kind == "one_sided" ? ONE_SIDED : kind == "symmetric" ? SYMMETRIC : SCISSORHANDS;
-  const auto rows = rows_of(dots, {{"a", a, List::WRITTEN}, {"b", b, List::WRITTEN}});
-  const Factors by = projection(numbers(dots, "dots", 3, dots), which);
+  const double* d = numbers(dots, "dots", 3, dots);
+  const auto rows = rows_of(dots, {{"a", a, which == SYMMETRIC ? List::WRITTEN : List::READ}, {"b", b, List::WRITTEN}},
+                            {{"dots", d, 3}});
+  const Factors by = projection(d, which);
   if (by.s == 0 && by.t == 0) return;  // no conflict: nothing to read either
   walk(rows, [=](auto zero, const Row& row, int64_t start, int64_t n) {
     using T = decltype(zero);
@@ -85,8 +92,10 @@ FASTLUR_CLONES void extrapolate_span(T* theta, const T* theta0, const T* memoris
 
 void extrapolate(const Tensors& theta, const Tensors& theta0, const Tensors& memorised, const Tensor& alpha,
                  const Tensor& eta) {
-  const double a = *numbers(alpha, "alpha", 1, alpha), e = *numbers(eta, "eta", 1, alpha);
-  walk(rows_of(alpha, {{"theta", theta, List::WRITTEN}, {"theta0", theta0}, {"memorised", memorised}}),
+  const double *ahead = numbers(alpha, "alpha", 1, alpha), *share = numbers(eta, "eta", 1, alpha);
+  const double a = *ahead, e = *share;
+  walk(rows_of(alpha, {{"theta", theta, List::WRITTEN}, {"theta0", theta0}, {"memorised", memorised}},
+               {{"alpha", ahead}, {"eta", share}}),
        [=](auto zero, const Row& row, int64_t start, int64_t n) {
          using T = decltype(zero);
          using W = Wide<T>;

@@ -36,15 +36,18 @@ FASTLUR_CLONES void regularize_span(T* grad, const T* theta, const T* theta0, co
     sizes += size;
     pulls += pulled;
   }
-  out[0] = squares;
-  out[1] = sizes;
-  out[2] = pulls;
+  // a factor that is there in double may round to 0 beside this type: the term is absent from value and gradient alike
+  out[0] = present<double>(penalty.l2, squares);
+  out[1] = present<double>(penalty.l1, sizes);
+  out[2] = present<double>(penalty.prox, pulls);
 }
 
 Tensor regularize(const Tensors& grad, const Tensors& theta, const MaybeTensors& theta0, const MaybeTensors& fisher,
                   const Tensor& hyper) {
   const double* h = numbers(hyper, "hyper", HYPER, hyper);
-  const auto rows = rows_of(hyper, {{"grad", grad, List::WRITTEN}, {"theta", theta}, {"theta0", theta0}, {"fisher", fisher}});
+  const auto rows =
+      rows_of(hyper, {{"grad", grad, List::WRITTEN}, {"theta", theta}, {"theta0", theta0}, {"fisher", fisher}},
+              {{"hyper", h, HYPER}});
   const Plan plan(rows);
   std::vector<double> partial(3 * plan.spans().size());
   Tensor value = new_numbers({}, hyper);  // all that may fail comes before the first write

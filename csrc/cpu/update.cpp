@@ -117,14 +117,16 @@ void meta_update(const Tensors& theta, const Tensors& a, const MaybeTensors& u, 
                  const MaybeTensors& moment2, const MaybeTensors& theta0, const MaybeTensors& fisher,
                  const MaybeTensors& mask, const Tensor& control, const Tensor& hyper) {
   const double *c = numbers(control, "control", CONTROL, hyper), *h = numbers(hyper, "hyper", HYPER, hyper);
-  const auto rows = rows_of(hyper, {{"theta", theta, List::WRITTEN},
+  const auto rows = rows_of(hyper,
+                            {{"theta", theta, List::WRITTEN},
                              {"a", a},
                              {"u", u},
                              {"moment1", moment1, List::MOMENT},
                              {"moment2", moment2, List::MOMENT},
                              {"theta0", theta0},
                              {"fisher", fisher},
-                             {"mask", mask, List::MASK}});
+                             {"mask", mask, List::MASK}},
+                            {{"control", c, CONTROL}, {"hyper", h, HYPER}});
   if (!(c[OK] > 0)) return;
   // AdamW decays the weights beside the gradient: its penalties have no decay
   Plan(rows).run([&](int64_t, const Span& span) {

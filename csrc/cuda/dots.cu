@@ -34,26 +34,23 @@ std::tuple<Tensor, Tensor> grad_dot(const Tensors& a, const Tensors& b) {
 }
 
 template <class T>
-__global__ void control_kernel(double* control, const double* dots, int64_t n_dots, const T* losses, int64_t n_losses,
+__global__ void control_kernel(double* control, const double* dots, const T* losses, int64_t n_losses,
                                const double* hyper) {
   // a handful of numbers: one thread reads them sooner than a second launch would begin
   double sum = 0;
-  for (int64_t i = 0; i < n_dots; ++i) sum += dots[i];
+  for (int i = 0; i < 3; ++i) sum += dots[i];
   for (int64_t i = 0; i < n_losses; ++i) sum += double(widen(losses[i]));
   control_step(control, dots, sum, hyper);
 }
 
 void step_control(const Tensor& control, const Tensor& dots, const Tensor& losses, const Tensor& hyper) {
-  numbers(control, "control", CONTROL, control);
-  const double *d = numbers(dots, "dots", 3, control), *h = numbers(hyper, "hyper", HYPER, control);
-  const auto row = rows_of(control, {{"losses", Tensors{losses}}}).front();
-  STD_TORCH_CHECK(losses.is_cuda(), "losses must be on the device of control");
+  const Decision at = decision_of(control, dots, losses, hyper);
   const torch::stable::accelerator::DeviceGuard guard(control.get_device_index());
   const auto with = [&](auto zero, ScalarType dtype) {
     using T = decltype(zero);
-    if (row.dtype != dtype) return;
-    control_kernel<T><<<1, 1, 0, current_stream(control)>>>(static_cast<double*>(control.mutable_data_ptr()), d,
-                                                            dots.numel(), static_cast<const T*>(row.at[0]), row.numel, h);
+    if (at.losses.dtype != dtype) return;
+    control_kernel<T><<<1, 1, 0, current_stream(control)>>>(
+        at.control, at.dots, static_cast<const T*>(at.losses.at[0]), at.losses.numel, at.hyper);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   };
   with(float{}, ScalarType::Float);

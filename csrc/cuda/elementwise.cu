@@ -18,14 +18,17 @@ struct Displace {
     __device__ explicit Scalars(const Displace& op) : step(W(step_length(op.alpha, op.norm2))) {}
     __device__ bool go() const { return true; }
     __device__ bool reads(int) const { return true; }
-    __device__ __forceinline__ void apply(W (&v)[LISTS], const bool*, W*) const { v[0] = v[1] - v[2] * step; }
+    __device__ __forceinline__ void apply(W (&v)[LISTS], const bool*, W*) const {
+      v[0] = step != 0 ? v[1] - v[2] * step : v[1];
+    }
   };
 };
 
 void displace(const Tensors& out, const Tensors& theta, const Tensors& d, const Tensor& alpha,
               const std::optional<Tensor>& norm2) {
   const Displace op{numbers(alpha, "alpha", 1, alpha), numbers(norm2, "norm2", alpha)};
-  const auto rows = rows_of(alpha, {{"out", out, List::WRITTEN}, {"theta", theta}, {"d", d}});
+  const auto rows = rows_of(alpha, {{"out", out, List::WRITTEN}, {"theta", theta}, {"d", d}},
+                            {{"alpha", op.alpha}, {"norm2", op.norm2}});
   const DeviceGuard guard(alpha.get_device_index());
   launch(rows, op, current_stream(alpha));
 }
@@ -58,7 +61,8 @@ void project(const Tensors& a, const Tensors& b, const Tensor& dots, const std::
   STD_TORCH_CHECK(kind == "one_sided" || kind == "symmetric" || kind == "scissorhands", "kind='", kind,
                   "' is no projection; use 'one_sided', 'symmetric' or 'scissorhands'");
   const double* d = numbers(dots, "dots", 3, dots);
-  const auto rows = rows_of(dots, {{"a", a, List::WRITTEN}, {"b", b, List::WRITTEN}});
+  const auto rows = rows_of(dots, {{"a", a, kind == "symmetric" ? List::WRITTEN : List::READ}, {"b", b, List::WRITTEN}},
+                            {{"dots", d, 3}});
   const DeviceGuard guard(dots.get_device_index());
   if (kind == "symmetric")
     launch(rows, Project<true>{d, SYMMETRIC}, current_stream(dots));
@@ -88,7 +92,8 @@ struct Extrapolate {
 void extrapolate(const Tensors& theta, const Tensors& theta0, const Tensors& memorised, const Tensor& alpha,
                  const Tensor& eta) {
   const Extrapolate op{numbers(alpha, "alpha", 1, alpha), numbers(eta, "eta", 1, alpha)};
-  const auto rows = rows_of(alpha, {{"theta", theta, List::WRITTEN}, {"theta0", theta0}, {"memorised", memorised}});
+  const auto rows = rows_of(alpha, {{"theta", theta, List::WRITTEN}, {"theta0", theta0}, {"memorised", memorised}},
+                            {{"alpha", op.alpha}, {"eta", op.eta}});
   const DeviceGuard guard(alpha.get_device_index());
   launch(rows, op, current_stream(alpha));
 }

@@ -18,12 +18,12 @@ struct Regularize {
     __device__ bool reads(int) const { return true; }
     __device__ __forceinline__ void apply(W (&v)[LISTS], const bool* has, W* sums) const {
       W gradient = penalty.norms(v[1]);
-      sums[0] += v[1] * v[1];
-      sums[1] += std::abs(v[1]);
+      sums[0] += present(penalty.l2, v[1] * v[1]);
+      sums[1] += present(penalty.l1, W(std::abs(v[1])));
       if (has[2]) {
         const W away = v[1] - v[2], pull = has[3] ? away * v[3] : away;
         gradient = gradient + penalty.pull(pull);
-        sums[2] += pull * away;
+        sums[2] += present(penalty.prox, W(pull * away));
       }
       v[0] = v[0] + gradient;
     }
@@ -33,7 +33,9 @@ struct Regularize {
 Tensor regularize(const Tensors& grad, const Tensors& theta, const MaybeTensors& theta0, const MaybeTensors& fisher,
                   const Tensor& hyper) {
   const double* h = numbers(hyper, "hyper", HYPER, hyper);
-  const auto rows = rows_of(hyper, {{"grad", grad, List::WRITTEN}, {"theta", theta}, {"theta0", theta0}, {"fisher", fisher}});
+  const auto rows =
+      rows_of(hyper, {{"grad", grad, List::WRITTEN}, {"theta", theta}, {"theta0", theta0}, {"fisher", fisher}},
+              {{"hyper", h, HYPER}});
   const DeviceGuard guard(hyper.get_device_index());
   const cudaStream_t stream = current_stream(hyper);
   Tensor partial = new_numbers({first_tiles(rows).back(), SUMS}, hyper);
@@ -84,14 +86,16 @@ void meta_update(const Tensors& theta, const Tensors& a, const MaybeTensors& u, 
                  const MaybeTensors& moment2, const MaybeTensors& theta0, const MaybeTensors& fisher,
                  const MaybeTensors& mask, const Tensor& control, const Tensor& hyper) {
   const double *c = numbers(control, "control", CONTROL, hyper), *h = numbers(hyper, "hyper", HYPER, hyper);
-  const auto rows = rows_of(hyper, {{"theta", theta, List::WRITTEN},
+  const auto rows = rows_of(hyper,
+                            {{"theta", theta, List::WRITTEN},
                              {"a", a},
                              {"u", u},
                              {"moment1", moment1, List::MOMENT},
                              {"moment2", moment2, List::MOMENT},
                              {"theta0", theta0},
                              {"fisher", fisher},
-                             {"mask", mask, List::MASK}});
+                             {"mask", mask, List::MASK}},
+                            {{"control", c, CONTROL}, {"hyper", h, HYPER}});
   const DeviceGuard guard(hyper.get_device_index());
   const cudaStream_t stream = current_stream(hyper);
   if (moment2) {

@@ -7,8 +7,8 @@ by its namesake in `fastlur.reference`; who computes it is decided in `fastlur.b
 Vectors are lists of tensors, or one tensor (a flat buffer). Tensors at the same place of several lists have the same
 shape and dtype (a mask is bool), all are on one device; their strides may differ. Everything written is written in
 place, and nothing else is. What is written shares memory with nothing, except that a tensor may be read at the very
-place where it is written (`displace(theta, theta, d, alpha)`). All of this is checked: what does not fit is refused with
-an ArgumentError, and nothing was written then.
+place where it is written (`displace(theta, theta, d, alpha)`). All of this is checked: what does not fit is refused
+with an ArgumentError, and nothing was written then.
 """
 
 from __future__ import annotations

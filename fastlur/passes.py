@@ -256,7 +256,7 @@ class Passes:
     def _evaluate(self, which: Which, call: Callable[[Loss, Any], Any]) -> Tensor:
         # the same numbers for every pass of this loss in this step: the same dropout mask
         seed_torch(derive(self.seed, self.step, which), self.space.device)
-        return scalar(call(self.losses[which], self._batches[which]), which)
+        return scalar(call(self.losses[which], self._batches[which]), ARGUMENT[which])
 
     def _moving_statistics(self, which: Which) -> Callable[[], AbstractContextManager[None]]:
         """What a pass runs in, decided once however often it is run."""
@@ -282,13 +282,12 @@ def _in_memory() -> Iterator[None]:
         ) from None
 
 
-def scalar(value: Any, which: Which) -> Tensor:
-    """The value, if it is a loss that can be minimised.
+def scalar(value: Any, name: str) -> Tensor:
+    """The value of the loss called `name`, if it can be minimised.
 
     Raises:
         DataError: it is not a scalar tensor, or depends on no moving parameter.
     """
-    name = ARGUMENT[which]
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise DataError(not_scalar(name, value))
     if torch.is_grad_enabled() and not value.requires_grad:

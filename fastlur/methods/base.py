@@ -154,7 +154,10 @@ class Recipe:
         name: as `unlearn(method=…)` takes it.
         training: passes run in train mode (normalisation by the batch); False: in eval mode, statistics as given.
         own_objective: the method defines what it minimises on the forget data; a `forget_loss` is refused.
-        uses_forget: False: no forget batch is ever passed through the model, so the data need not fit a loss.
+        uses_forget: False: no step passes a forget batch through the model, so the data need not fit a loss, unless a
+            trim or a mask looks at them.
+        measures_forget: `prepare` takes the retain loss of the forget data, as a trim and a mask do; it is then tried
+            on a forget batch before anything changes.
         steps: how many steps where the user says nothing; None: as many as `unlearn` takes; 0: it works without.
         rewrites: `prepare` writes to the weights themselves; they are then put back where something fails before the
             first step.
@@ -173,6 +176,7 @@ class Recipe:
     training: ClassVar[bool] = True
     own_objective: ClassVar[bool] = False
     uses_forget: ClassVar[bool] = True
+    measures_forget: ClassVar[bool] = False
     steps: ClassVar[int | None] = None
     rewrites: ClassVar[bool] = False
     rates: ClassVar[dict[str, float]] = {}

@@ -13,8 +13,9 @@ from fastlur.passes import Passes
 class FineTune(Recipe):
     """Train on with the retain data alone and trust that the rest fades.
 
-    Rule: descend along ∇L_r. The forget data are never passed through the model. It is the weakest of the baselines:
-    nothing but drift, helped by a large learning rate, takes what is to be forgotten away.
+    Rule: descend along ∇L_r. The forget data are passed through the model by a trim or a mask alone, if there is one.
+    It is the weakest of the baselines: nothing but drift, helped by a large learning rate, takes what is to be
+    forgotten away.
 
     Source: the baseline of that name in the literature, as in Warnecke et al. and in SalUn's comparison (arXiv
     2310.12508).

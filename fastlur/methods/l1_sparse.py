@@ -15,7 +15,7 @@ class L1Sparse(Recipe):
 
     Rule: descend along ∇L_r + γ_t sign(θ), γ_t = γ(1 − t/T) in step t = 0 … T − 1: weights that the retain data do not
     hold up shrink towards 0. Where the number of steps is not known (a loop of your own) γ stays as it is. The forget
-    data are never passed through the model.
+    data are passed through the model by a trim or a mask alone, if there is one.
 
     Source: Jia et al., "Model Sparsity Can Simplify Machine Unlearning", arXiv 2304.04934 (γ, and its linear decay).
 

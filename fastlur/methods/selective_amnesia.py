@@ -44,6 +44,7 @@ class SelectiveAmnesia(Recipe):
     batches: int | None = None
 
     name: ClassVar[str] = "selective_amnesia"
+    measures_forget: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_range("retain_weight", self.retain_weight, example=1.0)

@@ -49,6 +49,8 @@ class SSD(Recipe):
     name: ClassVar[str] = "ssd"
     own_objective: ClassVar[bool] = True
     rewrites: ClassVar[bool] = True
+    uses_forget: ClassVar[bool] = False
+    measures_forget: ClassVar[bool] = True
     steps: ClassVar[int | None] = 0
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from fastlur.placement import to_device as to_device
 from fastlur.world import derive, seed_loading
 
 NAMED = 8  # items of a batch that a message names
+NOTED = 64  # batches that were not the run's own; a step is looked at 32 steps late at most
 
 
 class Source(Protocol):
@@ -226,24 +227,38 @@ class Feed:
         memory_format: torch.memory_format | None = None,
     ) -> None:
         self._sources, self._seed, self._device, self._memory_format = sources, seed, device, memory_format
+        self._instead: dict[tuple[str, int], tuple[int, int]] = {}
 
     def per_epoch(self, side: str) -> int | None:
         """Batches in one pass over a side; None where the data do not tell."""
         return self._sources[side].per_epoch
 
+    def instead(self, side: str, step: int, draw: object, number: int) -> None:
+        """Note that a step took batch `number` of `epoch(side, draw)`, so that a late message can say what it was."""
+        self._instead[side, step] = derive(self._seed, "feed", side, draw), number
+        while len(self._instead) > NOTED:
+            del self._instead[next(iter(self._instead))]
+
+    def _place(self, side: str, step: int) -> tuple[int, int]:
+        """The seed of the stream that a step's batch is from, and its number there."""
+        return self._instead.get((side, step), (derive(self._seed, side), step - 1))
+
     def where(self, side: str, step: int) -> str:
         """What the batch of a side in a step is, in words."""
-        source, number = self._sources[side], step - 1
+        source = self._sources[side]
+        seed, number = self._place(side, step)
         if isinstance(source, Indexed):
-            index = source.indices(derive(self._seed, side), number).tolist()
+            index = source.indices(seed, number).tolist()
             more = f", … ({len(index)})" if len(index) > NAMED else ""
             return f"item{'s' * (len(index) > 1)} {', '.join(map(str, index[:NAMED]))}{more}"
         count = source.per_epoch
+        if (side, step) in self._instead:
+            return f"number {number + 1} of an epoch of its own"
         return f"number {number % count + 1} of epoch {number // count + 1}" if count else f"number {step}"
 
     def of_step(self, side: str, step: int) -> Any:
         """The batch of a side in a step, read again; random state is seeded on the way."""
-        stream = Stream(self._sources[side], derive(self._seed, side), skip=step - 1)
+        stream = Stream(self._sources[side], *self._place(side, step))
         try:
             return to_device(next(stream), self._device, self._memory_format)
         finally:

@@ -59,6 +59,15 @@ def test_they_are_all_there():
     assert all(getattr(fastlur.methods, METHODS[name].__name__) is METHODS[name] for name in NAMES)
 
 
+def test_two_methods_of_one_name_are_an_error():
+    class Other(METHODS["ssd"]):
+        name = "lur"
+
+    with pytest.raises(ImportError, match=r"Other and fastlur\.methods\.lur\.LUR both have the name 'lur'; rename"):
+        fastlur.methods._by_name([METHODS["ssd"], Other, METHODS["lur"]])
+    assert fastlur.methods._by_name([METHODS["ssd"], METHODS["lur"], METHODS["ssd"]]).keys() == {"lur", "ssd"}
+
+
 @pytest.mark.parametrize("name", NAMES)
 class TestEveryMethod:
     def test_says_what_it_does_and_what_that_costs(self, name):

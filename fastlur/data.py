@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from fastlur.batches import Batches, generators_of
 from fastlur.errors import DataError
 from fastlur.placement import to_device as to_device
 from fastlur.world import derive, seed_loading
@@ -89,51 +90,6 @@ class Indexed:
         return default_collate([self.items[i] for i in index.tolist()])
 
 
-class Batches:
-    """A `DataLoader` or another re-iterable of batches, taken as they come, epoch after epoch.
-
-    What the iterable draws at random, a shuffling loader for one, comes from generators seeded for each epoch and
-    batch. Resuming replays the batches before the place to go on from.
-    """
-
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self.batches = batches
-        try:
-            self.per_epoch: int | None = len(batches)  # type: ignore[arg-type]
-        except TypeError:
-            self.per_epoch = None
-
-    def stream(self, seed: int, skip: int) -> Iterator[Any]:
-        """See `Source`."""
-        epoch = number = 0
-        while True:
-            _seed(self.batches, derive(seed, "epoch", epoch))
-            iterator, begin = iter(self.batches), number
-            while True:
-                seed_loading(derive(seed, "load", number))
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    break
-                if number >= skip:
-                    yield batch
-                number += 1
-            if number == begin:
-                raise DataError(f"forget/retain: a {type(self.batches).__name__} gave no batch in epoch {epoch + 1}")
-            epoch += 1
-
-    def once(self, seed: int | None = None) -> Iterator[Any]:
-        """See `Source`."""
-        before = [(generator, generator.get_state()) for generator in _generators(self.batches)]
-        try:
-            if seed is not None:
-                _seed(self.batches, seed)
-            yield from self.batches
-        finally:
-            for generator, state in before:
-                generator.set_state(state)
-
-
 def source(data: Any, name: str, batch_size: int) -> Source:
     """Recognise what the user passed as `name` ("forget" or "retain").
 
@@ -192,21 +148,6 @@ def _tensors(values: Sequence[Any]) -> bool:
 
 def _rows(value: Tensor, index: Tensor) -> Tensor:
     return value[index.to(value.device)]
-
-
-def _generators(batches: Iterable[Any]) -> list[torch.Generator]:
-    """The generators of the caller's that a loader draws its order from."""
-    if not isinstance(batches, DataLoader):
-        return []
-    drawing = batches.sampler, batches.batch_sampler, getattr(batches.batch_sampler, "sampler", None)
-    found = [batches.generator, *(getattr(each, "generator", None) for each in drawing)]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
-
-
-def _seed(batches: Iterable[Any], seed: int) -> None:
-    seed_loading(seed)
-    for generator in _generators(batches):
-        generator.manual_seed(seed)
 
 
 class Feed:
@@ -313,7 +254,7 @@ class Stream:
 
     def __init__(self, source: Source, seed: int, skip: int = 0) -> None:
         self.seed, self.taken = seed, skip
-        self._generators = _generators(getattr(source, "batches", ()))
+        self._generators = generators_of(getattr(source, "batches", ()))
         self._before = [generator.get_state() for generator in self._generators]
         self._batches = source.stream(seed, skip)
 

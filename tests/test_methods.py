@@ -17,6 +17,7 @@ import fastlur
 from fastlur.data import Feed, source
 from fastlur.losses import cross_entropy, negative_cross_entropy
 from fastlur.methods import METHODS, SaliencyMask, Trim
+from fastlur.passes import Passes
 from fastlur.step import Step
 
 NAMES = sorted(METHODS)
@@ -140,6 +141,47 @@ class TestEveryMethod:
                 step.finish()
             assert bool(torch.isfinite(flat(model)).all()), case
             assert case != "zero" or not stays or torch.equal(flat(model), start)
+
+
+# How much of ∇ the first step goes along where the gradient of either side, of whatever loss, is ∇ or, opposite, −∇ for
+# the forget data. The sum of both, unless one side is all that counts or a conflict is removed.
+ALONG = dict.fromkeys(NAMES, (2.0, 0.0))
+ALONG |= dict.fromkeys(("fine_tune", "retrain", "l1_sparse", "scrub"), (1.0, 1.0))  # SCRUB begins with a min-step
+ALONG |= {"gradient_ascent": (0.1, -0.1), "gru": (2.0, 1.0), "ltu": (4.0, 2.0), "ssd": (0.0, 0.0)}
+
+
+@pytest.mark.filterwarnings("ignore:MOX")
+@pytest.mark.parametrize("case", ["zero", "the same", "opposite"])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_its_own_objective_may_vanish_coincide_or_cancel(name, case, monkeypatch):
+    """Whatever a method minimises: what comes back from a pass is put in place of its gradient."""
+    model, real, data = mlp(), Passes.gradient, blobs(8)
+    start = flat(model)
+    unit = torch.randn(len(start))
+    unit /= unit.norm()
+    signs = {"zero": (0.0, 0.0), "the same": (1.0, 1.0), "opposite": (1.0, -1.0)}[case]
+
+    def gradient(self, which, out, at=None, *, add=False, **keywords):
+        before = [view.clone() for view in out.views] if add else None
+        real(self, which, out, at, **keywords)
+        parts = unit.split([view.numel() for view in out.views])
+        for index, (view, part) in enumerate(zip(out.views, parts, strict=True)):
+            view.copy_(part.view_as(view) * signs[which == "forget"]).add_(before[index] if add else 0.0)
+
+    monkeypatch.setattr(Passes, "gradient", gradient)
+    mask = None if name == "ssd" else SaliencyMask(1)
+    with stepping(model, bare(name, mask=mask), data, data, lr=0.5, momentum=0.0) as step:
+        if METHODS[name].steps != 0:
+            step(data, data)
+        moved = (start - flat(model)) / 0.5
+        along = {"zero": 0.0, "the same": ALONG[name][0], "opposite": ALONG[name][1]}[case]
+        torch.testing.assert_close(moved, along * unit, rtol=1e-3, atol=2e-4 if name == "l1_sparse" else 1e-6)
+        for _ in range(3 if METHODS[name].steps != 0 else 0):
+            step(data, data)
+        step.finish()
+    assert bool(torch.isfinite(flat(model)).all())
+    if case == "zero" and name != "l1_sparse":  # whose penalty goes on
+        assert torch.equal(flat(model), start)
 
 
 @pytest.mark.parametrize("name", STEPPING)

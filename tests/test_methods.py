@@ -169,8 +169,8 @@ def test_gradients_of_its_own_objective_may_vanish_coincide_or_cancel(name, case
             view.copy_(part.view_as(view) * signs[which == "forget"]).add_(before[index] if add else 0.0)
 
     monkeypatch.setattr(Passes, "gradient", gradient)
-    mask = None if name == "ssd" else SaliencyMask(1)
-    with stepping(model, bare(name, mask=mask), data, data, lr=0.5, momentum=0.0) as step:
+    settings = {"ssd": {}, "l1_sparse": {"gamma": 1e-4}}.get(name, {"mask": SaliencyMask(1)})
+    with stepping(model, bare(name, **settings), data, data, lr=0.5, momentum=0.0) as step:
         if METHODS[name].steps != 0:
             step(data, data)
         moved = (start - flat(model)) / 0.5

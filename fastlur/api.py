@@ -27,7 +27,7 @@ from fastlur.loop import Observer, run
 from fastlur.losses import cross_entropy
 from fastlur.methods import resolve
 from fastlur.methods.base import Method, Recipe
-from fastlur.passes import Loss, Which
+from fastlur.passes import ARGUMENT, Loss, Which
 from fastlur.result import Result
 from fastlur.slots import Selection, select
 from fastlur.snapshot import Snapshot
@@ -164,16 +164,16 @@ def unlearn(
     sources, contents, firsts = look.look_at_data(forget, retain, batch_size, seed, where)
     if not allow_overlap:
         overlap.check(forget, retain, contents["forget"], contents["retain"])
-    uses_forget = getattr(method, "uses_forget", True)
-    classifies: dict[Which, bool] = {"forget": forget_loss is None and uses_forget, "retain": loss is None}
-    kind = checks.task_of(task, firsts) if any(classifies.values()) else task
+    default: dict[Which, bool] = {"forget": forget_loss is None, "retain": loss is None}
+    evaluated = checks.evaluated(method)
+    kind = checks.task_of(task, {side: firsts[side] for side, of in evaluated if default[of]})
     losses: dict[Which, Loss] = {
         "retain": loss or cross_entropy,
         "forget": forget_loss or method.default_forget_loss(kind),
     }
-    tried: dict[Which, Loss] = losses if uses_forget else {"retain": losses["retain"]}
     how = checks.How(where, precision, getattr(method, "training", True))
-    rows = checks.trial(model, tried, firsts, contents, classifies, how)
+    tried = [checks.Tried(side, ARGUMENT[of], losses[of], default[of]) for side, of in evaluated]
+    rows = checks.trial(model, tried, firsts, contents, how)
     if forget_loss is not None and getattr(method, "own_objective", False):
         raise ArgumentError(f"forget_loss: {method.name} defines what it minimises on the forget data; leave it None")
     total = look.length(sources, steps, epochs, getattr(method, "steps", None))

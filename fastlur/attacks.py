@@ -133,11 +133,13 @@ class LikelihoodRatio:
         scores: one an item, in the order of the data, shape (n,); the larger, the more like a member.
         online: whether shadows trained with the items took part.
         shadows: how many shadow models there were.
+        reference: what the same attack finds on the reference; None without one.
     """
 
     scores: np.ndarray
     online: bool
     shadows: int
+    reference: LikelihoodRatio | None = None
 
     def auc(self, members: ArrayLike) -> float:
         """Probability that a member scores above a stranger; `members` is bool, shape (n,)."""
@@ -148,6 +150,16 @@ class LikelihoodRatio:
         """DeLong's interval of it."""
         truth = self._truth(members)
         return auc_interval(self.scores[~truth], self.scores[truth], level)
+
+    def gap(self, members: ArrayLike) -> float:
+        """|AUC − the reference's|, in [0, 1].
+
+        Raises:
+            ArgumentError: there was no reference.
+        """
+        if self.reference is None:
+            raise ArgumentError("reference: there is none; pass a retrained model to likelihood_ratio_attack")
+        return abs(self.auc(members) - self.reference.auc(members))
 
     def true_positives(self, members: ArrayLike, false_positives: float = 0.01) -> float:
         """Share of members called members, where at most this share of strangers is; both in [0, 1]."""

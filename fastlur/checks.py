@@ -16,7 +16,7 @@ from fastlur.data import to_device
 from fastlur.errors import ArgumentError, DataError, FastlurError, nearest
 from fastlur.losses import IGNORED, TARGETS, logits_and_targets, split
 from fastlur.microbatch import Spare
-from fastlur.passes import ARGUMENT, Loss, Which, scalar
+from fastlur.passes import Loss, Which, scalar
 from fastlur.statistics import Statistics
 from fastlur.world import borrowed_random, passing
 
@@ -92,6 +92,29 @@ def length(steps: int | None, epochs: float | None) -> None:
         raise ArgumentError(f"epochs={epochs!r} must be a positive number")
 
 
+def evaluated(method: Any) -> list[tuple[Which, Which]]:
+    """The sides that a run passes over, each with the side whose loss is taken there.
+
+    A trim, a mask and methods that say so take the retain loss of the forget data, whatever the steps do with these.
+    """
+    found: list[tuple[Which, Which]] = [("retain", "retain")]
+    if getattr(method, "uses_forget", True):
+        found.append(("forget", "forget"))
+    parts = (getattr(method, part, None) for part in ("trim", "mask"))
+    if getattr(method, "measures_forget", False) or any(part is not None for part in parts):
+        found.append(("forget", "retain"))
+    return found
+
+
+class Tried(NamedTuple):
+    """A loss to be tried on a side, the argument it is, and whether it is the task's own, which wants labels."""
+
+    which: Which
+    argument: str
+    loss: Loss
+    classifies: bool
+
+
 class How(NamedTuple):
     """How passes are made: on which device, in which precision, in train or in eval mode."""
 
@@ -102,10 +125,9 @@ class How(NamedTuple):
 
 def trial(
     model: nn.Module,
-    losses: dict[Which, Loss],
+    losses: list[Tried],
     batches: dict[Which, Any],
     contents: dict[Which, Content],
-    classifies: dict[Which, bool],
     how: How,
 ) -> int | None:
     """Evaluate the losses once as a step would, leaving no trace: no gradient, no statistics, no random state.
@@ -120,21 +142,21 @@ def trial(
     """
     spare = Spare(model, model)
 
-    def attempt(which: Which, batch: Any) -> None:
+    def attempt(each: Tried, batch: Any) -> None:
         try:
-            if classifies[which]:
-                _labels(spare.forward, batch, contents[which], which)
-            value = losses[which](spare.forward, batch)
+            if each.classifies:
+                _labels(spare.forward, batch, contents[each.which], each.which)
+            value = each.loss(spare.forward, batch)
         except (FastlurError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise DataError(_why(error, which, batch)) from error
-        _value(value, which)
+            raise DataError(_why(error, each)) from error
+        _value(value, each)
 
     with borrowed_random(how.device), passing(model, *how), Statistics(model).frozen():
-        for which in losses:
-            batch = to_device(batches[which], how.device)
-            spare.run(partial(attempt, which, batch), batch)
+        for each in losses:
+            batch = to_device(batches[each.which], how.device)
+            spare.run(partial(attempt, each, batch), batch)
     return spare.rows
 
 
@@ -165,16 +187,17 @@ def _labels(model: Any, batch: Any, content: Content, which: Which) -> None:
             )
 
 
-def _value(value: Any, which: Which) -> None:
-    number = float(scalar(value, which).detach())
+def _value(value: Any, tried: Tried) -> None:
+    number = float(scalar(value, tried.argument).detach())
     if not math.isfinite(number):
         raise DataError(
-            f"{ARGUMENT[which]}: is {number} on the first {which} batch; look for NaN in data, model or loss"
+            f"{tried.argument}: is {number} on the first {tried.which} batch; look for NaN in data, model or loss"
         )
 
 
-def _why(error: Exception, which: Which, batch: Any) -> str:
+def _why(error: Exception, tried: Tried) -> str:
+    which = tried.which
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
     if "more than 1 value per channel" in said:
         return f"{which}: batch norm needs more than one item a batch here; give more items, or a larger batch_size"
-    return f"{which}: the model or {ARGUMENT[which]} cannot take the first batch ({type(error).__name__}: {said})"
+    return f"{which}: the model or {tried.argument} cannot take the first batch ({type(error).__name__}: {said})"

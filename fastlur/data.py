@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from fastlur.batches import Batches, generators_of
 from fastlur.errors import DataError
 from fastlur.placement import to_device as to_device
 from fastlur.world import derive, seed_loading
 
 NAMED = 8  # items of a batch that a message names
+NOTED = 64  # batches that were not the run's own; a step is looked at 32 steps late at most
 
 
 class Source(Protocol):
@@ -88,51 +90,6 @@ class Indexed:
         return default_collate([self.items[i] for i in index.tolist()])
 
 
-class Batches:
-    """A `DataLoader` or another re-iterable of batches, taken as they come, epoch after epoch.
-
-    What the iterable draws at random, a shuffling loader for one, comes from generators seeded for each epoch and
-    batch. Resuming replays the batches before the place to go on from.
-    """
-
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self.batches = batches
-        try:
-            self.per_epoch: int | None = len(batches)  # type: ignore[arg-type]
-        except TypeError:
-            self.per_epoch = None
-
-    def stream(self, seed: int, skip: int) -> Iterator[Any]:
-        """See `Source`."""
-        epoch = number = 0
-        while True:
-            _seed(self.batches, derive(seed, "epoch", epoch))
-            iterator, begin = iter(self.batches), number
-            while True:
-                seed_loading(derive(seed, "load", number))
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    break
-                if number >= skip:
-                    yield batch
-                number += 1
-            if number == begin:
-                raise DataError(f"forget/retain: a {type(self.batches).__name__} gave no batch in epoch {epoch + 1}")
-            epoch += 1
-
-    def once(self, seed: int | None = None) -> Iterator[Any]:
-        """See `Source`."""
-        before = [(generator, generator.get_state()) for generator in _generators(self.batches)]
-        try:
-            if seed is not None:
-                _seed(self.batches, seed)
-            yield from self.batches
-        finally:
-            for generator, state in before:
-                generator.set_state(state)
-
-
 def source(data: Any, name: str, batch_size: int) -> Source:
     """Recognise what the user passed as `name` ("forget" or "retain").
 
@@ -193,21 +150,6 @@ def _rows(value: Tensor, index: Tensor) -> Tensor:
     return value[index.to(value.device)]
 
 
-def _generators(batches: Iterable[Any]) -> list[torch.Generator]:
-    """The generators of the caller's that a loader draws its order from."""
-    if not isinstance(batches, DataLoader):
-        return []
-    drawing = batches.sampler, batches.batch_sampler, getattr(batches.batch_sampler, "sampler", None)
-    found = [batches.generator, *(getattr(each, "generator", None) for each in drawing)]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
-
-
-def _seed(batches: Iterable[Any], seed: int) -> None:
-    seed_loading(seed)
-    for generator in _generators(batches):
-        generator.manual_seed(seed)
-
-
 class Feed:
     """The data of both sides, for what a method does before or between steps (a mask, a Fisher, a membership attack).
 
@@ -226,24 +168,38 @@ class Feed:
         memory_format: torch.memory_format | None = None,
     ) -> None:
         self._sources, self._seed, self._device, self._memory_format = sources, seed, device, memory_format
+        self._instead: dict[tuple[str, int], tuple[int, int]] = {}
 
     def per_epoch(self, side: str) -> int | None:
         """Batches in one pass over a side; None where the data do not tell."""
         return self._sources[side].per_epoch
 
+    def instead(self, side: str, step: int, draw: object, number: int) -> None:
+        """Note that a step took batch `number` of `epoch(side, draw)`, so that a late message can say what it was."""
+        self._instead[side, step] = derive(self._seed, "feed", side, draw), number
+        while len(self._instead) > NOTED:
+            del self._instead[next(iter(self._instead))]
+
+    def _place(self, side: str, step: int) -> tuple[int, int]:
+        """The seed of the stream that a step's batch is from, and its number there."""
+        return self._instead.get((side, step), (derive(self._seed, side), step - 1))
+
     def where(self, side: str, step: int) -> str:
         """What the batch of a side in a step is, in words."""
-        source, number = self._sources[side], step - 1
+        source = self._sources[side]
+        seed, number = self._place(side, step)
         if isinstance(source, Indexed):
-            index = source.indices(derive(self._seed, side), number).tolist()
+            index = source.indices(seed, number).tolist()
             more = f", … ({len(index)})" if len(index) > NAMED else ""
             return f"item{'s' * (len(index) > 1)} {', '.join(map(str, index[:NAMED]))}{more}"
         count = source.per_epoch
+        if (side, step) in self._instead:
+            return f"number {number + 1} of an epoch of its own"
         return f"number {number % count + 1} of epoch {number // count + 1}" if count else f"number {step}"
 
     def of_step(self, side: str, step: int) -> Any:
         """The batch of a side in a step, read again; random state is seeded on the way."""
-        stream = Stream(self._sources[side], derive(self._seed, side), skip=step - 1)
+        stream = Stream(self._sources[side], *self._place(side, step))
         try:
             return to_device(next(stream), self._device, self._memory_format)
         finally:
@@ -298,7 +254,7 @@ class Stream:
 
     def __init__(self, source: Source, seed: int, skip: int = 0) -> None:
         self.seed, self.taken = seed, skip
-        self._generators = _generators(getattr(source, "batches", ()))
+        self._generators = generators_of(getattr(source, "batches", ()))
         self._before = [generator.get_state() for generator in self._generators]
         self._batches = source.stream(seed, skip)
 

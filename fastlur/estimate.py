@@ -16,7 +16,7 @@ from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError
 from fastlur.footprint import Memory
 from fastlur.losses import cross_entropy
 from fastlur.methods import resolve
-from fastlur.methods.base import Cost, Method
+from fastlur.methods.base import BYTE, Cost, Method
 from fastlur.passes import Loss, Passes, Which
 from fastlur.slots import Selection
 from fastlur.space import ParameterSpace, Vector
@@ -151,15 +151,17 @@ def estimate(
                     f"batch: the model or a loss cannot take it ({type(error).__name__}: {said})"
                 ) from error
         moving = sum(flat.nbytes for flat in space.theta.flats)
+        weights = sum(flat.numel() for flat in space.theta.flats)
         buffers = sum(buffer.nbytes for buffer in model.buffers())
         still = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values()) - sum(
             leaf.nbytes for leaf in space.leaves()
         )
         walks = DECIDED + UPDATED.get(str(optimizer), max(UPDATED.values())) + DISPLACED * max(0, cost.buffers - 1)
         seconds += _walk(space) * walks
-    vectors = round(cost.buffers * moving)
+    masks = cost.masks * weights
+    vectors = round((cost.buffers - BYTE * cost.masks) * moving) + masks
     step = vectors + buffers + max(activations, round(cost.temporaries * moving))
-    before = _before(method, moving, activations)
+    before = _before(method, moving, weights, activations)
     return Estimate(
         parameters=moving + still + buffers,
         vectors=vectors,
@@ -250,12 +252,13 @@ def _walk(space: ParameterSpace) -> float:
     return footprint.seconds(lambda: ops.displace(out, theta, theta, 0.0), space.device) / DISPLACED
 
 
-def _before(method: Method, moving: int, activations: int) -> int:
-    """Bytes that a trim or a mask takes beyond parameters and optimizer."""
+def _before(method: Method, moving: int, weights: int, activations: int) -> int:
+    """Bytes that a trim or a mask, itself a byte a weight, takes beyond parameters and optimizer."""
     found = 0
-    for part in (getattr(method, "trim", None), getattr(method, "mask", None)):
-        passing, after = getattr(part, "buffers", (0, 0))
-        found = max(found, round(passing * moving) + activations * bool(passing), round(after * moving))
+    for name, itself in (("trim", 0), ("mask", weights)):
+        passing, after = getattr(getattr(method, name, None), "buffers", (0, 0))
+        if passing:
+            found = max(found, round(passing * moving) + activations + itself, round(after * moving) + itself)
     return found
 
 

@@ -44,8 +44,8 @@ class Evaluation:
             "correctness" (is the answer right), "entropy" and "modified_entropy" of the answer.
         per_class: accuracy in percent of every class that occurs, for "forget", "retain" and "test".
         seconds: what unlearning took (RTE); None where nobody said.
-        gaps: |figure − the reference's| for every figure above that both have, by name, such as "ua",
-            "attacks.entropy" or "per_class.retain.3"; None without a reference.
+        gaps: |figure − the reference's| by name, such as "ua", "attacks.entropy" or "per_class.retain.3": of every
+            figure above that both have, but not of `seconds` and the interval; None without a reference.
     """
 
     ua: float

@@ -13,17 +13,19 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from fastlur.attacks import LikelihoodRatio, likelihood_ratio
 from fastlur.errors import ArgumentError, DataError
+from fastlur.result import Result
 from fastlur.scores import scores
 from fastlur.world import derive
 
 
 def likelihood_ratio_attack(
-    model: nn.Module,
+    model: nn.Module | Result,
     data: Any,
     *,
-    shadows: Sequence[tuple[nn.Module, ArrayLike]] | None = None,
-    train: Callable[[Tensor], nn.Module] | None = None,
+    shadows: Sequence[tuple[nn.Module | Result, ArrayLike]] | None = None,
+    train: Callable[[Tensor], nn.Module | Result] | None = None,
     count: int = 8,
+    reference: nn.Module | Result | None = None,
     pooled: bool | None = None,
     batch_size: int = 512,
     seed: int = 0,
@@ -36,26 +38,31 @@ def likelihood_ratio_attack(
     Example:
         >>> from torch.utils.data import ConcatDataset, TensorDataset
         >>> audited = tuple(torch.cat(p) for p in zip(forget, test))                        # doctest: +SKIP
-        >>> found = fastlur.likelihood_ratio_attack(model, audited, train=train_without)    # doctest: +SKIP
-        >>> found.auc(torch.arange(len(audited[1])) < len(forget[1]))                       # doctest: +SKIP
+        >>> found = fastlur.likelihood_ratio_attack(result, audited, train=train_with, reference=retrained)
+        ...                                                                                 # doctest: +SKIP
+        >>> members = torch.arange(len(audited[1])) < len(forget[1])                        # doctest: +SKIP
+        >>> found.auc(members), found.reference.auc(members)                                # doctest: +SKIP
 
     After unlearning, ask about the forget items and as many that were never seen: an AUC of ½ says that the model does
-    not answer as one that was trained on the former. Items that no shadow was trained on are judged "offline", by how
-    unusually sure of them the model is; as soon as one was, all are judged "online" and need shadows of both kinds.
+    not answer as one that was trained on the former, the reference's AUC what can be expected of one. Items that no
+    shadow was trained on are judged "offline", by how unusually sure of them the model is; as soon as one was, all are
+    judged "online" and need shadows of both kinds.
 
     Args:
-        model: the one attacked.
+        model: the one attacked, or the `Result` of `unlearn`; so it is for the other models here.
         data: the items asked about, labelled, in an order of their own (a shuffling loader is refused).
         shadows: pairs of a model trained like the one attacked, and bool, shape (n,): which of the items it saw.
         train: makes such a model, given the indices of the items, shape (m,), int64, that it is to be trained on
             besides whatever else it takes; used where `shadows` is None. Every item goes into half of the shadows.
         count: how many shadows to train, even and ≥ 2.
+        reference: a model retrained without the forget items, attacked likewise with the same shadows.
         pooled: see `fastlur.attacks.likelihood_ratio`; None: one variance for all items below 64 shadows.
         batch_size: for data that do not come in batches.
         seed: which items go into which shadow.
 
     Returns:
-        The `LikelihoodRatio`: scores, and what they are worth where the truth is known.
+        The `LikelihoodRatio`: scores, and what they are worth where the truth is known; with a reference, that of the
+        reference is its `reference`.
 
     Raises:
         ArgumentError: neither or both of `shadows` and `train`, or too few shadows for an item.
@@ -65,26 +72,36 @@ def likelihood_ratio_attack(
         raise ArgumentError("shadows: give either trained shadow models or train=, a function that makes one")
     if isinstance(data, DataLoader) and not _in_order(data):
         raise DataError("data: a loader that draws its own order; pass the data set, or a loader with shuffle=False")
-    asked = scores(model, data, "data", batch_size).log_odds
+    asked = [_said(each, data, batch_size) for each in ([model] if reference is None else [model, reference])]
     if shadows is None:
-        shadows = _trained(train, len(asked), count, seed)
+        shadows = _trained(train, len(asked[0]), count, seed)
     if not shadows:
         raise ArgumentError("shadows=[] is empty; pass at least one model trained without the items")
     said, inside = [], []
     for shadow, seen in shadows:
-        said.append(scores(shadow, data, "data", batch_size).log_odds)
+        said.append(_said(shadow, data, batch_size))
         inside.append(np.asarray(seen, bool))
-        if inside[-1].shape != asked.shape:
-            raise ArgumentError(f"shadows: membership of shape {inside[-1].shape} for {len(asked)} items")
+        if inside[-1].shape != asked[0].shape:
+            raise ArgumentError(f"shadows: membership of shape {inside[-1].shape} for {len(asked[0])} items")
     has = np.stack(inside)
     few = len(shadows) < 64 if pooled is None else pooled
-    found = likelihood_ratio(asked, np.stack(said), has, pooled=few)
-    return LikelihoodRatio(found, online=bool(has.any()), shadows=len(shadows))
+    found: LikelihoodRatio | None = None
+    for each in reversed(asked):
+        ratios = likelihood_ratio(each, np.stack(said), has, pooled=few)
+        found = LikelihoodRatio(ratios, online=bool(has.any()), shadows=len(shadows), reference=found)
+    assert found is not None
+    return found
+
+
+def _said(model: nn.Module | Result, data: Any, batch_size: int) -> np.ndarray:
+    """The log-odds of every item's true class."""
+    plain = model.model if isinstance(model, Result) else model
+    return scores(plain, data, "data", batch_size).log_odds
 
 
 def _trained(
-    train: Callable[[Tensor], nn.Module] | None, items: int, count: int, seed: int
-) -> list[tuple[nn.Module, np.ndarray]]:
+    train: Callable[[Tensor], nn.Module | Result] | None, items: int, count: int, seed: int
+) -> list[tuple[nn.Module | Result, np.ndarray]]:
     """Shadow models in pairs, one trained on a random half of the items, the other on the rest."""
     if not isinstance(count, int) or isinstance(count, bool) or count < 2 or count % 2:
         raise ArgumentError(f"count={count!r} must be an even whole number ≥ 2: shadows come in complementary pairs")

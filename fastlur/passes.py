@@ -34,6 +34,7 @@ class Passes:
         step: number of the step that is being made, from 1; 0 before the first.
         steps: how many are planned; None where nobody said.
         values: the losses of this step so far, unweighted, by side.
+        replaced: batches that the step took instead of the given ones, by side.
         spare: how many items at a time the model takes, and what is run again with fewer where memory runs out.
 
     Args:
@@ -76,6 +77,7 @@ class Passes:
         self._feed = feed
         self.spare = Spare(space.model, space.model if forward is None else forward, rows)
         self._batches: dict[Which, Any] = {}
+        self.replaced: dict[Which, Any] = {}
         self._tracked = False
 
     @property
@@ -103,15 +105,23 @@ class Passes:
         """The batch of this side."""
         return self._batches[which]
 
-    def replace(self, which: Which, batch: Any) -> None:
-        """Take another batch of this side for the rest of the step, before its first pass."""
-        self._batches[which] = batch
+    def replace(self, which: Which, batch: Any, draw: object, number: int) -> None:
+        """Take another batch of this side for the rest of the step, before its first pass.
+
+        Args:
+            which: the side.
+            batch: what is taken.
+            draw: of `feed.epoch`, where it comes from.
+            number: its number there.
+        """
+        self._batches[which] = self.replaced[which] = batch
+        self.feed.instead(which, self.step, draw, number)
 
     @contextmanager
     def of_step(self, step: int, forget: Any, retain: Any) -> Iterator[None]:
         """Inside, passes are those of this step on these batches; `values` collects the losses, unweighted."""
         self.step, self._batches = step, {"forget": forget, "retain": retain}
-        self.values = {}
+        self.values, self.replaced = {}, {}
         self._tracked = False
         self.space.reached.clear()
         try:
@@ -256,7 +266,7 @@ class Passes:
     def _evaluate(self, which: Which, call: Callable[[Loss, Any], Any]) -> Tensor:
         # the same numbers for every pass of this loss in this step: the same dropout mask
         seed_torch(derive(self.seed, self.step, which), self.space.device)
-        return scalar(call(self.losses[which], self._batches[which]), which)
+        return scalar(call(self.losses[which], self._batches[which]), ARGUMENT[which])
 
     def _moving_statistics(self, which: Which) -> Callable[[], AbstractContextManager[None]]:
         """What a pass runs in, decided once however often it is run."""
@@ -282,13 +292,12 @@ def _in_memory() -> Iterator[None]:
         ) from None
 
 
-def scalar(value: Any, which: Which) -> Tensor:
-    """The value, if it is a loss that can be minimised.
+def scalar(value: Any, name: str) -> Tensor:
+    """The value of the loss called `name`, if it can be minimised.
 
     Raises:
         DataError: it is not a scalar tensor, or depends on no moving parameter.
     """
-    name = ARGUMENT[which]
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise DataError(not_scalar(name, value))
     if torch.is_grad_enabled() and not value.requires_grad:

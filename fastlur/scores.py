@@ -50,7 +50,7 @@ def scores(model: nn.Module, data: Any, name: str, batch_size: int) -> Scores:
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model: a {type(model).__name__} is no torch.nn.Module")
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise ArgumentError(f"batch_size={batch_size!r} must be a positive whole number")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     parts: list[Tensor] = []

@@ -117,9 +117,11 @@ class Step:
         stats = StepStats(self.step, forget_loss, retain_loss, dots)
         self._unread.append(stats)
         if device.type == "cpu" or len(self._unread) >= READ_EVERY:
-            self._last = self._direction, {"forget": forget, "retain": retain}
+            batches: dict[Which, Any] = {"forget": forget, "retain": retain}
+            self._last = self._direction, batches | self.passes.replaced
             self.check()
             self._last = None, None
+        self.passes.replaced = {}
         return stats
 
     def _work(self, forget: Any, retain: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -161,6 +161,19 @@ class TestSaliencyMask:
         moved = torch.cat([(before[name] != after[name]).reshape(-1) for name in before])
         assert 0.4 < float(moved.float().mean()) <= 0.51
 
+    @pytest.mark.parametrize(("share", "passes"), [(0.99, 3), (1, 0)])
+    def test_only_a_whole_mask_holds_what_the_data_do_not_reach_and_then_it_needs_no_data(self, share, passes):
+        model, seen = mlp(), []
+        model.unused = nn.Parameter(torch.ones(2))
+        model.register_forward_hook(lambda *_: seen.append(1))
+        space, these = opened(model, blobs(24))
+        with borrowed_random(CPU):
+            mask = SaliencyMask(share)(these)
+        held = dict(zip(space.names, mask.views, strict=True))
+        assert bool(held["unused"].all()) == (share == 1) and bool(held["unused"].any()) == (share == 1)
+        assert len(seen) == passes
+        space.close()
+
     def test_the_saliency_is_that_of_the_trimmed_model(self):
         seen = []
 

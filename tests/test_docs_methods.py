@@ -99,6 +99,11 @@ def test_the_figures_explained_are_those_of_an_evaluation():
     table = re.findall(r"^\| (`.*?) \| ", EVALUATE, re.MULTILINE)
     named = [name for cell in table for name in re.findall(r"`(\w+)`", cell)]
     assert sorted(named) == sorted(field.name for field in dataclasses.fields(fastlur.Evaluation))
+    data = {name: blobs(12) for name in ("forget", "retain", "test")}
+    found = fastlur.evaluate(mlp(), **data, reference=mlp(), seconds=1.0)
+    with_a_gap = {name.partition(".")[0] for name in found.gaps}
+    assert set(named) - with_a_gap == {"loss_auc_interval", "seconds", "gap", "gaps"}
+    assert "every figure above but the interval and the seconds" in EVALUATE
 
 
 def test_the_evaluation_shown_runs(capsys):
@@ -112,5 +117,6 @@ def test_the_evaluation_shown_runs(capsys):
     for code in codes:
         exec(compile(code, "docs/evaluate.md", "exec"), shown)
     assert shown["found"].shadows == 8
+    assert shown["found"].reference.shadows == 8
     assert sizes == [24 + 12] * 8
     assert "RTE" in capsys.readouterr().out

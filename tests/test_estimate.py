@@ -137,6 +137,16 @@ class TestParts:
         without = fastlur.estimate(model, batch(64), METHODS["salun"](mask=None))
         assert without.vectors == 2 * size(model)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+    def test_a_mask_is_a_byte_a_weight_whatever_its_type(self, dtype):
+        model, (x, y) = Deep().to(dtype), batch(64)
+        count, parts = sum(p.numel() for p in model.parameters()), {"trim": None, "mask": None}
+        found = lambda method: fastlur.estimate(model, (x.to(dtype), y), method).vectors
+        for name in ("lur", "gradient_ascent"):  # which has one of its own
+            bare, masked = (found(METHODS[name](**parts | {"mask": mask})) for mask in (None, SaliencyMask()))
+            assert masked - bare == count
+        assert found("gradient_ascent") == size(model) + count
+
     def test_a_trim_counts_where_it_holds_more_than_a_step(self):
         model, one = Deep(), METHODS["fine_tune"]
         plain, trimmed = (fastlur.estimate(model, batch(1), one(trim=trim)) for trim in (None, Trim()))

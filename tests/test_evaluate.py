@@ -99,6 +99,7 @@ def test_gap_is_the_mean_distance_to_the_reference():
         ({"retain": (torch.ones(40), torch.ones(40).long())}, fastlur.DataError, "retain: the model cannot take"),
         ({"retain": []}, fastlur.DataError, "retain: is empty"),
         ({"batch_size": 0}, fastlur.ArgumentError, "batch_size=0"),
+        ({"batch_size": True}, fastlur.ArgumentError, "batch_size=True"),
     ],
 )
 def test_bad_input_is_named_in_one_line(change, error, said):

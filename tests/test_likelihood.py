@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import blobs, mlp
+from helpers import blobs, mlp, run
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
@@ -22,16 +22,21 @@ class Watched:
     """A `train` that notes what it was asked for; its models count their forwards."""
 
     def __init__(self) -> None:
-        self.asked, self.forwards = [], 0
+        self.asked, self.made, self.forwards = [], [], 0
 
     def __call__(self, indices):
         self.asked.append(indices)
         model = mlp()
         model.register_forward_hook(self._count)
+        self.made.append(model)
         return model
 
     def _count(self, *_):
         self.forwards += 1
+
+
+def _shadows(train):
+    return [(each, torch.isin(torch.arange(11), seen)) for each, seen in zip(train.made, train.asked, strict=True)]
 
 
 @pytest.mark.parametrize("count", [2, 6])
@@ -42,6 +47,37 @@ def test_it_trains_as_many_models_as_it_says_and_asks_each_once(count):
     assert len(train.asked) == found.shadows == count
     assert train.forwards == count + 1
     assert found.scores.shape == (11,) and found.online
+
+
+def test_a_reference_is_judged_by_the_same_shadows_for_one_pass_more():
+    train, result, other = Watched(), run(mlp(), blobs(8), blobs(8), steps=1), mlp()
+    for each in (result.model, other):
+        each.register_forward_hook(train._count)
+    found = fastlur.likelihood_ratio_attack(result, ITEMS, train=train, count=2, reference=other)
+    assert train.forwards == 2 + 2
+    alone = [fastlur.likelihood_ratio_attack(each, ITEMS, shadows=_shadows(train)) for each in (result.model, other)]
+    for each, wanted in zip((found, found.reference), alone, strict=True):
+        np.testing.assert_array_equal(each.scores, wanted.scores)
+        assert each.shadows == 2 and each.online
+    members = np.arange(11) < 5
+    assert not np.array_equal(found.scores, found.reference.scores)
+    assert found.gap(members) == abs(found.auc(members) - found.reference.auc(members))
+    assert found.reference.reference is None
+    with pytest.raises(fastlur.ArgumentError, match="reference: there is none"):
+        found.reference.gap(members)
+
+
+def test_results_stand_for_their_models():
+    one, other = run(mlp(), blobs(8), blobs(8), steps=1), run(mlp(), blobs(8), blobs(8), steps=1)
+    attack = lambda *models: fastlur.likelihood_ratio_attack(
+        models[0],
+        ITEMS,
+        shadows=[(models[1], np.arange(11) < 5), (models[2], np.arange(11) >= 5)],
+        reference=models[3],
+    )
+    plain, given = attack(one.model, other.model, one.model, other.model), attack(one, other, one, other)
+    np.testing.assert_array_equal(plain.scores, given.scores)
+    np.testing.assert_array_equal(plain.reference.scores, given.reference.scores)
 
 
 def test_every_item_goes_into_half_of_the_shadows():
@@ -135,14 +171,14 @@ def test_a_model_that_memorised_is_told_from_one_that_did_not(audit):
     kept, items, with_some, shadows, members, of_retrained = audit
     assert len(members) == 2 * int(MISLABELLED * 1437)
     memorised = trained(*with_some(members), seed=99)
-    found = fastlur.likelihood_ratio_attack(memorised, items, shadows=shadows)
+    found = fastlur.likelihood_ratio_attack(memorised, items, shadows=shadows, reference=trained(*kept, 98))
     assert found.auc(members) > 0.95
     assert found.auc_interval(members)[0] > 0.9
     assert found.true_positives(members, 0.05) > 0.5
     low, high = of_retrained.auc_interval(members)
     assert low < 0.5 < high and of_retrained.online and of_retrained.shadows == 8
-    again = fastlur.likelihood_ratio_attack(trained(*kept, 98), items, shadows=shadows)
-    np.testing.assert_array_equal(again.scores, of_retrained.scores)  # trained here or handed in
+    np.testing.assert_array_equal(found.reference.scores, of_retrained.scores)  # shadows trained there or handed in
+    assert found.gap(members) > 0.3
 
 
 def test_offline_shadows_tell_them_apart_too(audit):

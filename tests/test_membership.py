@@ -10,6 +10,7 @@ from helpers import Interrupted, blobs, images, interrupt, mlp, run, same, state
 from test_methods_ltu import F64, flat, opened
 from torch import nn
 
+import fastlur
 from fastlur.membership import Attackers, features
 from fastlur.methods.ltu import LTU, NOISE
 from fastlur.space import ParameterSpace
@@ -109,6 +110,27 @@ class TestWhatLTULooksAt:
                 step(forget, tuple(part[8 * number :][:8] for part in retain))
                 mine = {tuple(row) for row in seen} - {tuple(row) for row in forget[0].tolist()}
                 assert mine == {tuple(row) for row in step.state.held[number % 3][0].tolist()}
+
+    def test_a_held_batch_that_breaks_is_named(self):
+        class Breaking(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net, self.seen = mlp(), None
+
+            def forward(self, x):
+                if self.seen is None or not bool((x[:, 0] >= 10).all()):
+                    return self.net(x)
+                self.seen.append((x[:, 0] - 10).round().int().tolist())
+                return self.net(x) * float("nan")
+
+        model, (x, y) = Breaking(), blobs(80)
+        x[:, 0] = 10 + torch.arange(80)  # by which an item to be kept is known
+        begin = lambda event: setattr(model, "seen", []) if event.step == 4 else None
+        with pytest.raises(fastlur.NonFiniteError) as found:
+            run(model, blobs(8), (x, y), method=LTU(retain_fraction=0.25), steps=9, callbacks=[begin])
+        assert found.value.step == 5 and found.value.sides == ("retain",)
+        assert all(items == model.seen[0] for items in model.seen)
+        assert f"retain batch: items {', '.join(map(str, model.seen[0]))};" in str(found.value)
 
     def test_what_lies_beyond_the_fraction_changes_nothing(self):
         retain, forget = blobs(40), blobs(8)

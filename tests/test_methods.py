@@ -17,6 +17,7 @@ import fastlur
 from fastlur.data import Feed, source
 from fastlur.losses import cross_entropy, negative_cross_entropy
 from fastlur.methods import METHODS, SaliencyMask, Trim
+from fastlur.passes import Passes
 from fastlur.step import Step
 
 NAMES = sorted(METHODS)
@@ -26,15 +27,6 @@ PROMISED = (
     "lur ltu mox scissorhands salun random_label gradient_ascent neggrad_plus fine_tune l1_sparse pcgrad gru eupmu "
     "selective_amnesia boundary_shrink boundary_expand ssd scrub bad_teacher retrain"
 )
-
-# Pairs whose first updates may agree, with the reason.
-ALIASES: dict[frozenset[str], str] = {
-    frozenset(("fine_tune", "retrain")): "retraining is fine-tuning of a fresh model",
-    frozenset(
-        ("fine_tune", "scrub")
-    ): "the divergence from the teacher has no gradient in the first step, at the teacher",
-    frozenset(("retrain", "scrub")): "both",
-}
 
 
 def bare(name, **settings):
@@ -57,6 +49,15 @@ def test_they_are_all_there():
     assert set(NAMES) == set(PROMISED.split()) == set(fastlur.methods.available())
     assert all(METHODS[name].name == name for name in NAMES)
     assert all(getattr(fastlur.methods, METHODS[name].__name__) is METHODS[name] for name in NAMES)
+
+
+def test_two_methods_of_one_name_are_an_error():
+    class Other(METHODS["ssd"]):
+        name = "lur"
+
+    with pytest.raises(ImportError, match=r"Other and fastlur\.methods\.lur\.LUR both have the name 'lur'; rename"):
+        fastlur.methods._by_name([METHODS["ssd"], Other, METHODS["lur"]])
+    assert fastlur.methods._by_name([METHODS["ssd"], METHODS["lur"], METHODS["ssd"]]).keys() == {"lur", "ssd"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -142,6 +143,47 @@ class TestEveryMethod:
             assert case != "zero" or not stays or torch.equal(flat(model), start)
 
 
+# How much of ∇ the first step goes along where the gradient of either side, of whatever loss, is ∇ or, opposite, −∇ for
+# the forget data. The sum of both, unless one side is all that counts or a conflict is removed.
+ALONG = dict.fromkeys(NAMES, (2.0, 0.0))
+ALONG |= dict.fromkeys(("fine_tune", "retrain", "l1_sparse", "scrub"), (1.0, 1.0))  # SCRUB begins with a min-step
+ALONG |= {"gradient_ascent": (0.1, -0.1), "gru": (2.0, 1.0), "ltu": (4.0, 2.0), "ssd": (0.0, 0.0)}
+
+
+@pytest.mark.filterwarnings("ignore:MOX")
+@pytest.mark.parametrize("case", ["zero", "the same", "opposite"])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_of_its_own_objective_may_vanish_coincide_or_cancel(name, case, monkeypatch):
+    """Whatever a method minimises: what comes back from a pass is put in place of its gradient."""
+    model, real, data = mlp(), Passes.gradient, blobs(8)
+    start = flat(model)
+    unit = torch.randn(len(start))
+    unit /= unit.norm()
+    signs = {"zero": (0.0, 0.0), "the same": (1.0, 1.0), "opposite": (1.0, -1.0)}[case]
+
+    def gradient(self, which, out, at=None, *, add=False, **keywords):
+        before = [view.clone() for view in out.views] if add else None
+        real(self, which, out, at, **keywords)
+        parts = unit.split([view.numel() for view in out.views])
+        for index, (view, part) in enumerate(zip(out.views, parts, strict=True)):
+            view.copy_(part.view_as(view) * signs[which == "forget"]).add_(before[index] if add else 0.0)
+
+    monkeypatch.setattr(Passes, "gradient", gradient)
+    settings = {"ssd": {}, "l1_sparse": {"gamma": 1e-4}}.get(name, {"mask": SaliencyMask(1)})
+    with stepping(model, bare(name, **settings), data, data, lr=0.5, momentum=0.0) as step:
+        if METHODS[name].steps != 0:
+            step(data, data)
+        moved = (start - flat(model)) / 0.5
+        along = {"zero": 0.0, "the same": ALONG[name][0], "opposite": ALONG[name][1]}[case]
+        torch.testing.assert_close(moved, along * unit, rtol=1e-3, atol=2e-4 if name == "l1_sparse" else 1e-6)
+        for _ in range(3 if METHODS[name].steps != 0 else 0):
+            step(data, data)
+        step.finish()
+    assert bool(torch.isfinite(flat(model)).all())
+    if case == "zero" and name != "l1_sparse":  # whose penalty goes on
+        assert torch.equal(flat(model), start)
+
+
 @pytest.mark.parametrize("name", STEPPING)
 class TestEveryStep:
     @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -169,34 +211,55 @@ class TestEveryStep:
         assert torch.equal(flat(model), flat(twin))
 
 
-def test_no_two_methods_are_the_same_one():
-    """First updates on one model and one pair of batches; what is alike is listed with the reason."""
+@pytest.fixture(scope="module")
+def knowing():
+    """A model with dropout and batch norm that knows its data, what it is to forget of them and what to keep."""
     torch.manual_seed(3)
-    model, (inputs, targets) = mlp(), blobs(16)
-    forget = 6 * inputs, targets  # so large that SSD too finds weights that matter more to them
-    retain = inputs + 0.5 * torch.randn_like(inputs), targets  # so like them that the gradients conflict
+    model = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Dropout(0.2), nn.Linear(12, 4))
+    (x, _), rule = blobs(64), torch.randn(6, 4)
+    data = x, (x @ rule).argmax(-1)
+    forget, retain = (tuple(part[chosen] for part in data) for chosen in (data[1] == 0, data[1] != 0))
+    run(model, blobs(1), data, method="retrain", steps=300, batch_size=32, lr=0.1)
+    model.eval()
+    assert all(cross_entropy(model, side) < 0.15 for side in (forget, retain))
+    return model, forget, retain
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_no_two_methods_are_the_same_one(knowing, optimizer):
+    """Six steps, one of SCRUB's max-steps among them, from one trained model that no trim has touched."""
+    model, forget, retain = knowing
     updates = {}
     for name in NAMES:
-        copied = copy.deepcopy(model)
-        run(copied, forget, retain, method=name, steps=1, batch_size=16)
+        copied, settings = copy.deepcopy(model), {"reinitialise": True} if name == "retrain" else {}
+        run(copied, forget, retain, method=bare(name, **settings), steps=6, lr=0.01, optimizer=optimizer)
         updates[name] = flat(copied) - flat(model)
-    # its climb ends where the forget data are only guessed, as by this fresh model
-    assert {name for name, update in updates.items() if not float(update.norm()) > 0} <= {"gradient_ascent"}
-    for one, other in itertools.combinations(NAMES, 2):
-        if frozenset((one, other)) not in ALIASES:
-            scale = max(float(updates[one].norm()), float(updates[other].norm()))
-            assert float((updates[one] - updates[other]).norm()) > 1e-4 * scale, (one, other)
+    norms = {name: float(update.norm()) for name, update in updates.items()}
+    assert not [name for name in NAMES if not norms[name] > 1e-4 * max(norms.values())]
+    apart = {pair: float((updates[pair[0]] - updates[pair[1]]).norm()) for pair in itertools.combinations(NAMES, 2)}
+    assert not [pair for pair in apart if not apart[pair] > 1e-4 * max(norms[each] for each in pair)]
 
 
-def test_scrub_is_fine_tuning_in_its_first_step_only():
-    torch.manual_seed(3)
-    model, data = mlp(), (blobs(16), blobs(16))
+def test_what_looks_alike_is_alike_as_its_docs_say(knowing):
+    """Retraining is fine-tuning of a fresh model, SalUn without its mask is random labels, and SCRUB is fine-tuning as
+    long as the model is its teacher.
+    """
+    _, forget, retain = knowing
+    model = mlp()
     moved = {}
-    for name in ("fine_tune", "scrub"):
+    for name, steps in itertools.product(("fine_tune", "retrain", "scrub"), (1, 4)):
         copied = copy.deepcopy(model)
-        run(copied, *data, method=name, steps=4, batch_size=16)
-        moved[name] = flat(copied) - flat(model)
-    assert float((moved["scrub"] - moved["fine_tune"]).norm()) > 1e-4 * float(moved["fine_tune"].norm())
+        run(copied, forget, retain, method=name, steps=steps, batch_size=16)
+        moved[name, steps] = flat(copied) - flat(model)
+    unmasked, labels = copy.deepcopy(model), copy.deepcopy(model)
+    run(unmasked, forget, retain, method=bare("salun", mask=None))
+    run(labels, forget, retain, method="random_label")
+    assert torch.equal(flat(unmasked), flat(labels))
+    assert "fine_tune" in METHODS["retrain"].__doc__
+    assert all(torch.equal(moved["fine_tune", steps], moved["retrain", steps]) for steps in (1, 4))
+    assert "no gradient at the teacher itself" in " ".join(METHODS["scrub"].__doc__.split())
+    torch.testing.assert_close(moved["scrub", 1], moved["fine_tune", 1], rtol=1e-4, atol=1e-7)
+    assert float((moved["scrub", 4] - moved["fine_tune", 4]).norm()) > 1e-3 * float(moved["fine_tune", 4].norm())
 
 
 def test_what_only_looks_like_a_method_is_refused_before_anything_happens():

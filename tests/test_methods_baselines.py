@@ -232,6 +232,52 @@ def test_data_of_any_kind_can_be_trained_on_without_a_forget_pass():
     fastlur.unlearn(model, (x, torch.ones(16, 1)), (x + 1, x.sum(1, True)), method="fine_tune", loss=loss, steps=2)
 
 
+UNFIT = {
+    "too narrow": lambda: (torch.randn(8, 3), torch.zeros(8, dtype=torch.long)),
+    "no labels": lambda: torch.randn(8, 6),
+    "no such class": lambda: (torch.randn(8, 6), torch.full((8,), 9)),
+}
+
+
+class TestForgetDataThatDoNotFit:
+    """The model cannot take them, or they have no labels: no matter, as long as nothing passes over them."""
+
+    @pytest.mark.parametrize("data", UNFIT)
+    @pytest.mark.parametrize("name", ["fine_tune", "retrain", "l1_sparse"])
+    def test_steps_that_do_not_use_them_are_made(self, name, data):
+        model = mlp()
+        before = state(model)
+        fastlur.unlearn(model, UNFIT[data](), blobs(16), method=name, steps=2, progress=False)
+        assert not same(before, state(model))
+
+    @pytest.mark.parametrize("part", [{"trim": methods.Trim()}, {"mask": methods.SaliencyMask()}])
+    @pytest.mark.parametrize("data", UNFIT)
+    @pytest.mark.parametrize("name", ["fine_tune", "retrain", "l1_sparse"])
+    def test_a_trim_or_a_mask_is_refused_before_anything_happens(self, name, data, part, monkeypatch):
+        monkeypatch.setattr("fastlur.api.Step", None)
+        with pytest.raises((fastlur.DataError, fastlur.ArgumentError), match=r"forget[: ]"):
+            fastlur.unlearn(mlp(), UNFIT[data](), blobs(16), method=methods.METHODS[name](**part), progress=False)
+
+    @pytest.mark.parametrize("name", ["ssd", "selective_amnesia"])
+    def test_a_measure_of_them_takes_the_retain_loss_and_is_tried_beforehand(self, name, monkeypatch):
+        """Without labels, and with a loss that bears only the retain data."""
+        bears = lambda model, batch: (model(batch) - (1.0 if batch.shape[1] == 6 else None)).square().mean()
+        go = lambda forget: fastlur.unlearn(
+            nn.Linear(6, 1),
+            forget,
+            torch.randn(16, 6),
+            method=name,
+            steps=2,
+            loss=bears,
+            forget_loss=None if name == "ssd" else lambda model, batch: -model(torch.zeros(1, 6)).sigmoid().mean(),
+            progress=False,
+        )
+        go(torch.randn(8, 6) * 3)
+        monkeypatch.setattr("fastlur.api.Step", None)
+        with pytest.raises(fastlur.DataError, match="forget: the model or loss cannot take the first batch"):
+            go(torch.randn(8, 3))
+
+
 class TestBrakes:
     def test_a_long_gradient_is_cut_and_a_short_one_is_not(self, data):
         model, (forget, retain) = mlp(dtype=F64), data

@@ -213,9 +213,32 @@ class TestBoundaryExpand:
     )
     def test_a_model_that_does_not_end_in_a_linear_layer_is_refused_as_it_was(self, model):
         before = state(model)
-        with pytest.raises(fastlur.ModelError, match="use method='boundary_shrink'"):
+        with pytest.raises(
+            fastlur.ModelError, match=r"(?:no|last registered) nn\.Linear.*use method='boundary_shrink'"
+        ):
             fastlur.unlearn(model, images(8), images(8), method="boundary_expand", steps=1, progress=False)
         assert same(before, state(model))
+
+    def test_it_is_the_layer_registered_last_that_counts(self):
+        class Twisted(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.last, self.first = nn.Linear(5, 4), nn.Linear(6, 5)
+
+            def forward(self, x):
+                return self.last(self.first(x))
+
+        with pytest.raises(fastlur.ModelError, match=r"last registered nn\.Linear"):
+            fastlur.unlearn(Twisted(), blobs(8), blobs(8), method="boundary_expand", steps=1, progress=False)
+
+
+@pytest.mark.parametrize("name", ["boundary_shrink", "random_label", "salun", "selective_amnesia"])
+def test_wrong_answers_want_a_second_class(name):
+    model, one = mlp(classes=1), lambda n: (torch.randn(n, 6), torch.zeros(n, dtype=torch.long))
+    before = state(model)
+    with pytest.raises(fastlur.DataError, match=r"has 1 logit; a .* needs at least two classes"):
+        fastlur.unlearn(model, one(8), one(8), method=name, steps=1, progress=False)
+    assert same(before, state(model))
 
 
 def mlp_last(model, data):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -12,21 +13,22 @@ from torch.nn import functional
 
 import fastlur
 from fastlur.demo import SCENARIOS, Scenario, scenario
-from fastlur.methods import METHODS
+from fastlur.methods import METHODS, SaliencyMask
 
 STEPS = 60
 
-# Least error on the data to forget and largest on those to keep, in percent; None: nothing is asked. First for all,
-# then what differs, with the reason.
-ASKED = {"class": (95, 5), "mislabelled": (70, 5)}
-FADES = "keeping on training does not forget by itself, and that is what it is here to show"
+# Least error on the data to forget, largest on those to keep, in percent, and largest mean gap to the retrained model,
+# in points; None: nothing is asked. First for all, then what differs, with the reason.
+ASKED = {"class": (95, 4, 2), "mislabelled": (80, 6, 6)}
+FADES = "at the usual learning rate training on does not forget by itself; see the test below for a larger one"
 OTHERWISE = {
-    ("gradient_ascent", "class"): (90, 12, "nothing holds what is to be kept but the brakes"),
-    ("gradient_ascent", "mislabelled"): (40, 15, "the brakes hold before scattered labels are gone"),
-    **{(name, scene): (None, 1, FADES) for name in ("fine_tune", "l1_sparse") for scene in SCENARIOS},
-    ("ssd", "class"): (95, 12, "α wants to be chosen for each model; there is no training to repair anything"),
-    ("ssd", "mislabelled"): (None, None, "what scattered wrong labels lean on is what every item leans on"),
+    ("gradient_ascent", "class"): (90, 12, 10, "nothing holds what is to be kept but the brakes"),
+    ("gradient_ascent", "mislabelled"): (40, 15, 30, "the brakes hold before scattered labels are gone"),
+    **{("fine_tune", scene): (None, 1, None, FADES) for scene in SCENARIOS},
+    ("ssd", "mislabelled"): (None, None, None, "what scattered wrong labels lean on is what every item leans on"),
 }
+# What is not asked for with the defaults of a test, but with these.
+SETTINGS = {"l1_sparse": {"steps": 150}}  # those of `unlearn`, which its penalty is made for
 
 
 def network() -> nn.Module:
@@ -63,22 +65,75 @@ def error(model, data) -> float:
 def asked(name):
     """The method with its defaults; the reference takes a fresh model, and training takes longer."""
     if name != "retrain":
-        return {"method": name, "steps": STEPS}
+        return {"method": name, "steps": STEPS} | SETTINGS.get(name, {})
     return {"method": METHODS["retrain"](reinitialise=True), "steps": 200, "optimizer": "adamw", "lr": 3e-3}
+
+
+@pytest.fixture(scope="module")
+def retrained(trained) -> dict[str, fastlur.Evaluation]:
+    """What a model says that never saw the forget data: the truth."""
+    found = {}
+    for scene, (job, model) in trained.items():
+        fresh = copy.deepcopy(model)
+        run(fresh, job.forget, job.retain, **asked("retrain"), batch_size=128)
+        found[scene] = evaluation(fresh, job)
+        assert found[scene].ra > 99 and found[scene].ta > 95 and found[scene].ua > 95
+    return found
+
+
+def evaluation(model, job, **options) -> fastlur.Evaluation:
+    return fastlur.evaluate(model, forget=job.forget, retain=job.retain, test=job.test, **options)
 
 
 @pytest.mark.parametrize("scene", SCENARIOS)
 @pytest.mark.parametrize("name", sorted(METHODS))
-def test_it_forgets_and_keeps_with_its_defaults(name, scene, trained):
+def test_it_forgets_and_keeps_with_its_defaults(name, scene, trained, retrained):
     job, model = trained[scene]
     model = copy.deepcopy(model)
     run(model, job.forget, job.retain, **asked(name), batch_size=128)
-    gone, lost, *_ = OTHERWISE.get((name, scene), ASKED[scene])
+    gone, lost, gap, *_ = OTHERWISE.get((name, scene), ASKED[scene])
+    found = evaluation(model, job, reference=retrained[scene])
     if gone is not None:
-        assert error(model, job.forget) > gone
+        assert found.ua > gone
     if lost is not None:
-        assert error(model, job.retain) < lost
-        assert error(model, job.test) < lost + 5
+        assert 100 - found.ra < lost
+        assert 100 - found.ta < lost + 5
+    if gap is not None:
+        assert found.gap < gap
+
+
+@pytest.mark.parametrize("scene", SCENARIOS)
+def test_a_large_learning_rate_makes_training_on_forget(scene, trained, retrained):
+    job, model = trained[scene]
+    model = copy.deepcopy(model)
+    run(model, job.forget, job.retain, **asked("fine_tune"), batch_size=128, lr=1.0)
+    gone, lost, gap = ASKED[scene]
+    found = evaluation(model, job, reference=retrained[scene])
+    assert found.ua > gone and 100 - found.ra < lost and found.gap < gap
+
+
+@pytest.mark.parametrize("scene", SCENARIOS)
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"ssd"}))  # which has no steps
+def test_masked_weights_stay_weight_decay_or_not(name, scene, trained):
+    """Whatever else happens: a trim is left out, which is before the mask, and new weights are not drawn."""
+    job, model = trained[scene]
+    model, masks = copy.deepcopy(model), []
+
+    class Noted(SaliencyMask):
+        def __call__(self, passes):
+            mask = super().__call__(passes)
+            masks.append({n: v.clone() for n, v in zip(passes.space.names, mask.views, strict=True)})
+            return mask
+
+    if name == "retrain":  # refuses what it takes for trained
+        with torch.no_grad():
+            model[-1].weight.mul_(0.05)
+    method = dataclasses.replace(METHODS[name](), trim=None, mask=Noted(0.4))
+    before = state(model)
+    run(model, job.forget, job.retain, method=method, steps=3, batch_size=128, weight_decay=0.1)
+    moved = {n: state(model)[n] != before[n] for n in masks[0]}
+    assert not any(bool((moved[n] & ~masks[0][n]).any()) for n in moved)
+    assert sum(int(each.sum()) for each in moved.values()) > 0.3 * sum(each.numel() for each in moved.values())
 
 
 @pytest.mark.parametrize("scene", SCENARIOS)

@@ -105,6 +105,47 @@ def test_the_steps_are_those_of_the_rule(form, count, layers, every):
         torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("loader", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_loss_that_breaks_names_the_forget_batch_that_the_epoch_drew(form, loader):
+    """Step 7 is the second of the second epoch, whose forget batches are not the run's own."""
+    model, (forget, retain) = mlp(dtype=torch.float64), data()
+    broken, taken = [], []
+
+    def breaks(m, batch):
+        value = negative_cross_entropy(m, batch)
+        if not broken:
+            return value
+        taken.append(batch[0].clone())
+        return value * float("nan")
+
+    given = DataLoader(TensorDataset(*forget), 8, shuffle=True) if loader else forget
+    method = ScissorHands(form=form, trim=None)
+    callback = lambda event: broken.append(1) and None if event.step == 6 else None
+    with pytest.raises(fastlur.NonFiniteError) as found:
+        run(model, given, retain, method=method, steps=9, forget_loss=breaks, callbacks=[callback])
+    assert found.value.step == 7 and found.value.sides == ("forget",)
+    assert all(torch.equal(each, taken[0]) for each in taken)  # looked for on the batch that broke
+    if loader:
+        assert "forget batch: number 2 of an epoch of its own" in str(found.value)
+    else:
+        items = [next(i for i, x in enumerate(forget[0]) if torch.equal(x, row)) for row in taken[0]]
+        assert f"forget batch: items {', '.join(map(str, items))};" in str(found.value)
+
+
+@pytest.mark.parametrize("loader", [False, True])
+def test_a_batch_that_was_not_the_runs_own_is_found_again(loader):
+    forget = data()[0]
+    given = DataLoader(TensorDataset(*forget), 8, shuffle=True) if loader else forget
+    feed = Feed({"forget": source(given, "forget", 8)}, 0, torch.device("cpu"))
+    batch = feed.epoch("forget", ("repair", 3))(1)
+    for step in range(1, 101):
+        feed.instead("forget", step, ("repair", 3), 1)
+    assert torch.equal(feed.of_step("forget", 100)[0], batch[0])
+    assert torch.equal(feed.of_step("forget", 69)[0], batch[0])  # what may still be asked for
+    assert not torch.equal(feed.of_step("forget", 1)[0], batch[0])  # too long ago to be held
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_both_forms_go_the_same_way_with_dropout_batch_norm_and_a_tie(count):
     class Tied(nn.Module):

@@ -25,7 +25,7 @@ SHARED = {f"methods.{name}" for name in ("base", "components", "importance", "re
 FLOORS = [
     {"stats", "_version", "errors", "reference", "_extension", "placement"},
     {"backends", "capture", "footprint", "operands", "world", "slots"},
-    {"memory"},
+    {"memory", "batches"},
     {"sharing"},
     {"serving"},
     {"ops"},

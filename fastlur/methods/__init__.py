@@ -27,7 +27,11 @@ COMPONENTS = {"trim": "fastlur.methods.Trim()", "mask": "fastlur.methods.Salienc
 
 
 def _found() -> dict[str, type[Recipe]]:
-    """The named recipes of the modules beside this one, LUR first."""
+    """The named recipes of the modules beside this one, LUR first.
+
+    Raises:
+        ImportError: two of them have one name.
+    """
     recipes: list[type[Recipe]] = []
     for entry in iter_modules(__path__):
         module = import_module(f"{__name__}.{entry.name}")
@@ -37,7 +41,17 @@ def _found() -> dict[str, type[Recipe]]:
         recipes += [
             value for value in mine if issubclass(value, Recipe) and value is not Recipe and "name" in vars(value)
         ]
-    return {recipe.name: recipe for recipe in sorted(recipes, key=lambda recipe: (recipe.name != "lur", recipe.name))}
+    return _by_name(recipes)
+
+
+def _by_name(recipes: list[type[Recipe]]) -> dict[str, type[Recipe]]:
+    found: dict[str, type[Recipe]] = {}
+    for recipe in sorted(recipes, key=lambda recipe: (recipe.name != "lur", recipe.name)):
+        other = found.setdefault(recipe.name, recipe)
+        if other is not recipe:
+            both = " and ".join(f"{each.__module__}.{each.__qualname__}" for each in (other, recipe))
+            raise ImportError(f"{both} both have the name {recipe.name!r}; rename one of them")
+    return found
 
 
 METHODS: dict[str, type[Recipe]] = _found()

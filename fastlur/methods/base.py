@@ -91,6 +91,8 @@ class Cost:
         adds: gradients are added up or laid out flat as they come, so that each tensor's is there twice for a moment;
             False: they may stay where autograd makes them.
         note: what else there is to pay, such as a search before the first step.
+        masks: how many of the buffers are masks: a byte a weight whatever its type, counted as the quarter of a vector
+            that it is of float32.
     """
 
     passes: float
@@ -101,6 +103,7 @@ class Cost:
     temporaries: float = 0
     joint: bool = False
     adds: bool = False
+    masks: int = 0
 
     def __str__(self) -> str:
         parts = [f"{self.passes:g} passes" if self.passes != 1 else "1 pass"]
@@ -154,7 +157,10 @@ class Recipe:
         name: as `unlearn(method=…)` takes it.
         training: passes run in train mode (normalisation by the batch); False: in eval mode, statistics as given.
         own_objective: the method defines what it minimises on the forget data; a `forget_loss` is refused.
-        uses_forget: False: no forget batch is ever passed through the model, so the data need not fit a loss.
+        uses_forget: False: no step passes a forget batch through the model, so the data need not fit a loss, unless a
+            trim or a mask looks at them.
+        measures_forget: `prepare` takes the retain loss of the forget data, as a trim and a mask do; it is then tried
+            on a forget batch before anything changes.
         steps: how many steps where the user says nothing; None: as many as `unlearn` takes; 0: it works without.
         rewrites: `prepare` writes to the weights themselves; they are then put back where something fails before the
             first step.
@@ -173,6 +179,7 @@ class Recipe:
     training: ClassVar[bool] = True
     own_objective: ClassVar[bool] = False
     uses_forget: ClassVar[bool] = True
+    measures_forget: ClassVar[bool] = False
     steps: ClassVar[int | None] = None
     rewrites: ClassVar[bool] = False
     rates: ClassVar[dict[str, float]] = {}
@@ -240,7 +247,8 @@ def _with_parts(cost: Any, method: Recipe) -> Any:
     if method.mask is not None:
         notes.append(getattr(method.mask, "note", "once: the mask"))
     note = "; ".join(filter(None, notes))
-    return replace(cost, buffers=cost.buffers + (0 if method.mask is None else BYTE), note=note)
+    masks = int(method.mask is not None)
+    return replace(cost, buffers=cost.buffers + masks * BYTE, masks=cost.masks + masks, note=note)
 
 
 def check_range(name: str, value: object, low: float = 0.0, high: float | None = None, example: object = None) -> None:

@@ -26,8 +26,8 @@ class BoundaryExpand(Recipe):
     """Teach the forget data a class of their own, and take that class away in the end.
 
     Rule: descend along w ∇L_r + λ ∇CE(θ, u; x, shadow), where the forget pass sees one more logit, ⟨u, h⟩ + b of the
-    features h that enter the last `nn.Linear`, and "shadow" is the class of that logit. u and b follow their own plain
-    gradient descent. Without them, a forget item falls to whichever class comes next.
+    features h that enter the last `nn.Linear` registered, and "shadow" is the class of that logit. u and b follow their
+    own plain gradient descent. Without them, a forget item falls to whichever class comes next.
 
     The row u is a tensor of the method, held beside the model and seen by forget passes alone: the model has its own
     shape and the same keys in `state_dict` at every moment, and there is nothing left to cut off at the end. Forget
@@ -68,7 +68,7 @@ class BoundaryExpand(Recipe):
         """Find the last layer and draw the shadow's row.
 
         Raises:
-            ModelError: the model does not end in an `nn.Linear`.
+            ModelError: what the model returns does not come from the `nn.Linear` that was registered last.
         """
         with borrowed_random(passes.space.device):
             batch = next(passes.feed.batches("forget", limit=1))
@@ -77,7 +77,7 @@ class BoundaryExpand(Recipe):
             try:
                 passes.value("forget", loss=shadow.loss)
             except RuntimeError as error:  # something behind the layer does not take one more
-                raise ModelError(f"model: goes on after its last nn.Linear ({error}); {REMEDY}") from error
+                raise ModelError(f"model: goes on after its last registered nn.Linear ({error}); {REMEDY}") from error
         return shadow
 
     def direction(self, passes: Passes, state: Shadow) -> Direction:
@@ -123,7 +123,7 @@ class Shadow(Gradients):
         logits, targets = logits_and_targets(self.spare.plain, batch)
         shadow = self.layer.out_features
         if logits.shape[-1] != shadow + 1:
-            raise ModelError(f"model: does not return what its last nn.Linear does; {REMEDY}")
+            raise ModelError(f"model: does not return what its last registered nn.Linear does; {REMEDY}")
         return cross_entropy(lambda _: logits, (None, torch.where(targets == IGNORED, targets, shadow)))
 
     @contextmanager

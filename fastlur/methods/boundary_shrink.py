@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastlur.errors import DataError
 from fastlur.frozen import Frozen
 from fastlur.losses import IGNORED, cross_entropy, logits_and_targets, split
 from fastlur.methods.base import Cost, Direction, Gradients, Recipe, check_range
@@ -34,7 +35,7 @@ class BoundaryShrink(Recipe):
         retain_weight: w ≥ 0; 0 leaves the pass over the retain batch out.
 
     Raises:
-        ArgumentError: a value out of range.
+        ArgumentError: a value out of range. DataError: the model has one class only.
     """
 
     epsilon: float = 0.3
@@ -75,10 +76,16 @@ class BoundaryShrink(Recipe):
 
 
 def nearest_classes(model: Frozen, batch: Any, epsilon: float) -> Tensor:
-    """The likeliest wrong class of every item a step uphill, shape (n,); −100 where the item does not count."""
+    """The likeliest wrong class of every item a step uphill, shape (n,); −100 where the item does not count.
+
+    Raises:
+        DataError: there is no other class.
+    """
     batch = model.uphill(batch, cross_entropy, epsilon)
     targets = split(batch)[1].reshape(-1)
     logits = model.logits(batch)
+    if logits.shape[-1] < 2:
+        raise DataError(f"model: has {logits.shape[-1]} logit; a neighbour needs at least two classes")
     true = torch.nn.functional.one_hot(targets.clamp(min=0), logits.shape[-1]).bool()
     found = logits.masked_fill(true, -torch.inf).argmax(-1)
     return torch.where(targets == IGNORED, targets, found)

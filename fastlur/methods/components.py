@@ -91,12 +91,12 @@ class SaliencyMask:
     """Let only the weights move that matter most to the forget data; the others stay bit for bit, weight decay or not.
 
     The mask holds the largest `share` of |∇CE_f(θ₀)| over all moving parameters, the gradient summed over the forget
-    batches. A weight on which the forget data do not depend is never in it.
+    batches. A weight on which the forget data do not depend is never in it, unless everything is (`share=1`).
 
     Source: SalUn, arXiv 2310.12508. Eval mode is reconstructed.
 
     Args:
-        share: in [0, 1], of all moving parameters; 1: all move.
+        share: in [0, 1], of all moving parameters; 1: all move, and the forget data are not looked at.
         batches: how many forget batches, ≥ 1; None: all, each item once.
 
     Raises:
@@ -120,11 +120,12 @@ class SaliencyMask:
     def __call__(self, passes: Passes) -> Vector:
         """The mask: bool, a byte a parameter; two parameter-sized vectors while it is made."""
         space = passes.space
-        gradient, mask = space.vector(), space.vector(torch.bool)
+        mask = space.vector(torch.bool)
         if self.share == 1:
             for every in mask.flats:
                 every.fill_(True)
             return mask
+        gradient = space.vector()
         for batch in passes.feed.batches("forget", self.batches, "mask"):
             with passes.aside({"forget": batch}):
                 passes.gradient("forget", gradient, loss=passes.losses["retain"], weight=1.0, add=True)

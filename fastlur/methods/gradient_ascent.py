@@ -12,7 +12,7 @@ from torch import Tensor
 from fastlur import ops
 from fastlur.errors import ArgumentError
 from fastlur.losses import BoundedForgetting, logits_and_targets, negative_cross_entropy
-from fastlur.methods.base import Cost, Direction, Gradient, Recipe, check_range
+from fastlur.methods.base import BYTE, Cost, Direction, Gradient, Recipe, check_range
 from fastlur.passes import Loss, Passes
 
 
@@ -59,9 +59,8 @@ class GradientAscent(Recipe):
     @property
     def cost(self) -> Cost:
         """One pass and its gradient, and the look at the retain loss."""
-        return Cost(
-            passes=1, forwards=int(self.bounded), buffers=1.25 if self.bounded else 1, adds=True
-        )  # a byte for the mask
+        masks = forwards = int(self.bounded)
+        return Cost(passes=1, forwards=forwards, buffers=1 + masks * BYTE, masks=masks, adds=True)
 
     def default_forget_loss(self, task: str) -> Loss:
         """Ascent up to the loss of guessing, or without an end."""

@@ -28,6 +28,7 @@ RELATIVE_DEFAULT = 0.1
 AUDITED = 16  # retain batches that the attacks are fitted to
 NOISE = 0.05, 0.1, 0.15, 0.2, 0.3, 0.4  # relative; a model so disturbed answers as if it had not seen its items
 BATCH = 128
+DRAW = "ltu"  # what the retain batches are drawn by that are looked at, and held where only some are used
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class LTU(Recipe):
                 f"retain_fraction={self.retain_fraction!r}: the retain data do not tell their length; pass fewer data"
             )
         limit = math.ceil(self.retain_fraction * (count or 1)) if some else AUDITED
-        batches = list(feed.batches("retain", limit, draw="ltu"))
+        batches = list(feed.batches("retain", limit, DRAW))
         state = LTUState(passes, batches if some else [], self.inner_lr)
         members, strangers = self._outputs(passes, batches[:AUDITED], state.point)
         state.attackers = Attackers(members, strangers, self.attacks, derive(passes.seed, "attacks"))
@@ -139,8 +140,10 @@ class LTU(Recipe):
 
     def direction(self, passes: Passes, state: LTUState) -> Direction:
         """Both meta-gradients, harmonized."""
-        held = state.held[(passes.step - 1) % len(state.held)] if state.held else None
-        self._meta(passes, state, "retain", state.retain, lambda tunes: remembering(tunes, held))
+        if state.held:
+            number = (passes.step - 1) % len(state.held)
+            passes.replace("retain", state.held[number], DRAW, number)
+        self._meta(passes, state, "retain", state.retain, remembering)
         self._meta(passes, state, "forget", state.forget, lambda tunes: forgetting(tunes, state.attackers))
         if self.harmonize != "none":
             dots = ops.grad_dot(state.retain.flats, state.forget.flats)[0]
@@ -208,18 +211,17 @@ class LTUState(State):
         return self.attackers.tensors()
 
 
-def remembering(tunes: bool, held: Any = None) -> Loss:
+def remembering(tunes: bool) -> Loss:
     """Mean cross-entropy over the items whose class is in one (or the other) half of the classes.
 
     The half is drawn from torch's generator, which stands at the same place in both passes of a side.
 
     Args:
         tunes: the first half, else the second.
-        held: a batch to take instead of the step's.
     """
 
     def loss(model: Any, batch: Any) -> Tensor:
-        logits, targets = logits_and_targets(model, batch if held is None else held)
+        logits, targets = logits_and_targets(model, batch)
         classes = logits.shape[-1]
         first = torch.rand(classes, device=logits.device).argsort() < (classes + 1) // 2
         mine = (first[targets.clamp(min=0)] == tunes) & (targets != IGNORED)

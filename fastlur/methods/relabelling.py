@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fastlur.errors import DataError
 from fastlur.losses import IGNORED, logits_and_targets
-from fastlur.methods.base import Cost, Direction, Recipe, State, check_range
+from fastlur.methods.base import Cost, Direction, Gradients, Recipe, check_range
 from fastlur.passes import Loss, Passes
 from fastlur.reference import wide
 
@@ -53,13 +53,6 @@ def wrong_label_loss(model: Any, batch: Any) -> Tensor:
     return torch.where(counts, each, 0.0).sum() / counts.sum()
 
 
-class TwoGradients(State):
-    """One gradient a side; the next step depends on neither."""
-
-    def __init__(self, passes: Passes) -> None:
-        self.retain, self.forget = passes.space.vector(), passes.space.vector()
-
-
 @dataclass(frozen=True)
 class Relabelling(Recipe):
     """Retain loss and λ times the cross-entropy towards random wrong labels, side by side.
@@ -87,11 +80,11 @@ class Relabelling(Recipe):
         """Cross-entropy towards random wrong labels."""
         return random_label_loss
 
-    def prepare(self, passes: Passes) -> TwoGradients:
+    def prepare(self, passes: Passes) -> Gradients:
         """Allocate the two gradients."""
-        return TwoGradients(passes)
+        return Gradients(passes)
 
-    def direction(self, passes: Passes, state: TwoGradients) -> Direction:
+    def direction(self, passes: Passes, state: Gradients) -> Direction:
         """∇CE(retain) and λ∇CE(forget, random)."""
         passes.gradient("retain", state.retain)
         passes.gradient("forget", state.forget)

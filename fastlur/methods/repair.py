@@ -66,9 +66,10 @@ class Repair(State):
         epoch = self.epoch()
         if epoch == 0:
             return
+        draw = "repair", epoch
         if self._drawn is None or self._drawn[0] != epoch:
-            self._drawn = epoch, self.passes.feed.epoch("forget", ("repair", epoch))
-        self.passes.replace("forget", self._drawn[1](index))
+            self._drawn = epoch, self.passes.feed.epoch("forget", draw)
+        self.passes.replace("forget", self._drawn[1](index), draw, index)
 
     def forgets(self, index: int) -> bool:
         """Whether forget data are left at this place of the epoch."""

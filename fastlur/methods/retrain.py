@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastlur.errors import ArgumentError, DataError, ModelError
+from fastlur.errors import ArgumentError, ModelError
 from fastlur.fresh import reinitialise
 from fastlur.losses import logits_and_targets
 from fastlur.methods.base import Cost, Direction, Gradient, Recipe
@@ -87,7 +88,7 @@ class Retrain(Recipe):
 
 
 def _knows(passes: Passes) -> bool:
-    """Whether the model beats guessing by far on a forget batch; False where the data are not classified."""
+    """Whether the model beats guessing by far on a forget batch; False where it cannot take one as a classifier."""
     guessing = 0.0
 
     def loss(model: object, batch: object) -> Tensor:
@@ -100,5 +101,7 @@ def _knows(passes: Passes) -> bool:
     try:
         with passes.aside({"forget": batch}):
             return float(passes.value("forget", loss=loss)) < KNOWN * guessing
-    except DataError:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # data of any kind may be forgotten, and those that do not fit were not learned
         return False

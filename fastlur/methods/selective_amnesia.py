@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from fastlur.methods.base import Cost, Direction, Recipe, check_range
+from fastlur.methods.base import Cost, Direction, Gradients, Recipe, check_range
 from fastlur.methods.components import check_batches
 from fastlur.methods.importance import importance
-from fastlur.methods.relabelling import TwoGradients, wrong_label_loss
+from fastlur.methods.relabelling import wrong_label_loss
 from fastlur.passes import Loss, Passes
 from fastlur.space import Vector
 
@@ -44,6 +44,7 @@ class SelectiveAmnesia(Recipe):
     batches: int | None = None
 
     name: ClassVar[str] = "selective_amnesia"
+    measures_forget: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_range("retain_weight", self.retain_weight, example=1.0)
@@ -71,7 +72,7 @@ class SelectiveAmnesia(Recipe):
         return Direction(state.retain, state.forget, prox=prox, theta0=state.theta0, fisher=state.fisher)
 
 
-class Amnesia(TwoGradients):
+class Amnesia(Gradients):
     """The penalty's centre, which is the model as given, and its weights."""
 
     def __init__(self, passes: Passes, batches: int | None) -> None:

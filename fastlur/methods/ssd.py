@@ -26,8 +26,8 @@ class SSD(Recipe):
     data, which `unlearn` is not given as one set, and each item's gradient is squared, not each batch's: gradients of
     one class add up within a batch and those of mixed data cancel, and then α = 10 selects far too much.
 
-    It suits data that are alike, such as a class. Wrong labels scattered over the classes touch what all items need,
-    and the model does not survive it (on digits, whatever α).
+    It suits data that are alike, such as a class. Wrong labels scattered over the classes touch what all items need: on
+    digits no α forgot them and left the model alive.
 
     Args:
         alpha: α ≥ 0, how many times more important a weight must be to the forget data.
@@ -49,6 +49,8 @@ class SSD(Recipe):
     name: ClassVar[str] = "ssd"
     own_objective: ClassVar[bool] = True
     rewrites: ClassVar[bool] = True
+    uses_forget: ClassVar[bool] = False
+    measures_forget: ClassVar[bool] = True
     steps: ClassVar[int | None] = 0
 
     def __post_init__(self) -> None:

@@ -1,0 +1,72 @@
+"""Data that come in batches of their own: a loader or another re-iterable, made to give the same ones again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from fastlur.errors import DataError
+from fastlur.world import derive, seed_loading
+
+
+class Batches:
+    """A `DataLoader` or another re-iterable of batches, taken as they come, epoch after epoch.
+
+    What the iterable draws at random, a shuffling loader for one, comes from generators seeded for each epoch and
+    batch. Resuming replays the batches before the place to go on from.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = batches
+        try:
+            self.per_epoch: int | None = len(batches)  # type: ignore[arg-type]
+        except TypeError:
+            self.per_epoch = None
+
+    def stream(self, seed: int, skip: int) -> Iterator[Any]:
+        """See `fastlur.data.Source`."""
+        epoch = number = 0
+        while True:
+            _seed(self.batches, derive(seed, "epoch", epoch))
+            iterator, begin = iter(self.batches), number
+            while True:
+                seed_loading(derive(seed, "load", number))
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    break
+                if number >= skip:
+                    yield batch
+                number += 1
+            if number == begin:
+                raise DataError(f"forget/retain: a {type(self.batches).__name__} gave no batch in epoch {epoch + 1}")
+            epoch += 1
+
+    def once(self, seed: int | None = None) -> Iterator[Any]:
+        """See `fastlur.data.Source`."""
+        before = [(generator, generator.get_state()) for generator in generators_of(self.batches)]
+        try:
+            if seed is not None:
+                _seed(self.batches, seed)
+            yield from self.batches
+        finally:
+            for generator, state in before:
+                generator.set_state(state)
+
+
+def generators_of(batches: Iterable[Any]) -> list[torch.Generator]:
+    """The generators of the caller's that a loader draws its order from."""
+    if not isinstance(batches, DataLoader):
+        return []
+    drawing = batches.sampler, batches.batch_sampler, getattr(batches.batch_sampler, "sampler", None)
+    found = [batches.generator, *(getattr(each, "generator", None) for each in drawing)]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def _seed(batches: Iterable[Any], seed: int) -> None:
+    seed_loading(seed)
+    for generator in generators_of(batches):
+        generator.manual_seed(seed)

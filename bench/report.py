@@ -1,4 +1,4 @@
-"""Put the figures of committed results into the README and docs/memory.md, between markers. `--check` only compares."""
+"""Put the figures of committed results into the README and the pages in docs, between markers. `--check` compares."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 from gpu_parts import PARTS
 from gpu_parts.table import table as gpu_table
 from picture import draw
+from quality import report as quality
 from tables import memory, scissorhands, steps
 
 ROOT = Path(__file__).parent.parent
@@ -109,7 +110,11 @@ SECTIONS: dict[str, Callable[[], str]] = {
 }
 
 
-PAGES = {README: SECTIONS, ROOT / "docs" / "memory.md": {"memory": memory}}
+PAGES = {
+    README: SECTIONS,
+    ROOT / "docs" / "memory.md": {"memory": memory},
+    ROOT / "docs" / "quality.md": quality.sections(),
+}
 
 
 def filled(page: Path) -> str:
@@ -132,6 +137,7 @@ def main() -> int:
     for page, text in after.items():
         page.write_text(text)
     draw()
+    quality.draw()
     return 0
 
 

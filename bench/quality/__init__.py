@@ -4,5 +4,5 @@
     python -m bench.quality --hours 1.5       do it; a run again does only what is missing
     python bench/report.py                    tables and pictures from what is committed
 
-`protocol.md` beside this file says what is compared with what, and why that is fair.
+`docs/quality.md` says what is compared with what, why that is fair, and what came out.
 """

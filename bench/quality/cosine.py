@@ -1,4 +1,4 @@
-"""How the two gradients stand to each other while a run goes on, at the weights themselves, whatever the method does."""
+"""How the two gradients stand to each other while a run goes on: at the weights, whatever the method does."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count, takewhile
 from typing import Any
 
 from .contenders import ALIGNMENT, ARMS, ESSENTIAL, candidates
@@ -83,8 +84,8 @@ def chosen(arm: str, scenario: str, journal: Journal, trials: int) -> Row | None
 
 def truth(scenario: str, split: str, journal: Journal) -> list[Row]:
     """The figures of the models retrained for a split."""
-    start = f"truth/{scenario}/{split}/"
-    return [row for key, row in journal.rows.items() if key.startswith(start)]
+    keys = map(f"truth/{scenario}/{split}/{{}}".format, count())
+    return [journal.rows[key] for key in takewhile(journal.rows.__contains__, keys)]
 
 
 def gap(row: Row, truths: list[Row]) -> float:

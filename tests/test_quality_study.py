@@ -1,0 +1,347 @@
+"""The study of forgetting is fair, goes on where it was broken off, and lets no final seed into a choice."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from quality import plan, summary
+from quality.contenders import ALIGNMENT, ARMS, ESSENTIAL, candidates
+from quality.journal import Journal
+from quality.plan import GRIDS, Grid, chosen, gap, tasks
+from quality.points import DIMENSIONS, cube
+from quality.report import draw, sections
+from quality.scenarios import CLASS, SCENARIOS, TARGET, scenario
+from quality.splits import DATASETS, FINAL, SPLITS, TUNING, indices, split
+from quality.training import Bench, original
+from quality.trial import Task, assembled, perform
+from quality.work import counted, work
+
+from fastlur.methods import METHODS
+
+TINY = Bench("mlp", "digits", size=120, epochs=2, steps=3)
+SMALL = Grid(("class", "backdoor"), {name: ARMS[name] for name in ("lur", "joint", "salun")}, trials=3)
+FIGURES = {"ua": 10.0, "ra": 90.0, "ta": 80.0, "mia": 50.0}
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("FASTLUR_CACHE", str(tmp_path_factory.getbasetemp() / "quality"))
+
+
+def go_on(grid, journal, most=10_000):
+    """The work in this process; how much of it was done."""
+    for done in range(most):
+        task = next(tasks(grid, journal), None)
+        if task is None:
+            return done
+        journal.add(perform(TINY, task))
+    return most
+
+
+def pretend(grid, journal, figures=lambda task: FIGURES):
+    """A whole study without a model in it, and without a file."""
+    while ready := list(tasks(grid, journal)):
+        for task in ready:
+            row = {"key": task.key, "config": task.config, "seconds": 1.0, "rte": 1.0, "cpu": 1.0, **figures(task)}
+            journal.rows.setdefault(task.key, row)
+    return journal
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTLUR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        journal = Journal(tmp_path_factory.mktemp("study") / "mlp-digits.jsonl")
+        go_on(SMALL, journal)
+        return journal
+
+
+class TestSplits:
+    @pytest.mark.parametrize("dataset", DATASETS)
+    def test_nothing_is_trained_on_and_tested_with(self, dataset):
+        for name in SPLITS:
+            train, test = (set(part.tolist()) for part in indices(dataset, name))
+            assert train
+            assert test
+            assert not train & test
+
+    @pytest.mark.parametrize("dataset", DATASETS)
+    def test_tuning_sees_nothing_that_a_final_seed_is_tested_with(self, dataset):
+        seen = set().union(*(part.tolist() for name in TUNING for part in indices(dataset, name)))
+        for name in FINAL:
+            assert not seen & set(indices(dataset, name)[1].tolist())
+
+    def test_mnist_has_enough_for_every_split_to_have_images_of_its_own(self):
+        parts = [set(part.tolist()) for name in SPLITS for part in indices("mnist", name)]
+        assert sum(map(len, parts)) == len(set().union(*parts)) == 70_000
+        assert all(len(indices("mnist", name)[0]) == 10_000 for name in SPLITS)
+
+
+@pytest.fixture(scope="module")
+def jobs():
+    return {name: scenario(name, split("digits", "final1"), "final1") for name in SCENARIOS}
+
+
+class TestScenarios:
+    @pytest.mark.parametrize("name", SCENARIOS)
+    def test_forget_and_retain_are_all_that_was_trained_on(self, name, jobs):
+        job = jobs[name]
+        parts = [item.numpy().tobytes() for images, _ in (*job.requests, job.retain) for item in images]
+        assert sorted(parts) == sorted(item.numpy().tobytes() for item in job.trained_on[0])
+        assert len(job.trained_on[1]) == 1437
+
+    def test_they_are_what_they_are_called(self, jobs):
+        assert len(jobs["random10"].forget[1]) == 143
+        assert len(jobs["random50"].forget[1]) == 718
+        gone = jobs["class"]
+        assert set(gone.forget[1].tolist()) == {CLASS}
+        assert CLASS not in {*gone.retain[1].tolist(), *gone.test[1].tolist()}
+        half = jobs["half_class"]
+        kept = int((half.retain[1] == CLASS).sum())
+        assert set(half.forget[1].tolist()) == {CLASS}
+        assert abs(kept - len(half.forget[1])) <= 1
+        assert CLASS in half.test[1].tolist()
+
+    def test_labels_are_wrong_where_they_are_said_to_be(self, jobs):
+        images, labels = split("digits", "final1").train
+        true = {image.numpy().tobytes(): int(label) for image, label in zip(images, labels, strict=True)}
+        job = jobs["mislabelled"]
+        assert len(job.forget[1]) == 71
+        assert all(true[i.numpy().tobytes()] != int(y) for i, y in zip(*job.forget, strict=True))
+        assert all(true[i.numpy().tobytes()] == int(y) for i, y in zip(*job.retain, strict=True))
+
+    def test_the_trigger_is_on_what_is_to_be_forgotten_and_on_victims_only(self, jobs):
+        job = jobs["backdoor"]
+        corner = (..., slice(-3, -1), slice(-3, -1))
+        for images, labels in (job.forget, job.triggered):
+            assert bool((images[corner] == 1).all())
+            assert set(labels.tolist()) == {TARGET}
+        assert len(job.triggered[1]) == int((job.test[1] != TARGET).sum())
+        assert not (job.retain[0][corner] == 1).all(-1).all(-1).any()
+
+    def test_requests_come_one_after_another(self, jobs):
+        job = jobs["continual"]
+        assert len(job.requests) == 3
+        assert set(job.requests[1][1].tolist()) == {CLASS}
+        sizes = [len(job.retain_at(number)[1]) for number in range(3)]
+        assert sizes[2] == len(job.retain[1])
+        assert sizes[0] - sizes[1] == len(job.requests[1][1])
+        assert sizes[1] - sizes[2] == len(job.requests[2][1])
+
+
+class TestFairness:
+    def test_every_method_but_retraining_contends(self):
+        assert {arm.method for arm in ARMS.values()} == set(METHODS) - {"retrain"}
+        assert set(ESSENTIAL) <= set(ARMS)
+        assert len(ESSENTIAL) >= 8
+
+    @pytest.mark.parametrize("grid", ["essential", "full", "alignment"])
+    def test_every_contender_has_the_same_trials_and_is_judged_on_the_same_seeds(self, grid, tmp_path):
+        journal = pretend(GRIDS[grid], Journal(tmp_path / "j.jsonl"))
+        for place in ("trial", "final"):
+            count = {}
+            for key in journal.rows:
+                kind, scene, where, *rest = key.split("/")
+                if kind == place:
+                    assert (where == "tune") == (kind == "trial")
+                    count[scene, rest[0]] = count.get((scene, rest[0]), 0) + 1
+            assert set(count.values()) == {GRIDS[grid].trials if place == "trial" else 3}
+            assert len(count) == len(SCENARIOS) * len(GRIDS[grid].arms)
+
+    @pytest.mark.parametrize("name", [*ARMS, *ALIGNMENT])
+    def test_the_first_trial_is_the_default_and_the_others_are_common_points(self, name):
+        arm = {**ARMS, **ALIGNMENT}[name]
+        assert len(arm.knobs) <= 2
+        first = arm.config(0)
+        assert first == {
+            "method": dict(arm.fixed), "target": "own", "trim": None, "mask": None, "lr": None, "schedule": "linear"
+        }  # fmt: skip
+        for number in range(1, 33):
+            config, u = arm.config(number), cube(number)
+            assert json.loads(json.dumps(config)) == config
+            for place, knob in enumerate(arm.knobs):
+                value = config[knob.name] if knob.name in ("trim", "mask") else config["method"][knob.name]
+                assert value == knob.at(u[1 + place])
+                assert knob.low * 0.99 <= value <= knob.high * 1.01
+            assert (config["schedule"] == "linear") == (u[5] < 0.75)
+            if arm.lr is not None:
+                assert arm.lr[0] * 0.99 <= config["lr"] <= arm.lr[1] * 1.01
+            assert isinstance(assembled(arm.method, config)["method"], METHODS[arm.method])
+
+    @pytest.mark.parametrize("name", ARMS)
+    def test_what_is_offered_to_one_is_offered_to_all_that_can_take_it(self, name):
+        arm, recipe = ARMS[name], METHODS[ARMS[name].method]
+        many = [arm.config(number) for number in range(1, 33)]
+        assert arm.open == (not recipe.own_objective)
+        assert {config["target"] for config in many} == ({"own", "novice"} if arm.open else {"own"})
+        for part in ("trim", "mask"):
+            values = {config[part] for config in many}
+            takes = not (name == "ssd" and part == "mask")
+            assert (len(values) > 1) == takes, part
+        assert {config["schedule"] for config in many} == {"linear", "constant"}
+
+    def test_points_fill_the_cube(self):
+        points = torch.tensor([cube(number) for number in range(1, 9)])
+        assert points.shape == (8, DIMENSIONS)
+        assert all(sorted((column * 8).long().tolist()) == list(range(8)) for column in points.T)
+
+    def test_ways_to_align_differ_in_the_direction_alone(self):
+        for number in range(9):
+            configs = [ALIGNMENT[name].config(number) for name in ALIGNMENT]
+            shared = [{k: v for k, v in config.items() if k != "method"} for config in configs]
+            assert all(each == shared[0] for each in shared)
+            assert len({config["method"].get("forget_weight") for config in configs}) == 1
+
+
+class TestChoice:
+    def test_it_waits_for_all_trials_and_takes_the_smallest_gap_on_the_tuning_split(self, tmp_path):
+        grid = replace(SMALL, scenarios=("class",))
+        better = {"lur": 1, "joint": 2, "salun": 0}
+
+        def figures(task):
+            off = 0.0 if task.kind == "truth" or better.get(task.arm) == task.number else 5.0
+            return FIGURES | {"ua": 10.0 + off}
+
+        journal = Journal(tmp_path / "j.jsonl")
+        while (task := next(tasks(grid, journal), None)) is not None:
+            if task.kind == "final":
+                trials = [key for key in journal.rows if key.startswith(f"trial/class/tune/{task.arm}/")]
+                assert len(trials) == 3
+            journal.add({"key": task.key, "config": task.config, **figures(task)})
+        for arm, number in better.items():
+            assert chosen(arm, "class", journal, 3)["key"] == f"trial/class/tune/{arm}/{number}"
+            for where in FINAL:
+                assert journal.rows[f"final/class/{where}/{arm}"]["config"] == ARMS[arm].config(number)
+
+    def test_no_figure_of_a_final_seed_changes_it(self, study):
+        before = {arm: chosen(arm, "class", study, 3)["key"] for arm in SMALL.arms}
+        changed = Journal(study.path)
+        for key, row in changed.rows.items():
+            if key.split("/")[0] in ("final", "before") or "/final" in key:
+                changed.rows[key] = row | {"ua": 0.0, "ra": 0.0, "ta": 0.0, "mia": 0.0}
+        assert {arm: chosen(arm, "class", changed, 3)["key"] for arm in SMALL.arms} == before
+
+    def test_what_was_judged_is_not_judged_again_whatever_else_is_tried(self, study, tmp_path):
+        copied = Journal(tmp_path / "j.jsonl")
+        copied.rows = dict(study.rows)
+        more = replace(SMALL, trials=5)
+        again = [task for task in tasks(more, copied) if task.kind == "final"]
+        assert not again
+        pretend(more, copied, lambda task: FIGURES)
+        assert not [task for task in tasks(more, copied) if task.kind == "final"]
+        with pytest.raises(ValueError, match="in the journal already"):
+            copied.add(study.rows["final/class/final1/lur"])
+
+    def test_a_trial_that_fails_is_a_trial_and_is_not_chosen(self, tmp_path):
+        config = ARMS["joint"].config(0) | {"lr": 1e30}
+        failed = perform(TINY, Task("trial", "class", "tune", "joint", 0, config, "neggrad_plus"))
+        assert "NonFiniteError" in failed["error"]
+        assert gap(failed, [FIGURES]) == math.inf
+
+    def test_the_gap_is_the_mean_distance_to_the_mean_of_the_retrained(self):
+        truths = [FIGURES, FIGURES | {"ua": 14.0}]
+        assert gap({"ua": 13.0, "ra": 89.0, "ta": 82.0, "mia": 50.0}, truths) == pytest.approx((1 + 1 + 2 + 0) / 4)
+
+
+class TestResuming:
+    def test_a_run_again_does_only_what_is_missing_and_comes_to_the_same(self, study, tmp_path):
+        path = tmp_path / "j.jsonl"
+        first = Journal(path)
+        assert go_on(SMALL, first, 20) == 20
+        with path.open("a") as file:
+            file.write('{"key": "trial/class/tu')  # broken off in the middle of a line
+        again = Journal(path)
+        assert list(again.rows) == list(first.rows)
+        assert go_on(SMALL, again) == len(study.rows) - 20
+        assert go_on(SMALL, Journal(path)) == 0
+        took = {"cpu", "wall", "rte", "seconds"}
+        for key, row in study.rows.items():
+            mine = again.rows[key]
+            assert {k: v for k, v in row.items() if k not in took} == {k: v for k, v in mine.items() if k not in took}
+
+    def test_the_plan_counts_what_is_to_come(self, study, tmp_path):
+        counts = counted(SMALL, Journal(tmp_path / "none.jsonl"))
+        assert counts["trial"] == 2 * 3 * 3
+        assert counts["final"] == 2 * 3 * 3
+        assert counts["truth"] == counts["before"] == 2 * 4
+        assert counts["original"] == 2 * 4
+        assert counted(SMALL, study) == {}
+
+    def test_without_time_nothing_begins(self, tmp_path):
+        journal = Journal(tmp_path / "j.jsonl")
+        assert not work(TINY, SMALL, journal, cores=1, seconds=0.0)
+        assert not journal.rows
+
+    def test_processes_of_their_own_do_the_same(self, study, tmp_path):
+        grid = replace(SMALL, scenarios=("class",), trials=1, finals=())
+        journal, said = Journal(tmp_path / "j.jsonl"), []
+        assert work(TINY, grid, journal, cores=2, seconds=600.0, said=said.append)
+        assert len(said) == len(journal.rows) == len({line.split(":")[0] for line in said})
+        row = journal.rows["trial/class/tune/salun/0"]
+        assert {k: row[k] for k in FIGURES} == {k: study.rows[row["key"]][k] for k in FIGURES}
+
+    def test_a_trained_model_is_read_from_the_cache(self):
+        one, seconds = original(TINY, "class", "tune")
+        other, again = original(TINY, "random10", "tune")  # trained on the same data
+        assert seconds == again
+        assert all(torch.equal(x, y) for x, y in zip(one.parameters(), other.parameters(), strict=True))
+
+
+class TestReport:
+    def test_lines_are_means_and_deviations_over_the_final_seeds(self, study):
+        line = summary.table(study, "class")["salun"]
+        rows = [study.rows[f"final/class/{where}/salun"] for where in FINAL]
+        values = torch.tensor([row["ua"] for row in rows], dtype=torch.float64)
+        assert line["ua"].mean == pytest.approx(float(values.mean()))
+        assert line["ua"].deviation == pytest.approx(float(values.std()))
+        gaps = [gap(row, [study.rows[f"truth/class/{where}/0"]]) for row, where in zip(rows, FINAL, strict=True)]
+        assert line["gap"].mean == pytest.approx(sum(gaps) / 3)
+        assert line["rte"].mean > 0
+
+    def test_a_teacher_s_training_is_part_of_the_time(self):
+        arm, config = ARMS["joint"], ARMS["joint"].config(0)
+        times = []
+        for target in ("own", "novice"):
+            row = perform(TINY, Task("trial", "class", "tune", "joint", 0, config | {"target": target}, arm.method))
+            times.append(row["rte"])
+        taught = perform(TINY, Task("teacher", "class", "tune", "novice", 0))["seconds"]
+        assert times[1] >= taught > 0
+
+    def test_a_difference_comes_with_student_s_interval(self):
+        middle, half = summary.difference([1.0, 2.0, 4.0], [0.0, 2.0, 3.0])
+        assert middle == pytest.approx(2 / 3)
+        assert half == pytest.approx(4.302653 * math.sqrt(1 / 3) / math.sqrt(3), rel=1e-5)
+
+    def test_a_failed_seed_is_said_to_have_failed(self):
+        assert summary.spread([1.0, None, 3.0]).shown() == "2.00 ± 1.41 (1 failed)"
+        assert summary.spread([None]).shown() == "failed"
+
+    def test_tables_and_pictures_come_from_the_journal(self, study, tmp_path):
+        made = {name: make() for name, make in sections(study.path.parent).items()}
+        assert set(SCENARIOS) < set(made)
+        assert "| retrained |" in made["class"]
+        assert "attack rate" in made["backdoor"]
+        assert made["random50"] == "Not measured yet."
+        assert "**" in made["overview"]
+        pictures = draw(tmp_path, study.path.parent)
+        assert [path.name for path in pictures] == ["quality-class.png", "quality-backdoor.png"]
+        assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+    def test_alignment_and_targets_are_studied_at_one_setting(self, tmp_path):
+        grid = Grid(("class",), {n: ALIGNMENT[n] for n in ("align-joint", "align-optimistic")}, trials=2, finals=FINAL)
+        journal = Journal(tmp_path / "mlp-digits.jsonl")
+        go_on(grid, journal)
+        steps = [step for step, _ in journal.rows["final/class/final1/align-joint"]["cosines"]]
+        assert steps == [1, 2, 3]
+        few = {name: config for name, config in candidates().items() if name.endswith("optimistic")}
+        go_on(Grid(("class",), settings=few), journal)
+        made = sections(tmp_path)
+        assert "| class |" in made["alignment"]()
+        assert made["targets"]().count("| optimistic |") == len(few)
+        assert not [key for key in journal.rows if key.startswith("final") and "target" in key]
+        assert any(plan.gap(row, summary.truth("class", "tune2", journal)) >= 0 for key, row in journal.rows.items()
+                   if key.startswith("trial/class/tune2/"))  # fmt: skip

@@ -158,6 +158,35 @@ def draw(docs: Path = DOCS, folder: Path = RESULTS) -> list[Path]:
         figure.savefig(path, format="png", dpi=90, metadata={"Software": None})
         pyplot.close(figure)
         made.append(path)
+    return [*made, *_draw_cosines(docs, folder)]
+
+
+def _draw_cosines(docs: Path, folder: Path) -> list[Path]:
+    """How the gradients of the two losses turn to each other, or away: a line an arm, mean over the final seeds."""
+    from matplotlib import pyplot
+
+    made = []
+    for name, journal in journals(folder).items():
+        found = {scenario: finals(journal, scenario) for scenario in SCENARIOS}
+        found = {scenario: rows for scenario, rows in found.items() if BASE in rows}
+        if not found:
+            continue
+        figure, grid = pyplot.subplots(1, len(found), figsize=(3.4 * len(found), 3.2), sharey=True, squeeze=False)
+        for axes, (scenario, rows) in zip(grid[0], found.items(), strict=True):
+            for arm in ALIGNMENT:
+                seen = [dict(row["cosines"]) for row in rows.get(arm, []) if "cosines" in row]
+                steps = sorted(set(seen[0]).intersection(*seen[1:])) if seen else []
+                middle = [sum(each[step] for each in seen) / len(seen) for step in steps]
+                axes.plot(steps, middle, label=arm.removeprefix("align-"))
+            axes.axhline(0, color="#9aa0a6", linewidth=0.5)
+            axes.set(title=scenario, xlabel="step")
+        grid[0][0].set(ylabel="cosine of the two gradients")
+        grid[0][0].legend(fontsize=7)
+        figure.tight_layout()
+        path = docs / f"quality-cosines-{name}.png"
+        figure.savefig(path, format="png", dpi=90, metadata={"Software": None})
+        pyplot.close(figure)
+        made.append(path)
     return made
 
 

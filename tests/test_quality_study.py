@@ -11,12 +11,13 @@ import torch
 from quality import plan, summary, trial
 from quality.contenders import ALIGNMENT, ARMS, ESSENTIAL, candidates
 from quality.journal import Journal
+from quality.networks import NETWORKS
 from quality.plan import GRIDS, Grid, chosen, gap, tasks
 from quality.points import DIMENSIONS, cube
 from quality.report import draw, sections
 from quality.scenarios import CLASS, SCENARIOS, TARGET, scenario
 from quality.splits import DATASETS, FINAL, SPLITS, TUNING, indices, split
-from quality.training import Bench, original, teacher
+from quality.training import Bench, original, teacher, train
 from quality.trial import Task, assembled, perform
 from quality.work import counted, work
 
@@ -131,6 +132,18 @@ class TestScenarios:
         assert sizes[2] == len(job.retain[1])
         assert sizes[0] - sizes[1] == len(job.requests[1][1])
         assert sizes[1] - sizes[2] == len(job.requests[2][1])
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_every_network_takes_every_data_set_and_learns(network, dataset):
+    bench = Bench(network, dataset, size=64, epochs=6)
+    side = 28 if dataset == "mnist" else 8
+    labels = torch.arange(64) % 4
+    images = torch.rand(64, 1, side, side) * 0.1 + (labels / 4)[:, None, None, None]
+    model = train(bench, (images, labels), "a seed")
+    assert model(images).shape == (64, 10)
+    assert float(torch.nn.functional.cross_entropy(model.train()(images), labels)) < 2.1  # guessing: 2.3
 
 
 class TestFairness:

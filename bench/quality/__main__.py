@@ -77,7 +77,10 @@ def plan(grid: object, journal: Journal, cores: int) -> None:
         price = each.get("trial" if kind == "final" else kind)
         total += number * (price or 0.0)
         print(f"{number:5d} × {kind:9s}" + ("" if price is None else f" {price:7.1f} s"))
-    print(f"about {total / 60 / cores:.0f} minutes on {cores} cores, for kinds that have been timed")
+    if set(missing) <= {*each, *(("final",) if "trial" in each else ())}:
+        print(f"about {total / 60 / cores:.0f} minutes on {cores} cores, and teachers for what will be chosen")
+    elif missing:
+        print("not every kind has been timed yet; run some of it to know what all of it costs")
 
 
 if __name__ == "__main__":

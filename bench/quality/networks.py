@@ -21,11 +21,11 @@ class Recipe(NamedTuple):
 
 
 class ViT(nn.Module):
-    """A vision transformer with pre-norm blocks and mean pooling: 49 patches of 4 × 4, or 16 of 2 × 2."""
+    """A vision transformer with pre-norm blocks and mean pooling, over 16 patches of 7 × 7 or of 2 × 2."""
 
-    def __init__(self, size: int, width: int = 64, depth: int = 3, heads: int = 4) -> None:
+    def __init__(self, size: int, width: int = 64, depth: int = 2, heads: int = 4) -> None:
         super().__init__()
-        patch = 4 if size >= 28 else 2
+        patch = 7 if size >= 28 else 2
         self.cut = nn.Conv2d(1, width, patch, patch)
         self.position = nn.Parameter(torch.randn(1, (size // patch) ** 2, width) * 0.02)
         self.blocks = nn.ModuleList(

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from asked import exact, growth, targets
 from gpu_parts import PARTS
 from gpu_parts.table import table as gpu_table
 from picture import draw
+from quality import report as quality
 from tables import memory, scissorhands, steps, whole
-from targets import exact, growth, targets
 from traffic import FOREACH_TRAFFIC, TRAFFIC
 
 ROOT = Path(__file__).parent.parent
@@ -132,6 +133,7 @@ PAGES = {
     README: SECTIONS,
     DOCS / "cost.md": {"targets": targets, "exact": exact, "growth": growth},
     DOCS / "memory.md": {"memory": memory},
+    DOCS / "quality.md": quality.sections(),
 }
 
 
@@ -155,6 +157,7 @@ def main() -> int:
     for page, text in after.items():
         page.write_text(text)
     draw()
+    quality.draw()
     return 0
 
 

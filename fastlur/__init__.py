@@ -1,6 +1,6 @@
 """Make a trained PyTorch model forget some data and keep the rest: `unlearn(model, forget, retain)`."""
 
-from fastlur import methods, stopping
+from fastlur import methods, stopping, targets
 from fastlur._version import __version__
 from fastlur.api import unlearn
 from fastlur.errors import (
@@ -40,5 +40,6 @@ __all__ = [
     "meta_gradient",
     "methods",
     "stopping",
+    "targets",
     "unlearn",
 ]

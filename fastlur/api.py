@@ -97,7 +97,7 @@ def unlearn(
         task: "auto" or "classification"; gives the default losses.
         loss: retain loss `(model, batch) -> scalar`; None: cross-entropy.
         forget_loss: loss `(model, batch) -> scalar` that forgets when minimised; None: the method's own (for LUR
-            `fastlur.losses.BoundedForgetting`).
+            `fastlur.losses.BoundedForgetting`). One with a target is in `fastlur.targets`.
         steps: how many steps; None (with `epochs` None too): 150, or what is usual with the method. A method that
             makes no steps (SSD) makes none whatever is asked.
         epochs: the same in epochs; fractions are allowed.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -27,13 +29,7 @@ def reinitialise(passes: Passes, out: Vector, shuffle: bool) -> None:
     """
     space = passes.space
     moving = {id(parameter) for parameter in space.leaves()}
-    owners = [
-        module
-        for module in space.model.modules()
-        if callable(getattr(module, "reset_parameters", None))
-        and any(id(parameter) in moving for parameter in module.parameters(recurse=False))
-    ]
-    covered = {id(parameter) for module in owners for parameter in module.parameters(recurse=False)}
+    owners, covered = _owners(space.model, moving)
     left = [i for i, slot in enumerate(space.slots) if not any(id(p) in covered for p in slot.parameters)]
     if left and not shuffle:
         raise ModelError(
@@ -43,13 +39,43 @@ def reinitialise(passes: Passes, out: Vector, shuffle: bool) -> None:
         for view, theta in zip(out.views, space.theta.views, strict=True):
             if view is not theta:
                 view.copy_(theta)
-        for module in owners:
-            still = [(p, p.detach().clone()) for p in module.parameters() if id(p) not in moving]
-            _reset(module)
-            for parameter, value in still:
-                parameter.copy_(value)
+        _reset_all(owners, moving)
         for index in left:
             out.views[index].copy_(_shuffled(out.views[index]))
+
+
+def renew(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    """Draw some parameters of an ordinary model anew, as above; those that no module resets are shuffled.
+
+    Raises:
+        ModelError: a module's `reset_parameters` fails.
+    """
+    wanted = {id(parameter) for parameter in parameters}
+    owners, covered = _owners(model, wanted)
+    with torch.no_grad():
+        _reset_all(owners, wanted)
+        for parameter in parameters:
+            if id(parameter) not in covered:
+                parameter.copy_(_shuffled(parameter))
+
+
+def _owners(model: nn.Module, wanted: set[int]) -> tuple[list[nn.Module], set[int]]:
+    """The modules that can draw a wanted parameter of theirs anew, and the ids of all parameters that they hold."""
+    owners = [
+        module
+        for module in model.modules()
+        if callable(getattr(module, "reset_parameters", None))
+        and any(id(parameter) in wanted for parameter in module.parameters(recurse=False))
+    ]
+    return owners, {id(parameter) for module in owners for parameter in module.parameters(recurse=False)}
+
+
+def _reset_all(owners: list[nn.Module], wanted: set[int]) -> None:
+    for module in owners:
+        still = [(p, p.detach().clone()) for p in module.parameters() if id(p) not in wanted]
+        _reset(module)
+        for parameter, value in still:
+            parameter.copy_(value)
 
 
 def _reset(module: nn.Module) -> None:

@@ -19,6 +19,7 @@ from fastlur.reference import OK
 from fastlur.slots import Selection
 from fastlur.space import ParameterSpace, Vector
 from fastlur.stats import FIELDS, StepStats
+from fastlur.targets import prepared
 from fastlur.update import Update, check_optimizer
 from fastlur.world import borrowed_random, derive, seed_torch
 
@@ -77,6 +78,8 @@ class Step:
             )
             self.update = Update(self.space, optimizer, lr, momentum, weight_decay, max_grad_norm)
             with borrowed_random(self.space.device):
+                seed_torch(derive(seed, "target"), self.space.device)
+                self.passes.losses = losses | {"forget": prepared(losses["forget"], self.passes)}
                 seed_torch(derive(seed, "prepare"), self.space.device)
                 trim, mask = getattr(method, "trim", None), getattr(method, "mask", None)
                 if trim is not None:

@@ -1,77 +1,205 @@
-"""What is said of the targets follows from the committed results, and says so where there are none."""
+"""A target says what a forget item should be answered; a novice estimates it from the retain data alone."""
 
-import json
+from __future__ import annotations
+
+import copy
 
 import pytest
-import tables
-import targets
+import torch
+from helpers import Interrupted, blobs, images, interrupt, mlp, run, same, state
+from torch import nn
 
-MADE = {"cpu": "a CPU", "threads": 2, "gpu": None, "torch": "2.13"}
+import fastlur
+from fastlur.demo import scenario
+from fastlur.fresh import renew
+from fastlur.losses import BoundedForgetting
+from fastlur.targets import Imitation, Novice, SecondChoice
 
-
-@pytest.fixture
-def results(tmp_path, monkeypatch):
-    """Write results into a folder of their own: results(name, rows, gpu)."""
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-
-    def write(name, *rows, gpu=None):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"machine": MADE | {"gpu": gpu}, "rows": rows}))
-
-    return write
+QUICK = Novice(epochs=20, lr=3e-2)
 
 
-def lines():
-    return [each for each in targets.targets().splitlines() if each.startswith("|")][2:]
+def learnable(n, classes=4):
+    """Items whose class can be read off."""
+    targets = torch.arange(n) % classes
+    return torch.randn(n, 6) * 0.1 + torch.eye(6)[targets] * 3, targets
 
 
-def step(items, **ratios):
-    fixed = {"model": "resnet18", "batch": items, "precision": "fp32", "memory_format": None}
-    return fixed | {"ratio_to_bare": {mode: [x, x - 0.1, x + 0.1] for mode, x in ratios.items()}}
+class Seen(Exception):
+    """What a run would have gone on with."""
 
 
-def test_without_results_nothing_is_held_or_missed(results):
-    assert len(lines()) > 10
-    assert all("not measured |  |" in line for line in lines())
+def made(target, model, forget, retain, **options):
+    """The loss that a target makes of itself in a run."""
+    found = []
+
+    class Looking(fastlur.LUR):
+        name = "looking"
+
+        def prepare(self, passes):
+            found.append(passes.losses["forget"])
+            raise Seen
+
+    with pytest.raises(Seen):
+        run(model, forget, retain, method=Looking(), forget_loss=target, **options)
+    return found[0]
 
 
-def test_a_bound_is_held_or_missed_by_the_median(results):
-    results("cpu-a-step", step(64, optimistic=1.02, secant=1.54, exact=2.0))
-    results("cpu-b-step", step(8, optimistic=1.06))
-    found = [line for line in lines() if line.startswith("| step of")]
-    assert [line.split("|")[4].strip() for line in found] == ["held", "**missed**", "**missed**", "held"]
-    assert "1.06 [0.96, 1.16]" in found[1]
+class TestImitation:
+    @pytest.mark.parametrize("sharpness", [0.0, 1.0, 2.0])
+    @pytest.mark.parametrize("without_truth", [False, True])
+    def test_is_the_divergence_from_the_sharpened_answers(self, sharpness, without_truth):
+        model, teacher, (x, y) = mlp(dtype=torch.float64), mlp(dtype=torch.float64), blobs(9, dtype=torch.float64)
+        q = torch.softmax(teacher(x), -1) ** sharpness
+        if without_truth:
+            q = torch.where(nn.functional.one_hot(y, 4).bool(), 0.0, q)
+        q = q / q.sum(-1, keepdim=True)
+        p = torch.softmax(model(x), -1)
+        wanted = torch.where(q > 0, q * (q.clamp(min=1e-300).log() - p.log()), 0.0).sum(-1).mean()
+        found = Imitation(teacher, sharpness, without_truth)(model, (x, y))
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)  # the teacher's answers are float32
+
+    def test_asks_the_teacher_in_eval_mode_and_leaves_it_alone(self):
+        teacher, (x, y) = mlp(dropout=0.9).train(), blobs(9)
+        target, before = Imitation(teacher), state(teacher)
+        model = mlp()
+        assert torch.equal(target(model, (x, y)), target(model, (x, y)))
+        torch.autograd.backward(target(model, (x, y)))
+        assert all(module.training for module in teacher.modules())
+        assert all(p.grad is None for p in teacher.parameters())
+        assert same(before, state(teacher))
+
+    def test_serves_any_method_that_takes_a_forget_loss(self):
+        teacher, data = mlp(), (blobs(12), blobs(20))
+        for method in ("lur", "neggrad_plus", "pcgrad", "gru", "eupmu", "selective_amnesia", "gradient_ascent"):
+            model = mlp()
+            before = state(model)
+            run(model, *data, method=method, forget_loss=Imitation(teacher))
+            assert not same(before, state(model)), method
+
+    def test_refuses_what_is_no_teacher_and_what_is_no_power(self):
+        with pytest.raises(fastlur.ArgumentError, match=r"teacher: a str is no torch\.nn\.Module"):
+            Imitation("teacher")
+        with pytest.raises(fastlur.ArgumentError, match="sharpness"):
+            Imitation(mlp(), -1.0)
 
 
-def test_figures_of_a_gpu_are_not_taken_for_those_of_a_cpu(results):
-    results("gpu-a-step", step(64, optimistic=0.5), gpu="H100")
-    assert all("not measured |  |" in line for line in lines())
+class TestNovice:
+    def test_learns_the_retain_data_and_never_sees_what_is_to_be_forgotten(self):
+        model, retain = mlp(), learnable(64)
+        one = made(QUICK, model, blobs(12), retain)
+        other = made(QUICK, model, blobs(12), retain)
+        assert same(state(one.teacher), state(other.teacher))
+        assert one.sharpness == 2.0
+        assert float((one.teacher(retain[0]).argmax(-1) == retain[1]).float().mean()) > 0.95
+
+    def test_knows_nothing_of_the_model_as_given(self):
+        retain = learnable(64)
+        model = mlp()
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(3)
+        first, second = (made(QUICK, each, blobs(12), retain).teacher for each in (model, other))
+        assert same(state(first), state(second))
+        assert not same(state(first), state(model))
+
+    def test_is_made_the_same_in_a_run_and_beside_one_for_several(self):
+        model, retain = mlp(), learnable(64)
+        teacher = QUICK.teacher(model, retain, batch_size=8)
+        assert same(state(teacher), state(QUICK.teacher(model, retain, batch_size=8)))
+        assert not same(state(teacher), state(QUICK.teacher(model, retain, batch_size=8, seed=1)))
+        assert float((teacher(retain[0]).argmax(-1) == retain[1]).float().mean()) > 0.95
+        assert not teacher.training
+        assert all(not p.requires_grad for p in teacher.parameters())
+
+    def test_leaves_model_and_random_state_alone(self, cnn):
+        data = images(20)
+        before, drawn = state(cnn), torch.get_rng_state()
+        Novice(epochs=1).teacher(cnn, data, batch_size=8)
+        assert same(before, state(cnn))
+        assert torch.equal(drawn, torch.get_rng_state())
+        assert all(p.grad is None and p.requires_grad for p in cnn.parameters())
+
+    def test_an_interrupted_run_goes_on_bit_for_bit(self, tmp_path):
+        model, data = mlp(dropout=0.3), (learnable(12), blobs(40))
+        data = data[0], learnable(40)
+        twin, first = copy.deepcopy(model), copy.deepcopy(model)
+        options = {"forget_loss": Novice(epochs=20, lr=3e-2), "steps": 6}
+        run(twin, *data, **options)
+        with pytest.raises(Interrupted):
+            run(first, *data, callbacks=[interrupt], checkpoint=tmp_path, checkpoint_every=1, **options)
+        run(model, *data, checkpoint=tmp_path, checkpoint_every=1, **options)
+        assert same(state(model), state(twin))
+
+    def test_a_new_head_stands_on_the_layers_as_they_are(self):
+        model, retain = mlp(), learnable(64)
+        teacher = Novice(epochs=20, lr=3e-2, part="head").teacher(model, retain, batch_size=8)
+        changed = {name for name, value in state(teacher).items() if not torch.equal(value, state(model)[name])}
+        assert changed == {"3.weight", "3.bias"}
+
+    def test_one_that_has_learned_nothing_is_replaced_with_a_warning(self):
+        model, data = mlp(), (blobs(12), learnable(64))
+        twin = copy.deepcopy(model)
+        with pytest.warns(UserWarning, match=r"Novice: its retain loss is .* BoundedForgetting takes its place"):
+            run(model, *data, forget_loss=Novice(epochs=0.1, lr=1e-9))
+        run(twin, *data, forget_loss=BoundedForgetting())
+        assert same(state(model), state(twin))
+
+    def test_parameters_that_do_not_move_are_the_model_s_own(self):
+        model, retain = mlp(), learnable(64)
+        model[0].weight.requires_grad_(False)
+        teacher = QUICK.teacher(model, retain, batch_size=8)
+        assert torch.equal(teacher[0].weight, model[0].weight)
+        assert not torch.equal(teacher[0].bias, model[0].bias)
+
+    def test_needs_the_data_of_a_run(self):
+        with pytest.raises(fastlur.ArgumentError, match="unlearn"):
+            fastlur.MetaStep(mlp(), forget_loss=Novice())
+
+    @pytest.mark.parametrize("wrong", [{"epochs": 0}, {"sharpness": -1}, {"lr": 0}, {"part": "tail"}])
+    def test_refuses_what_is_out_of_range(self, wrong):
+        with pytest.raises(fastlur.ArgumentError, match=next(iter(wrong))):
+            Novice(**wrong)
+
+    @pytest.mark.parametrize("target", [Novice(epochs=8), SecondChoice()])
+    def test_a_class_of_digits_is_forgotten_and_the_others_are_kept(self, target):
+        job = scenario("class", 0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+        inputs, labels = (torch.cat(pair) for pair in zip(job.forget, job.retain, strict=True))
+        for _ in range(200):
+            optimizer.zero_grad()
+            torch.autograd.backward(nn.functional.cross_entropy(model(inputs), labels))
+            optimizer.step()
+        result = run(model, job.forget, job.retain, forget_loss=target, steps=100, batch_size=128)
+        found = fastlur.evaluate(result, forget=job.forget, retain=job.retain, test=job.test)
+        assert found.ua > 95
+        assert found.ta > 90
+        assert type(target).__name__ in result.settings["forget_loss"]
 
 
-def test_operations_are_counted(results):
-    row = {
-        "operation": "sgd",
-        "layout": "1e6 flat",
-        "times_as_fast_as_best_torch": 1.2,
-        "times_as_fast_as_foreach": 2.5,
-    }
-    slow = row | {"times_as_fast_as_best_torch": 0.7}
-    small = row | {"layout": "1e5 flat", "times_as_fast_as_best_torch": 0.1}
-    results("cpu-ops", row, slow, small, row | {"operation": "threshold", "times_as_fast_as_foreach": None})
-    found = [line for line in lines() if "operations" in line]
-    assert "2 of 3 cases, least 0.70 | **missed**" in found[0]
-    assert "2 of 2 cases, least 2.50 | held" in found[1]
+def test_the_second_choice_is_that_of_the_model_as_given():
+    model = mlp()
+    given = state(model)
+    target = made(SecondChoice(), model, blobs(12), blobs(20))
+    assert same(state(target.teacher), given)
+    assert target.without_truth
 
 
-def test_growth_is_flat_or_not(results):
-    def row(parameters, tensors, per):
-        return {"parameters": parameters, "tensors": tensors, "nanoseconds_a_parameter": per}
+def test_what_no_module_draws_anew_is_shuffled():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own = nn.Parameter(torch.arange(100.0))
+            self.layer = nn.Linear(9, 9)
 
-    results("cpu-growth", row(10**6, 62, 1.0), row(10**8, 62, 1.3), row(10**7, 1, 1.0), row(10**7, 1000, 1.1))
-    assert ["held" in line for line in lines()[-2:]] == [False, True]
-
-
-def test_a_whole_run_that_never_comes_as_near_is_missed(results):
-    found = {"scissorhands, cleaned": {"ratio": {"lur, optimistic": None}}}
-    results("cpu-whole", {"same_gap": found})
-    (line,) = [each for each in lines() if "whole run" in each]
-    assert "never as near | **missed**" in line
+    model = Odd()
+    before = state(model)
+    renew(model, list(model.parameters()))
+    assert not torch.equal(model.own, before["own"])
+    assert torch.equal(model.own.sort().values, before["own"])
+    assert not torch.equal(model.layer.weight, before["layer.weight"])
+    assert not torch.equal(model.layer.bias, before["layer.bias"])
+    held = state(model)
+    renew(model, [model.layer.weight])
+    assert {n for n, v in state(model).items() if not torch.equal(v, held[n])} == {"layer.weight"}

@@ -1,0 +1,79 @@
+"""The methods and what each is tuned by, beside the learning rate: its one or two main knobs."""
+
+from __future__ import annotations
+
+from .points import Arm, Knob
+
+WEIGHT = Knob("forget_weight", 0.03, 3.0)
+INNER = Knob("inner_lr", 0.02, 1.0)
+RELATIVE = ("relative_inner_lr", True)
+
+ARMS: dict[str, Arm] = {
+    "lur": Arm("lur", (WEIGHT, INNER), (RELATIVE,), open=True),
+    "joint": Arm("neggrad_plus", (Knob("retain_weight", 0.5, 0.98, linear=True),), open=True),
+    "pcgrad": Arm("pcgrad", (WEIGHT,), open=True),
+    "gru": Arm("gru", (WEIGHT, Knob("decay", 0.1, 0.95, linear=True)), open=True),
+    "eupmu": Arm("eupmu", (Knob("weight_lr", 0.005, 0.5), Knob("decay", 0.001, 0.1)), open=True),
+    "scissorhands": Arm(
+        "scissorhands", (Knob("forget_weight", 0.01, 1.0), Knob("trim", 0.9, 1.0, linear=True)), open=True, trim="own"
+    ),
+    "selective_amnesia": Arm(
+        "selective_amnesia", (Knob("fisher_weight", 0.1, 1000), Knob("retain_weight", 0.3, 3)), open=True
+    ),
+    "gradient_ascent": Arm(
+        "gradient_ascent", (Knob("max_norm", 0.01, 1), Knob("max_rise", 0.01, 0.5)), lr=(0.001, 0.1), open=True
+    ),
+    "salun": Arm("salun", (WEIGHT, Knob("mask", 0.1, 0.9, linear=True)), mask="own"),
+    "random_label": Arm("random_label", (WEIGHT,)),
+    "scrub": Arm("scrub", (Knob("max_part", 0.2, 0.9, linear=True), Knob("max_every", 2, 8, whole=True))),
+    "bad_teacher": Arm("bad_teacher", (Knob("forget_weight", 0.1, 10), Knob("temperature", 0.5, 4))),
+    "boundary_shrink": Arm("boundary_shrink", (WEIGHT, Knob("epsilon", 0.05, 1))),
+    "boundary_expand": Arm("boundary_expand", (WEIGHT, Knob("row_lr", 0.001, 0.1))),
+    "ltu": Arm("ltu", (Knob("forget_weight", 0.3, 10),), lr=(0.0003, 0.03)),
+    "mox": Arm("mox", (Knob("retain_limit", 0.005, 0.5),), lr=(0.001, 0.1)),
+    "l1_sparse": Arm("l1_sparse", (Knob("gamma", 1e-5, 1e-2),)),
+    "fine_tune": Arm("fine_tune"),
+    "ssd": Arm(
+        "ssd", (Knob("alpha", 1, 100), Knob("dampening", 0.1, 3)), (("group", 16), ("batches", 24)), lr=None, mask=None
+    ),
+}
+ESSENTIAL = (
+    "lur",
+    "joint",
+    "pcgrad",
+    "eupmu",
+    "scissorhands",
+    "salun",
+    "scrub",
+    "bad_teacher",
+    "boundary_shrink",
+    "l1_sparse",
+)
+
+# Does alignment help? One space, the same points, the same losses: only the direction differs.
+ALIGNMENT: dict[str, Arm] = {
+    "align-joint": Arm("lur", (WEIGHT,), (RELATIVE, ("inner_lr", 0.0), ("gradient", "first_order")), open=True),
+    "align-pcgrad": Arm("pcgrad", (WEIGHT,), open=True),
+    **{
+        f"align-{mode}": Arm("lur", (WEIGHT, INNER), (RELATIVE, ("gradient", mode)), open=True)
+        for mode in ("first_order", "optimistic", "secant", "exact")
+    },
+}
+
+# One setting for everything: which forget target may be the default? Nothing is tuned here.
+SETTING = {"lr": 0.03, "schedule": "linear", "trim": None, "mask": None}
+TARGETS = ("bounded", "novice", "blindspot", "second_choice", "head")
+DIRECTIONS = {"joint": {"inner_lr": 0.0, "gradient": "first_order"}, "optimistic": {}, "secant": {"gradient": "secant"}}
+
+
+def candidates() -> dict[str, dict[str, object]]:
+    """The configurations of the study of targets, by name."""
+    return {
+        f"target-{target}-{direction}": {
+            "method": {"forget_weight": 0.3, "inner_lr": 0.1, "relative_inner_lr": True, **more},
+            "target": target,
+            **SETTING,
+        }
+        for target in TARGETS
+        for direction, more in DIRECTIONS.items()
+    }

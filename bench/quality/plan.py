@@ -1,0 +1,137 @@
+"""What a study consists of, and what of it can be done next. What is chosen depends on tuning alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count, takewhile
+from typing import Any
+
+from .contenders import ALIGNMENT, ARMS, ESSENTIAL, candidates
+from .journal import Journal, Row
+from .points import Arm
+from .scenarios import SCENARIOS
+from .splits import FINAL, TUNING
+from .trial import FIGURES, TAUGHT, Task
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A study.
+
+    Attributes:
+        scenarios: of `SCENARIOS`.
+        arms: the contenders, each with its space.
+        trials: how many each arm has to be tuned with, the default setting among them; the same for all.
+        finals: the splits that what was chosen is judged on, once.
+        truths: how many retrained models a split is compared with; a second one says how far truth is from itself.
+        settings: configurations of LUR that are compared as they are on the tuning splits, by name.
+    """
+
+    scenarios: tuple[str, ...] = SCENARIOS
+    arms: dict[str, Arm] = field(default_factory=dict)
+    trials: int = 9
+    finals: tuple[str, ...] = FINAL
+    truths: int = 1
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+GRIDS = {
+    "essential": Grid(arms={name: ARMS[name] for name in ESSENTIAL}),
+    "full": Grid(arms=ARMS),
+    "alignment": Grid(arms=ALIGNMENT),
+    "targets": Grid(settings=dict(candidates())),
+    "default": Grid(arms={"default": Arm("lur")}, trials=1),
+}
+
+
+def tasks(grid: Grid, journal: Journal) -> Iterator[Task]:
+    """Everything that is missing and whose needs are met, in the order in which it is wanted."""
+    for task in _all(grid, journal):
+        if task.key not in journal and all(need.key in journal for need in needs(task)):
+            yield task
+
+
+def needs(task: Task) -> list[Task]:
+    """What has to be there before: so that no two processes train the same model."""
+    if task.kind in ("original", "truth"):
+        return []
+    found = [origin(task.scenario, task.split)]
+    if task.config is not None and task.config["target"] in TAUGHT:
+        found += teachers(task.scenario, task.split, task.config["target"])
+    return found
+
+
+def origin(scenario: str, split: str) -> Task:
+    """The training of a model as given; scenarios on the same data share one."""
+    return Task("original", scenario if scenario in ("mislabelled", "backdoor") else "clean", split)
+
+
+def teachers(scenario: str, split: str, kind: str) -> list[Task]:
+    """One for each request."""
+    return [Task("teacher", scenario, split, kind, number) for number in range(3 if scenario == "continual" else 1)]
+
+
+def chosen(arm: str, scenario: str, journal: Journal, trials: int) -> Row | None:
+    """The trial of the smallest gap on the tuning split; None while trials are missing. Of equals the first."""
+    rows = [journal.rows.get(f"trial/{scenario}/{TUNING[0]}/{arm}/{number}") for number in range(trials)]
+    truths = truth(scenario, TUNING[0], journal)
+    if not truths or any(row is None for row in rows):
+        return None
+    return min((row for row in rows if row is not None), key=lambda row: gap(row, truths))
+
+
+def truth(scenario: str, split: str, journal: Journal) -> list[Row]:
+    """The figures of the models retrained for a split."""
+    keys = map(f"truth/{scenario}/{split}/{{}}".format, count())
+    return [journal.rows[key] for key in takewhile(journal.rows.__contains__, keys)]
+
+
+def gap(row: Row, truths: list[Row]) -> float:
+    """Mean distance over UA, RA, TA and MIA to the mean of the retrained models, in points; ∞ for a run that failed."""
+    if "error" in row:
+        return math.inf
+    means = {name: sum(each[name] for each in truths) / len(truths) for name in FIGURES}
+    return sum(abs(row[name] - means[name]) for name in FIGURES) / len(FIGURES)
+
+
+def _all(grid: Grid, journal: Journal) -> Iterator[Task]:
+    for scenario in grid.scenarios:
+        splits = [*(TUNING[:1] if grid.arms else ()), *(TUNING if grid.settings else ())]
+        yield from _ground(grid, scenario, list(dict.fromkeys(splits)), grid.arms, journal)
+        for number in range(grid.trials):
+            for name, arm in grid.arms.items():
+                yield Task("trial", scenario, TUNING[0], name, number, arm.config(number), arm.method)
+        for name, config in grid.settings.items():
+            for split in TUNING:
+                yield Task("trial", scenario, split, name, 0, config, "lur")
+        yield from _ground(grid, scenario, list(grid.finals if grid.arms else ()), grid.arms, journal)
+        for name, arm in grid.arms.items():
+            best = chosen(name, scenario, journal, grid.trials)
+            for split in grid.finals if best is not None else ():
+                assert best is not None
+                yield Task("final", scenario, split, name, 0, best["config"], arm.method)
+
+
+def _ground(grid: Grid, scenario: str, splits: list[str], arms: dict[str, Arm], journal: Journal) -> Iterator[Task]:
+    """What every comparison on these splits stands on."""
+    for split in splits:
+        yield origin(scenario, split)
+    for split in splits:
+        for number in range(grid.truths):
+            yield Task("truth", scenario, split, "", number)
+        for kind in _kinds(grid, scenario, split, journal):
+            yield from teachers(scenario, split, kind)
+        yield Task("before", scenario, split)
+
+
+def _kinds(grid: Grid, scenario: str, split: str, journal: Journal) -> list[str]:
+    """The kinds of teachers that are asked on a split."""
+    if split in TUNING:
+        tried = [arm.config(number) for arm in grid.arms.values() for number in range(grid.trials)]
+        wanted = [config["target"] for config in (*tried, *grid.settings.values())]
+    else:
+        best = [chosen(name, scenario, journal, grid.trials) for name in grid.arms]
+        wanted = [row["config"]["target"] for row in best if row is not None]
+    return [kind for kind in TAUGHT if kind in wanted]

@@ -1,0 +1,195 @@
+"""Tables and pictures from committed journals: `sections()` is what bench/report.py puts into docs/quality.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from .contenders import ALIGNMENT, DIRECTIONS, TARGETS
+from .journal import Journal
+from .plan import GRIDS
+from .scenarios import SCENARIOS, TITLES
+from .summary import config, difference, finals, gaps, settings, shared, table
+
+HERE = Path(__file__).resolve().parent
+DOCS = HERE.parents[1] / "docs"
+RESULTS = HERE / "results"
+BASE = "align-joint"
+HEADS = {"ua": "UA", "ra": "RA", "ta": "TA", "mia": "MIA", "loss_auc": "loss-AUC", "attack": "attack rate"}
+NOTHING = "Not measured yet."
+
+
+def journals(folder: Path = RESULTS) -> dict[str, Journal]:
+    """What has been measured, by network and data set; runs of the plumbing have other names and are left out."""
+    return {path.stem: Journal(path) for path in sorted(folder.glob("*.jsonl")) if path.stem.count("-") == 1}
+
+
+def scenario_table(scenario: str, folder: Path = RESULTS) -> str:
+    """One table for each network that was measured."""
+    lines: list[str] = []
+    for name, journal in journals(folder).items():
+        found = {arm: line for arm, line in table(journal, scenario).items() if not arm.startswith("align-")}
+        if len(found) < 3:
+            continue
+        heads = {key: head for key, head in HEADS.items() if key != "attack" or scenario == "backdoor"}
+        lines += [f"**{name.replace('-', ', ')}**", ""]
+        lines += [f"| | {' | '.join(heads.values())} | gap | seconds | chosen |", f"|---{'|---' * (len(heads) + 3)}|"]
+        rows = finals(journal, scenario)
+        for arm, line in found.items():
+            cells = [line[key].shown(3 if key == "loss_auc" else 2) for key in heads]
+            said = config(rows[arm][0]) if arm in rows else ""
+            whole = "" if arm == "before" else line["rte"].shown(1)
+            lines.append(f"| {arm} | {' | '.join(cells)} | {line['gap'].shown()} | {whole} | {said} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() or NOTHING
+
+
+def overview(folder: Path = RESULTS) -> str:
+    """The gap of every contender in every scenario."""
+    lines: list[str] = []
+    for name, journal in journals(folder).items():
+        found = {scenario: table(journal, scenario) for scenario in SCENARIOS}
+        arms = list(dict.fromkeys(arm for each in found.values() for arm in each if not arm.startswith("align-")))
+        if len(arms) < 3:
+            continue
+        lines += [f"**{name.replace('-', ', ')}**, average gap in points:", ""]
+        lines += [f"| | {' | '.join(SCENARIOS)} |", f"|---{'|---' * len(SCENARIOS)}|"]
+        for arm in arms:
+            cells = []
+            for each in found.values():
+                contenders = [line["gap"].mean for other, line in each.items() if other not in ("before", "retrained")]
+                shown = each[arm]["gap"].shown() if arm in each else ""
+                best = shown and arm not in ("before", "retrained") and each[arm]["gap"].mean == min(contenders)
+                cells.append(f"**{shown}**" if best else shown)
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() or NOTHING
+
+
+def alignment(folder: Path = RESULTS) -> str:
+    """The difference of every way to align to the joint loss, seed by seed, and point by point of the search."""
+    lines: list[str] = []
+    arms = [arm for arm in ALIGNMENT if arm != BASE]
+    for name, journal in journals(folder).items():
+        rows = []
+        for scenario in SCENARIOS:
+            base = gaps(journal, scenario, BASE)
+            if not base:
+                continue
+            cells = []
+            for arm in arms:
+                mine = gaps(journal, scenario, arm)
+                cell = _signed(difference(mine, base)) if mine else ""
+                over = shared(journal, scenario, arm, BASE, GRIDS["alignment"].trials)
+                cells.append(cell + (f" ({_signed(over)})" if over else ""))
+            rows.append(f"| {scenario} | {sum(base) / len(base):.2f} | {' | '.join(cells)} |")
+        if rows:
+            heads = [arm.removeprefix("align-") for arm in arms]
+            lines += [f"**{name.replace('-', ', ')}**, gap of the joint loss, and difference to it ± half the 95 % "]
+            lines[-1] += "interval over the final seeds (over the points of the search):"
+            lines += ["", f"| | joint | {' | '.join(heads)} |", f"|---|---{'|---' * len(heads)}|", *rows, ""]
+    return "\n".join(lines).rstrip() or NOTHING
+
+
+def targets(folder: Path = RESULTS) -> str:
+    """The candidates for a default, at one setting, on the tuning splits."""
+    lines: list[str] = []
+    for name, journal in journals(folder).items():
+        found = {scenario: settings(journal, scenario) for scenario in SCENARIOS}
+        if not any(found.values()):
+            continue
+        lines += [f"**{name.replace('-', ', ')}**, average gap in points on the tuning splits:", ""]
+        lines += [f"| target | gradient | {' | '.join(SCENARIOS)} |", f"|---|---{'|---' * len(SCENARIOS)}|"]
+        for target in TARGETS:
+            for direction in DIRECTIONS:
+                each = [found[scenario].get(f"{target}-{direction}") for scenario in SCENARIOS]
+                cells = ["" if one is None else one.shown() for one in each]
+                lines.append(f"| {target.replace('_', ' ')} | {direction} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() or NOTHING
+
+
+def sections(folder: Path = RESULTS) -> dict[str, Callable[[], str]]:
+    """Every section by its name in the page."""
+    found: dict[str, Callable[[], str]] = {
+        "overview": partial(overview, folder),
+        "alignment": partial(alignment, folder),
+        "targets": partial(targets, folder),
+    }
+    return found | {scenario: partial(scenario_table, scenario, folder) for scenario in SCENARIOS}
+
+
+def draw(docs: Path = DOCS, folder: Path = RESULTS) -> list[Path]:
+    """One picture a scenario that has been judged: gaps with their deviations, and what they took."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    made = []
+    for scenario in SCENARIOS:
+        found = {name: table(journal, scenario) for name, journal in journals(folder).items()}
+        found = {name: lines for name, lines in found.items() if len(lines) > 2}
+        if not found:
+            continue
+        figure, grid = pyplot.subplots(len(found), 2, figsize=(12, 4.6 * len(found)), squeeze=False)
+        for (left, right), (name, lines) in zip(grid, found.items(), strict=True):
+            arms = [arm for arm in lines if arm not in ("before", "retrained") and not arm.startswith("align-")]
+            colours = ["#1a73e8" if arm == "lur" else "#9aa0a6" for arm in arms]
+            middle = [lines[arm]["gap"].mean for arm in arms]
+            error = [lines[arm]["gap"].deviation for arm in arms]
+            left.barh(arms, middle, xerr=error, color=colours, capsize=2)
+            left.axvline(lines["before"]["gap"].mean, color="#d93025", linestyle=":", label="before")
+            left.set(xscale="symlog", xlabel="average gap to the retrained model, points", title=name)
+            left.invert_yaxis()
+            left.legend(fontsize=8)
+            spent = [lines[arm]["rte"].mean for arm in arms]
+            right.scatter(spent, middle, c=colours)
+            for arm, x, y in zip(arms, spent, middle, strict=True):
+                right.annotate(arm, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+            right.axvline(lines["retrained"]["rte"].mean, color="#188038", linestyle=":", label="retraining")
+            right.set(xlabel="seconds of one core", ylabel="average gap, points", yscale="symlog")
+            right.legend(fontsize=8)
+            right.grid(True, alpha=0.3)
+        figure.suptitle(TITLES[scenario])
+        figure.tight_layout()
+        path = docs / f"quality-{scenario}.png"
+        figure.savefig(path, format="png", dpi=90, metadata={"Software": None})
+        pyplot.close(figure)
+        made.append(path)
+    return [*made, *_draw_cosines(docs, folder)]
+
+
+def _draw_cosines(docs: Path, folder: Path) -> list[Path]:
+    """How the gradients of the two losses turn to each other, or away: a line an arm, mean over the final seeds."""
+    from matplotlib import pyplot
+
+    made = []
+    for name, journal in journals(folder).items():
+        found = {scenario: finals(journal, scenario) for scenario in SCENARIOS}
+        found = {scenario: rows for scenario, rows in found.items() if BASE in rows}
+        if not found:
+            continue
+        figure, grid = pyplot.subplots(1, len(found), figsize=(3.4 * len(found), 3.2), sharey=True, squeeze=False)
+        for axes, (scenario, rows) in zip(grid[0], found.items(), strict=True):
+            for arm in ALIGNMENT:
+                seen = [dict(row["cosines"]) for row in rows.get(arm, []) if "cosines" in row]
+                steps = sorted(set(seen[0]).intersection(*seen[1:])) if seen else []
+                middle = [sum(each[step] for each in seen) / len(seen) for step in steps]
+                axes.plot(steps, middle, label=arm.removeprefix("align-"))
+            axes.axhline(0, color="#9aa0a6", linewidth=0.5)
+            axes.set(title=scenario, xlabel="step")
+        grid[0][0].set(ylabel="cosine of the two gradients")
+        grid[0][0].legend(fontsize=7)
+        figure.tight_layout()
+        path = docs / f"quality-cosines-{name}.png"
+        figure.savefig(path, format="png", dpi=90, metadata={"Software": None})
+        pyplot.close(figure)
+        made.append(path)
+    return made
+
+
+def _signed(value: tuple[float, float]) -> str:
+    middle, half = value
+    return f"{middle:+.2f} ± {half:.2f}"

@@ -1,0 +1,225 @@
+"""What a forget item should be answered once it is forgotten: forget losses with a target instead of a direction.
+
+    fastlur.unlearn(model, forget, retain, forget_loss=fastlur.targets.Novice())
+
+Climbing away from an answer says nothing about where to go, and the right end differs from set to set: a class that is
+gone is answered by its neighbours, a random item almost as before, a mislabelled one by its true label. A target is an
+estimate of what the retrained model would say. All are bounded below, so that there is nothing to run away to.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fastlur.data import Feed, source
+from fastlur.errors import ArgumentError, ModelError, nearest
+from fastlur.fresh import renew
+from fastlur.identity import model_digest
+from fastlur.losses import BoundedForgetting, cross_entropy, divergence, logits_and_targets
+from fastlur.methods.base import check_range
+from fastlur.passes import Loss, Passes
+from fastlur.world import borrowed_random, derive, mode, passing, seed_torch
+
+Part = Literal["all", "head"]
+LEARNED = 0.5  # of the loss of guessing; a novice that is no better has nothing to teach
+LOOKS = 8  # retain batches that this is judged on
+WARM_UP = 0.1  # of a novice's steps
+NOT_TRUE = -1e4  # a logit whose probability is 0 in every precision, and still finite
+
+
+class Imitation:
+    """KL(q ‖ p) in nats, q ∝ teacher's probabilities to a power: answer as another network does.
+
+    Args:
+        teacher: a classifier with the classes of the model; asked in eval mode, never changed.
+        sharpness: the power, ≥ 0; 1: as the teacher says, 0: any answer is as good as another.
+        without_truth: leave the true class out of q.
+
+    Raises:
+        ArgumentError: a value out of range, or no module.
+    """
+
+    def __init__(self, teacher: nn.Module, sharpness: float = 1.0, without_truth: bool = False) -> None:
+        if not isinstance(teacher, nn.Module):
+            raise ArgumentError(f"teacher: a {type(teacher).__name__} is no torch.nn.Module")
+        check_range("sharpness", sharpness, example=2.0)
+        self.teacher, self.sharpness, self.without_truth = teacher, sharpness, without_truth
+
+    def __call__(self, model: Any, batch: Any) -> Tensor:
+        """Mean over the batch, shape ()."""
+        with torch.no_grad(), mode(self.teacher, False):
+            wanted, targets = logits_and_targets(self.teacher, batch)
+        wanted = wanted.float() * self.sharpness
+        if self.without_truth:
+            wanted = wanted.scatter(-1, targets.clamp(min=0)[:, None], NOT_TRUE)
+        return divergence(wanted, *logits_and_targets(model, batch))
+
+    def __repr__(self) -> str:
+        more = f"sharpness={self.sharpness}, without_truth={self.without_truth}"
+        return f"Imitation({model_digest(self.teacher)}, {more})"
+
+
+class _Made:
+    """A target that is made from the model and the data of a run, before its first step."""
+
+    def prepare(self, passes: Passes) -> Loss:
+        """The loss to descend along, made once; draws random numbers."""
+        raise NotImplementedError
+
+    def __call__(self, model: Any, batch: Any) -> Tensor:
+        """What stands in until it is made, so that data and model can be tried: KL from no opinion, shape ()."""
+        logits, targets = logits_and_targets(model, batch)
+        return divergence(torch.zeros_like(logits), logits, targets)
+
+
+@dataclass(frozen=True)
+class SecondChoice(_Made):
+    """What the model as given would say were the true label no answer; costs a copy of the model.
+
+    Right where what is forgotten can have no other trace than its label, such as a whole class.
+
+    Args:
+        sharpness: see `Imitation`.
+    """
+
+    sharpness: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_range("sharpness", self.sharpness, example=1.0)
+
+    def prepare(self, passes: Passes) -> Loss:
+        """Keep a copy of the model."""
+        return Imitation(_frozen(copy.deepcopy(passes.space.model)), self.sharpness, without_truth=True)
+
+
+@dataclass(frozen=True)
+class Novice(_Made):
+    """What the same network says that has had a few epochs of the retain data only, sharpened.
+
+    A novice has learned what is common and not yet what is particular, and has never seen a forget item: it tells what
+    generalises to them, as retraining would. Its answers are less sure than those of a network that has been trained to
+    the end, hence the sharpening q ∝ p².
+
+    It is made before the first step, from a copy of the model whose moving parameters are drawn anew (by their modules'
+    `reset_parameters`; entries shuffled where a module has none), by AdamW with a short warm-up and a linear decay, and
+    costs as much as that many epochs over the retain data do. While it is trained three more vectors of the model's
+    size are held, afterwards one. A run that is resumed makes it again. A novice that does not come to half of the loss
+    of guessing has nothing to teach: a warning says so, and `BoundedForgetting` takes its place.
+
+    Args:
+        epochs: over the retain data, > 0; a fifth of what the model was trained for is a good choice.
+        sharpness: the power, ≥ 0.
+        lr: the highest learning rate.
+        part: "all", or "head": only the last layer is drawn anew and trained, for models that cannot be trained from
+            scratch in a few epochs. What the layers before it know of the forget items stays known.
+
+    Raises:
+        ArgumentError: a value out of range.
+    """
+
+    epochs: float = 3.0
+    sharpness: float = 2.0
+    lr: float = 3e-3
+    part: Part = "all"
+
+    def __post_init__(self) -> None:
+        check_range("epochs", self.epochs, low=1e-6, example=3)
+        check_range("sharpness", self.sharpness, example=2.0)
+        check_range("lr", self.lr, low=1e-12, example=3e-3)
+        if self.part not in get_args(Part):
+            raise ArgumentError(f"part={self.part!r} is unknown; {nearest(self.part, get_args(Part))}")
+
+    def prepare(self, passes: Passes) -> Loss:
+        """Train the novice, and judge what it has learned."""
+        try:
+            teacher = self._taught(passes.space.model, passes.feed, passes.losses["retain"], passes.precision)
+        except ModelError as error:
+            return _instead(str(error))
+        retain, device = passes.losses["retain"], passes.space.device
+        losses, guessing = [], math.inf
+        with torch.no_grad(), passing(teacher, device, passes.precision, training=False), torch.no_grad():
+            for batch in passes.feed.batches("retain", LOOKS, draw="novice judged"):
+                losses.append(retain(teacher, batch).double())
+                guessing = math.log(logits_and_targets(teacher, batch)[0].shape[-1])
+        found = float(torch.stack(losses).mean())
+        if not found < LEARNED * guessing:  # not a number is no success either
+            said = f"its retain loss is {found:.3g} after {self.epochs:g} epochs, that of guessing {guessing:.3g}"
+            return _instead(f"{said}; give it more epochs, or another lr")
+        return Imitation(teacher, self.sharpness)
+
+    def teacher(
+        self, model: nn.Module, retain: Any, *, loss: Loss = cross_entropy, batch_size: int = 128, seed: int = 0
+    ) -> nn.Module:
+        """The novice itself, for an `Imitation` that serves several runs; the model is left as it is.
+
+        Args:
+            model: of its kind the novice is to be.
+            retain: what it learns, in any form `unlearn` takes.
+            loss: retain loss.
+            batch_size: for data that do not come in batches.
+            seed: of its weights and of the order of the data.
+        """
+        device = next(model.parameters()).device
+        feed = Feed({"retain": source(retain, "retain", batch_size)}, seed, device)
+        with borrowed_random(device):
+            seed_torch(derive(seed, "novice"), device)
+            return self._taught(model, feed, loss, "fp32")
+
+    def _taught(self, model: nn.Module, feed: Feed, loss: Loss, precision: str) -> nn.Module:
+        teacher = copy.deepcopy(model)
+        moving = [p for p in teacher.parameters() if p.requires_grad]
+        if self.part == "head":
+            last = [m for m in teacher.modules() if any(p.requires_grad for p in m.parameters(recurse=False))][-1]
+            moving = [p for p in last.parameters(recurse=False) if p.requires_grad]
+            for parameter in teacher.parameters():
+                parameter.requires_grad_(any(parameter is p for p in moving))
+        renew(teacher, moving)
+        per_epoch = feed.per_epoch("retain")
+        if per_epoch is None:
+            raise ModelError("the retain data do not tell their length, so that an epoch of them has none either")
+        steps = max(1, round(self.epochs * per_epoch))
+        optimizer = torch.optim.AdamW(moving, lr=self.lr, weight_decay=1e-4)
+        device = moving[0].device
+        for step, batch in enumerate(_batches(feed, steps, per_epoch)):
+            rate = self.lr * min(1.0, (step + 1) / (WARM_UP * steps)) * (1 - step / steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad()
+            with passing(teacher, device, precision, training=self.part == "all"):
+                torch.autograd.backward(loss(teacher, batch))
+            optimizer.step()
+        return _frozen(teacher)
+
+
+def _batches(feed: Feed, steps: int, per_epoch: int) -> Iterator[Any]:
+    """So many batches of the retain data, in an order drawn anew in every epoch."""
+    for epoch in range(-(-steps // per_epoch)):
+        left = min(per_epoch, steps - epoch * per_epoch)
+        yield from feed.batches("retain", left, draw=("novice", epoch))
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    """The model in eval mode, without gradients."""
+    for parameter in model.parameters():
+        parameter.grad = None
+        parameter.requires_grad_(False)
+    return model.eval()
+
+
+def _instead(why: str) -> Loss:
+    warnings.warn(f"Novice: {why}. BoundedForgetting takes its place", stacklevel=2)
+    return BoundedForgetting()
+
+
+def prepared(loss: Loss, passes: Passes) -> Loss:
+    """The loss itself, or what it makes of itself before the first step."""
+    make: Callable[[Passes], Loss] | None = getattr(loss, "prepare", None)
+    return loss if make is None else make(passes)

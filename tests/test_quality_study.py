@@ -1,0 +1,185 @@
+"""The study of forgetting is fair, goes on where it was broken off, and lets no final seed into a choice."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from quality import plan, summary, trial
+from quality.contenders import ALIGNMENT, ARMS, candidates
+from quality.journal import Journal
+from quality.plan import Grid, chosen, gap, tasks
+from quality.report import draw, sections
+from quality.scenarios import SCENARIOS
+from quality.splits import FINAL
+from quality.training import original, teacher
+from quality.trial import Task, perform
+from quality.work import counted, work
+from quality_cases import FIGURES, SMALL, TINY, go_on, pretend
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("FASTLUR_CACHE", str(tmp_path_factory.getbasetemp() / "quality"))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTLUR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        journal = Journal(tmp_path_factory.mktemp("study") / "mlp-digits.jsonl")
+        go_on(SMALL, journal)
+        return journal
+
+
+class TestChoice:
+    def test_it_waits_for_all_trials_and_takes_the_smallest_gap_on_the_tuning_split(self, tmp_path):
+        grid = replace(SMALL, scenarios=("class",))
+        better = {"lur": 1, "joint": 2, "salun": 0}
+
+        def figures(task):
+            off = 0.0 if task.kind == "truth" or better.get(task.arm) == task.number else 5.0
+            return FIGURES | {"ua": 10.0 + off}
+
+        journal = Journal(tmp_path / "j.jsonl")
+        while (task := next(tasks(grid, journal), None)) is not None:
+            if task.kind == "trial" and task.arm == "lur":
+                assert chosen("lur", "class", journal, 3) is None
+            journal.add({"key": task.key, "config": task.config, **figures(task)})
+        for arm, number in better.items():
+            assert chosen(arm, "class", journal, 3)["key"] == f"trial/class/tune/{arm}/{number}"
+            for where in FINAL:
+                assert journal.rows[f"final/class/{where}/{arm}"]["config"] == ARMS[arm].config(number)
+
+    def test_no_figure_of_a_final_seed_changes_it(self, study):
+        before = {arm: chosen(arm, "class", study, 3)["key"] for arm in SMALL.arms}
+        changed = Journal(study.path)
+        for key, row in changed.rows.items():
+            if key.split("/")[0] in ("final", "before") or "/final" in key:
+                changed.rows[key] = row | {"ua": 0.0, "ra": 0.0, "ta": 0.0, "mia": 0.0}
+        assert {arm: chosen(arm, "class", changed, 3)["key"] for arm in SMALL.arms} == before
+
+    def test_what_was_judged_is_not_judged_again_whatever_else_is_tried(self, study, tmp_path):
+        copied = Journal(tmp_path / "j.jsonl")
+        copied.rows = dict(study.rows)
+        more = replace(SMALL, trials=5)
+        again = [task for task in tasks(more, copied) if task.kind == "final"]
+        assert not again
+        pretend(more, copied, lambda task: FIGURES)
+        assert not [task for task in tasks(more, copied) if task.kind == "final"]
+        with pytest.raises(ValueError, match="in the journal already"):
+            copied.add(study.rows["final/class/final1/lur"])
+
+    def test_a_trial_that_fails_is_a_trial_and_is_not_chosen(self, tmp_path):
+        config = ARMS["joint"].config(0) | {"lr": 1e30}
+        failed = perform(TINY, Task("trial", "class", "tune", "joint", 0, config, "neggrad_plus"))
+        assert "NonFiniteError" in failed["error"]
+        assert gap(failed, [FIGURES]) == math.inf
+
+    def test_the_gap_is_the_mean_distance_to_the_mean_of_the_retrained(self):
+        truths = [FIGURES, FIGURES | {"ua": 14.0}]
+        assert gap({"ua": 13.0, "ra": 89.0, "ta": 82.0, "mia": 50.0}, truths) == pytest.approx((1 + 1 + 2 + 0) / 4)
+
+
+class TestResuming:
+    def test_a_run_again_does_only_what_is_missing_and_comes_to_the_same(self, study, tmp_path):
+        path = tmp_path / "j.jsonl"
+        first = Journal(path)
+        assert go_on(SMALL, first, 20) == 20
+        with path.open("a") as file:
+            file.write('{"key": "trial/class/tu')  # broken off in the middle of a line
+        again = Journal(path)
+        assert list(again.rows) == list(first.rows)
+        assert go_on(SMALL, again) == len(study.rows) - 20
+        assert go_on(SMALL, Journal(path)) == 0
+        took = {"cpu", "wall", "rte", "seconds"}
+        for key, row in study.rows.items():
+            mine = again.rows[key]
+            assert {k: v for k, v in row.items() if k not in took} == {k: v for k, v in mine.items() if k not in took}
+
+    def test_the_plan_counts_what_is_to_come(self, study, tmp_path):
+        counts = counted(SMALL, Journal(tmp_path / "none.jsonl"))
+        assert counts["trial"] == 2 * 3 * 3
+        assert counts["final"] == 2 * 3 * 3
+        assert counts["truth"] == counts["before"] == 2 * 4
+        assert counts["original"] == 2 * 4
+        assert counted(SMALL, study) == {}
+
+    def test_without_time_nothing_begins(self, tmp_path):
+        journal = Journal(tmp_path / "j.jsonl")
+        assert not work(TINY, SMALL, journal, cores=1, seconds=0.0)
+        assert not journal.rows
+
+    def test_processes_of_their_own_do_the_same(self, study, tmp_path):
+        grid = replace(SMALL, scenarios=("class",), trials=1, finals=())
+        journal, said = Journal(tmp_path / "j.jsonl"), []
+        assert work(TINY, grid, journal, cores=2, seconds=600.0, said=said.append)
+        assert len(said) == len(journal.rows) == len({line.split(":")[0] for line in said})
+        row = journal.rows["trial/class/tune/salun/0"]
+        assert {k: row[k] for k in FIGURES} == {k: study.rows[row["key"]][k] for k in FIGURES}
+
+    def test_a_trained_model_is_read_from_the_cache(self):
+        one, seconds = original(TINY, "class", "tune")
+        other, again = original(TINY, "random10", "tune")  # trained on the same data
+        assert seconds == again
+        assert all(torch.equal(x, y) for x, y in zip(one.parameters(), other.parameters(), strict=True))
+
+
+class TestReport:
+    def test_lines_are_means_and_deviations_over_the_final_seeds(self, study):
+        line = summary.table(study, "class")["salun"]
+        rows = [study.rows[f"final/class/{where}/salun"] for where in FINAL]
+        values = torch.tensor([row["ua"] for row in rows], dtype=torch.float64)
+        assert line["ua"].mean == pytest.approx(float(values.mean()))
+        assert line["ua"].deviation == pytest.approx(float(values.std()))
+        gaps = [gap(row, [study.rows[f"truth/class/{where}/0"]]) for row, where in zip(rows, FINAL, strict=True)]
+        assert line["gap"].mean == pytest.approx(sum(gaps) / 3)
+        assert line["rte"].mean > 0
+
+    def test_a_teacher_s_training_is_part_of_the_time(self, monkeypatch):
+        def dear(*arguments):
+            return teacher(*arguments)[0], 1000.0
+
+        monkeypatch.setattr(trial, "teacher", dear)
+        config = ARMS["joint"].config(0)
+        for scene, target, least in (("class", "own", 0), ("class", "novice", 1000), ("continual", "novice", 3000)):
+            task = Task("trial", scene, "tune", "joint", 0, config | {"target": target}, "neggrad_plus")
+            assert least <= perform(TINY, task)["rte"] < least + 500
+
+    def test_a_difference_comes_with_student_s_interval(self):
+        middle, half = summary.difference([1.0, 2.0, 4.0], [0.0, 2.0, 3.0])
+        assert middle == pytest.approx(2 / 3)
+        assert half == pytest.approx(4.302653 * math.sqrt(1 / 3) / math.sqrt(3), rel=1e-5)
+
+    def test_a_failed_seed_is_said_to_have_failed(self):
+        assert summary.spread([1.0, None, 3.0]).shown() == "2.00 ± 1.41 (1 failed)"
+        assert summary.spread([None]).shown() == "failed"
+
+    def test_tables_and_pictures_come_from_the_journal(self, study, tmp_path):
+        made = {name: make() for name, make in sections(study.path.parent).items()}
+        assert set(SCENARIOS) < set(made)
+        assert "| retrained |" in made["class"]
+        assert "attack rate" in made["backdoor"]
+        assert made["random50"] == "Not measured yet."
+        assert "**" in made["overview"]
+        pictures = draw(tmp_path, study.path.parent)
+        assert [path.name for path in pictures] == ["quality-class.png", "quality-backdoor.png"]
+        assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+    def test_alignment_and_targets_are_studied_at_one_setting(self, tmp_path):
+        grid = Grid(("class",), {n: ALIGNMENT[n] for n in ("align-joint", "align-optimistic")}, trials=2, finals=FINAL)
+        journal = Journal(tmp_path / "mlp-digits.jsonl")
+        go_on(grid, journal)
+        steps = [step for step, _ in journal.rows["final/class/final1/align-joint"]["cosines"]]
+        assert steps == [1, 2, 3]
+        few = {name: config for name, config in candidates().items() if name.endswith("optimistic")}
+        go_on(Grid(("class",), settings=few), journal)
+        made = sections(tmp_path)
+        assert [path.name for path in draw(tmp_path, tmp_path)][-1] == "quality-cosines-mlp-digits.png"
+        assert "| class |" in made["alignment"]()
+        assert made["targets"]().count("| optimistic |") == len(few)
+        assert not [key for key in journal.rows if key.startswith("final") and "target" in key]
+        assert any(plan.gap(row, summary.truth("class", "tune2", journal)) >= 0 for key, row in journal.rows.items()
+                   if key.startswith("trial/class/tune2/"))  # fmt: skip

@@ -115,6 +115,16 @@ class TestNonFinite:
         assert "retain batch: items " in str(caught.value)
         assert same(state(model), good[0])
 
+    def test_what_is_noticed_late_is_looked_for_in_the_batch_of_that_step(self, monkeypatch):
+        model, forget, retain = Spoils(), blobs(24), blobs(40)
+        model.register_forward_pre_hook(lambda module, args: setattr(module, "armed", bool((args[0] > 90).any())))
+        monkeypatch.setattr("fastlur.step.Step.check", lambda *_: None)
+        retain[0][17, 2] = 99.0
+        with pytest.raises(fastlur.NonFiniteError) as caught:
+            run(model, forget, retain, steps=9, callbacks=[lambda event: event.step == 9 and monkeypatch.undo()])
+        assert (caught.value.sides, caught.value.tensor) == (("retain",), "second.weight")
+        assert "17" in str(caught.value).split("retain batch: items ")[1].split(";")[0].split(", ")
+
     @pytest.mark.parametrize("name", STEPPING)
     def test_every_method_names_the_step_and_a_tensor_and_stays_as_it_was(self, name):
         model, good = Spoils(), []

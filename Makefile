@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check check-slow bench bench-full report ext cuda-compile sanitize clean
+.PHONY: demo test check check-slow bench bench-full gpu report ext cuda-compile sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/python -m fastlur demo --out demo
@@ -27,8 +27,17 @@ bench: $(STAMP)
 
 # Everything, 1e8 elements too, kept in bench/results with the machine in it.
 bench-full: $(STAMP) ext
-	FASTLUR_BENCH_FULL=1 $(BIN)/python -m pytest bench/bench_ops.py --benchmark-only --record cpu-ops
+	for part in exact growth memory ops scissorhands step; do \
+	  FASTLUR_BENCH_FULL=1 $(BIN)/python -m pytest bench/bench_$$part.py --benchmark-only -s --record $$part || exit 1; \
+	done
 	$(BIN)/python bench/report.py
+
+# Everything that only a GPU can show, with the torch that is there: no environment is made, nothing is downloaded.
+# DATA=folder with the MNIST files; OUT=folder for the results.
+OUT ?= gpu-results
+gpu:
+	$(PYTHON) -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
+	$(PYTHON) -m bench.gpu --out $(OUT) $(if $(DATA),--data $(DATA)) $(GPU_OPTIONS)
 
 # Figures in the README come from committed results through this, never from a hand.
 report: $(STAMP)

@@ -13,32 +13,40 @@ from torch import nn
 import fastlur
 from fastlur.data import Feed, source
 from fastlur.losses import cross_entropy, negative_cross_entropy
-from fastlur.methods import METHODS
+from fastlur.methods import METHODS, SaliencyMask, Trim
 from fastlur.step import Step
 
 Arm = Callable[[], object]
 MODES = ("optimistic", "secant", "first_order", "exact")
-OTHERS = {
+FRUGAL = "exact, graph made anew"
+ONCE: dict[str, Any] = {"batches": 1}  # no more for what is done before the first step, which is no part of a step
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "joint": ("neggrad_plus", {}),
     "pcgrad": ("pcgrad", {}),
-    "salun": ("salun", {}),
-    "scissorhands, cleaned": ("scissorhands", {}),
-    "scissorhands, as published": ("scissorhands", {"form": "as_published"}),
+    "salun": ("salun", {"mask": SaliencyMask(**ONCE)}),
+    "scissorhands, cleaned": ("scissorhands", {"trim": Trim(**ONCE)}),
+    "scissorhands, as published": ("scissorhands", {"form": "as_published", "trim": Trim(**ONCE)}),
 }
 LR, MOMENTUM = 1e-4, 0.9
+EPOCH = 500  # batches; what is done once an epoch falls into the warm-up
 
 
-def bare(model: nn.Module, forget: Any, retain: Any, precision: str) -> Arm:
+def bare(
+    model: nn.Module, forget: Any, retain: Any, precision: str, memory_format: Any = None, compile: bool = False
+) -> Arm:
     """What all ratios are to: two plain backward passes, their sum, and torch's own SGD with momentum."""
     model = copy.deepcopy(model).train()
+    if memory_format is not None:
+        model, forget, retain = (_laid(each, memory_format) for each in (model, forget, retain))
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=MOMENTUM)
     device = next(model.parameters()).device.type
+    forward = torch.compile(model) if compile else model
 
     def step() -> None:
         optimizer.zero_grad()
         for loss, batch in ((cross_entropy, retain), (negative_cross_entropy, forget)):
             with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
-                value = loss(model, batch)
+                value = loss(forward, batch)
             value.backward()
         optimizer.step()
 
@@ -47,36 +55,52 @@ def bare(model: nn.Module, forget: Any, retain: Any, precision: str) -> Arm:
 
 @contextmanager
 def arms(
-    model: nn.Module, forget: Any, retain: Any, precision: str, names: tuple[str, ...]
+    model: nn.Module, forget: Any, retain: Any, precision: str, names: tuple[str, ...], **options: Any
 ) -> Iterator[dict[str, Arm]]:
     """The steps by name, open together."""
     with ExitStack() as stack:
-        made: dict[str, Arm] = {"bare": bare(model, forget, retain, precision)}
+        made: dict[str, Arm] = {"bare": bare(model, forget, retain, precision, **options)}
         for name in names:
-            method = fastlur.LUR(gradient=name) if name in MODES else other(name)  # type: ignore[arg-type]
+            method = named(name)
             if method is None:
                 continue
-            sources = {
-                "forget": source(forget, "forget", len(forget[0])),
-                "retain": source(retain, "retain", len(retain[0])),
-            }
-            step = stack.enter_context(
-                Step(
-                    copy.deepcopy(model),
-                    method,
-                    {"retain": cross_entropy, "forget": negative_cross_entropy},
-                    lr=LR,
-                    momentum=MOMENTUM,
-                    precision=precision,
-                    feed=Feed(sources, 0, next(model.parameters()).device),
-                    steps=1000,
-                )
-            )
+            step = stack.enter_context(opened(model, method, forget, retain, precision=precision, **options))
             made[name] = lambda step=step: step(forget, retain)  # type: ignore[misc]
         yield made
+
+
+def opened(model: nn.Module, method: Any, forget: Any, retain: Any, **options: Any) -> Step:
+    """A step over a copy of the model, within an epoch of many batches, all alike."""
+    return stepping(copy.deepcopy(model), method, forget, retain, **options)
+
+
+def stepping(model: nn.Module, method: Any, forget: Any, retain: Any, **options: Any) -> Step:
+    """The same over the model itself."""
+    sources = {"forget": source([forget] * EPOCH, "forget", 1), "retain": source([retain] * EPOCH, "retain", 1)}
+    losses = {"retain": cross_entropy, "forget": negative_cross_entropy}
+    feed = Feed(sources, 0, next(model.parameters()).device)  # type: ignore[arg-type]
+    return Step(model, method, losses, lr=LR, momentum=MOMENTUM, feed=feed, steps=1000, **options)  # type: ignore[arg-type]
+
+
+def named(name: str) -> Any:
+    """The method of an arm, or None where it is not there."""
+    return lur(name) if name.split(",")[0] in MODES else other(name)
+
+
+def lur(name: str) -> fastlur.LUR:
+    """LUR in the mode named."""
+    mode, _, rest = name.partition(", ")
+    return fastlur.LUR(gradient=mode, keep_graph=rest != "graph made anew")  # type: ignore[arg-type]
 
 
 def other(name: str) -> Any:
     """Another method with its defaults, or None where it is not there."""
     method, settings = OTHERS[name]
     return METHODS[method](**settings) if method in METHODS else None
+
+
+def _laid(value: Any, memory_format: torch.memory_format) -> Any:
+    if isinstance(value, nn.Module):
+        return value.to(memory_format=memory_format)  # type: ignore[call-overload]
+    inputs, targets = value
+    return inputs.to(memory_format=memory_format), targets

@@ -1,19 +1,20 @@
 """Every vector operation against its best spelling in torch, in one run, beside a copy of the same size.
 
-Correctness comes first, at the size that is measured and against float64: a wrong operation gets no figure, and with
-one wrong none is kept. Sizes: 1e5, 1e6, ResNet-18 (11.2e6 in its 62 tensors, as a list and as one flat buffer); with
-FASTLUR_BENCH_FULL=1 also 1e8, on a GPU 1e9, and every spelling through `torch.compile`.
+Correctness comes first, at the size that is measured and against float64, for torch's spellings as for ours: what is
+wrong gets no figure, and with one wrong none is kept. Sizes: 1e5, 1e6, ResNet-18 (11.2e6 in its 62 tensors, as a list
+and as one flat buffer); with FASTLUR_BENCH_FULL=1 also 1e8, on a GPU 1e9, and every operation through `torch.compile`.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 from itertools import cycle
 from typing import Any
 
 import pytest
 import torch
-from measure import interleaved, medians
+from measure import interleaved, medians, ratio
 from shapes import numel, resnet18
 from spellings import ALPHA, DECAY, DOTS, L1, LR, MOMENTUM, OPERATIONS, PROX, Arm, Vectors, compiled, eager
 from torch import Tensor
@@ -26,16 +27,26 @@ FULL = os.environ.get("FASTLUR_BENCH_FULL") == "1"
 SECONDS = 3.0 if FULL else 1.0
 CACHE = 256 << 20  # bytes; a GPU's arms go round buffers of this size together, or they would measure its cache
 
-LAYOUTS: dict[str, list[tuple[int, ...]]] = {
-    "1e5 flat": [(100_000,)],
-    "1e6 flat": [(1_000_000,)],
-    "11.2e6 flat": [(numel(resnet18()),)],
-    "11.2e6 in 62 tensors": resnet18(),
-}
-if FULL:
-    LAYOUTS["1e8 flat"] = [(100_000_000,)]
-    if DEVICE.type == "cuda":
-        LAYOUTS["1e9 flat"] = [(1_000_000_000,)]
+Shapes = list[tuple[int, ...]]
+Arms = dict[str, list[Arm]]  # by name, one for each set of buffers
+
+
+def layouts(full: bool, gpu: bool) -> dict[str, Shapes]:
+    """What is measured, by name."""
+    found: dict[str, Shapes] = {
+        "1e5 flat": [(100_000,)],
+        "1e6 flat": [(1_000_000,)],
+        "11.2e6 flat": [(numel(resnet18()),)],
+        "11.2e6 in 62 tensors": resnet18(),
+    }
+    if full:
+        found["1e8 flat"] = [(100_000_000,)]
+    if full and gpu:
+        found["1e9 flat"] = [(1_000_000_000,)]
+    return found
+
+
+LAYOUTS = layouts(FULL, DEVICE.type == "cuda")
 
 # float32 reads and writes an element
 TRAFFIC = {
@@ -69,23 +80,55 @@ def ours(name: str, v: Vectors) -> Arm:
     return arms[name]
 
 
-def vectors(shapes: list[tuple[int, ...]], seed: int, dtype: torch.dtype = torch.float32) -> Vectors:
+def vectors(shapes: Shapes, seed: int, dtype: torch.dtype = torch.float32) -> Vectors:
     """Five vectors of random numbers in [0, 1), the same ones whatever the dtype."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
     return [[torch.rand(s, device=DEVICE, generator=generator).to(dtype) for s in shapes] for _ in range(5)]
 
 
-def check(name: str, shapes: list[tuple[int, ...]]) -> None:
-    """The operation in float32 must be the plain one in float64; raises where it is not."""
-    found: list[list[Tensor]] = []
-    for dtype, backend in ((torch.float64, "torch"), (torch.float32, backends.serving(DEVICE.type))):
-        v = vectors(shapes, 0, dtype)
-        with backends.backend(backend):
-            result = ours(name, v)()
-        returned = [result] if isinstance(result, Tensor) else list(result or ())
-        found.append([t for each in v for t in each] + returned)
-    for expected, got in zip(*found, strict=True):
-        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+def names(backend: str, operation: str, full: bool) -> list[str]:
+    """The arms of an operation: ours, the plain backend where another one serves, and torch's spellings."""
+    few = [[torch.zeros(3, device=DEVICE)] for _ in range(5)]
+    spelled = [*eager(operation, few), *(["compiled"] if full else [])]
+    return ["ours", *(["plain"] if backend != "torch" else []), *(f"torch: {how}" for how in spelled)]
+
+
+def arms_of(name: str, held: list[Vectors], backend: str, full: bool, compiler: str = "inductor") -> Arms:
+    """What is compared, a copy apart."""
+    mine = [ours(name, v) for v in held]
+    spelled = [eager(name, v) for v in held]
+    found = {"ours": mine, "plain": [plain(arm) for arm in mine]}
+    found |= {f"torch: {how}": [each[how] for each in spelled] for how in spelled[0]}
+    if full:
+        found["torch: compiled"] = compiled(name, held, compiler)
+    return {how: found[how] for how in names(backend, name, full)}
+
+
+def outcome(arm: Arm, v: Vectors) -> list[Tensor]:
+    """What an arm leaves in the vectors, and what it returns."""
+    result: Any = arm()
+    returned = [result] if isinstance(result, Tensor) else list(result or ())
+    return [t for each in v for t in each] + returned
+
+
+def check(name: str, shapes: Shapes, arms: Arms, v: Vectors) -> None:
+    """Every arm, once on the vectors `v`, must do what the plain operation does in float64, or this raises."""
+    exact = vectors(shapes, 0, torch.float64)
+    with backends.backend("torch"):
+        expected = outcome(ours(name, exact), exact)
+    inside = sum(len(each) for each in v)
+    for how, (arm, *_) in arms.items():
+        for each, values in zip(v, vectors(shapes, 0), strict=True):
+            for tensor, value in zip(each, values, strict=True):
+                tensor.copy_(value)
+        found = outcome(arm, v)
+        assert len(found) == len(expected), f"{how} returns another number of tensors"
+        for place, (want, got) in enumerate(zip(expected, found, strict=True)):
+            # torch adds up in float32; ours are held to what they promise
+            rough = how.startswith("torch: ") and place >= inside
+            torch.testing.assert_close(
+                got.double(), want, rtol=1e-3 if rough else 1e-5, atol=1e-6, msg=lambda text, how=how: f"{how}: {text}"
+            )
 
 
 def rotating(arms: list[Arm]) -> Arm:
@@ -104,38 +147,48 @@ def plain(arm: Arm) -> Arm:
     return forced
 
 
+def copies(size: int, sets: int) -> list[Arm]:
+    """A copy of as many elements, on several pairs of buffers."""
+    pairs = [torch.rand(2, size, device=DEVICE) for _ in range(sets)]
+    return [lambda pair=pair: pair[1].copy_(pair[0]) for pair in pairs]
+
+
+def measured(
+    name: str, layout: str, shapes: Shapes, full: bool, seconds: float, compiler: str = "inductor"
+) -> dict[str, Any]:
+    """The row of an operation: every arm checked, then timed in turn."""
+    size, backend = numel(shapes), backends.serving(DEVICE.type)
+    sets = 1 if DEVICE.type == "cpu" else max(1, CACHE // (4 * size))
+    held = [vectors(shapes, seed) for seed in range(sets)]
+    arms = arms_of(name, held, backend, full, compiler)
+    if size < 1e9:  # in float64 that would not fit beside it
+        check(name, shapes, arms, held[0])
+    arms["copy"] = copies(size, sets)
+    times = interleaved({how: rotating(each) for how, each in arms.items()}, seconds)
+    middle = medians(times)
+    best = min((how for how in middle if how.startswith("torch: ")), key=lambda how: middle[how])
+    faster, low, high = ratio(times, best, "ours")
+    quartiles = {how: statistics.quantiles(each, n=4)[::2] for how, each in times.items()}
+    return {
+        "operation": name,
+        "layout": layout,
+        "backend": backend,
+        "seconds": {how: round(spent, 7) for how, spent in middle.items()},
+        "quartiles": {how: [round(spent, 7) for spent in each] for how, each in quartiles.items()},
+        "best_torch": best.removeprefix("torch: "),
+        "times_as_fast_as_best_torch": round(faster, 2),
+        "quartiles_of_that": [round(low, 2), round(high, 2)],
+        "times_as_fast_as_foreach": round(middle["torch: foreach"] / middle["ours"], 2),
+        "gigabytes_per_second": round(TRAFFIC[name] * 4 * size / middle["ours"] / 1e9, 2),
+        "copy_gigabytes_per_second": round(2 * 4 * size / middle["copy"] / 1e9, 2),
+    }
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own compiler imports deprecated parts of torch
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation(name: str, layout: str, benchmark: Any, record: list[dict[str, Any]]) -> None:
-    shapes = LAYOUTS[layout]
-    size, backend = numel(shapes), backends.serving(DEVICE.type)
-    if size < 1e9:  # in float64 that would not fit beside it
-        check(name, shapes)
-    sets = 1 if DEVICE.type == "cpu" else max(1, CACHE // (4 * size))
-    held = [vectors(shapes, seed) for seed in range(sets)]
-    source, target = torch.rand(2, size, device=DEVICE)
-    mine = [ours(name, v) for v in held]
-    arms: dict[str, Arm] = {"ours": rotating(mine), "copy": lambda: target.copy_(source)}
-    if backend != "torch":
-        arms["plain"] = rotating([plain(arm) for arm in mine])
-    spelled = [eager(name, v) for v in held]
-    arms |= {f"torch: {how}": rotating([each[how] for each in spelled]) for how in spelled[0]}
-    if FULL:
-        arms["torch: compiled"] = rotating([compiled(name, v) for v in held[:1]])
-    times = medians(interleaved(arms, SECONDS))
-    best = min((how for how in times if how.startswith("torch: ")), key=lambda how: times[how])
-    row = {
-        "operation": name,
-        "layout": layout,
-        "backend": backend,
-        "seconds": {how: round(spent, 7) for how, spent in times.items()},
-        "best_torch": best.removeprefix("torch: "),
-        "times_as_fast_as_best_torch": round(times[best] / times["ours"], 2),
-        "times_as_fast_as_foreach": round(times["torch: foreach"] / times["ours"], 2),
-        "gigabytes_per_second": round(TRAFFIC[name] * 4 * size / times["ours"] / 1e9, 2),
-        "copy_gigabytes_per_second": round(2 * 4 * size / times["copy"] / 1e9, 2),
-    }
+    row = measured(name, layout, LAYOUTS[layout], FULL, SECONDS)
     record.append(row)
     benchmark.extra_info.update(row)
-    benchmark.pedantic(arms["ours"], rounds=3)
+    benchmark.pedantic(ours(name, vectors(LAYOUTS[layout], 0)), rounds=3)

@@ -11,37 +11,57 @@ import os
 from typing import Any
 
 import gate
+import models
 import pytest
 import torch
-from arms import MODES, OTHERS, arms
+from arms import FRUGAL, MODES, OTHERS, arms
 from measure import interleaved, medians, ratio
 from models import MODELS
 
 FULL = os.environ.get("FASTLUR_BENCH_FULL") == "1"
-SECONDS = 60.0 if FULL else 10.0
+SECONDS = 20.0 if FULL else 10.0
+EVERYTHING = (*MODES, FRUGAL, *OTHERS)
 CASES = [
-    (model, batch, precision)
+    (model, batch, precision, None, EVERYTHING)
     for model in ("mlp", "vit", "resnet18")
     for batch in (8, 64)
     for precision in ("fp32", "bf16")
+] + [
+    ("resnet18", 64, "fp32", "channels_last", MODES),
+    ("resnet18", 64, "bf16", "channels_last", MODES),
+    ("swin_t", 2, "fp32", None, MODES),
+    ("lm_100m", 1, "fp32", None, MODES),
 ]
-SHORT = [("mlp", 64, "fp32"), ("vit", 8, "fp32"), ("resnet18", 8, "fp32")]
+SHORT = [
+    ("mlp", 64, "fp32", None, EVERYTHING),
+    ("vit", 8, "fp32", None, EVERYTHING),
+    ("resnet18", 8, "fp32", None, EVERYTHING),
+]
 
 
-@pytest.mark.parametrize(("name", "items", "precision"), CASES if FULL else SHORT)
-def test_step(name: str, items: int, precision: str, benchmark: Any, record: list[dict[str, Any]]) -> None:
-    torch.manual_seed(0)
-    make, batch = MODELS[name]
-    model = make()
-    small = batch(8, 0), batch(8, 1)
-    cosines = {mode: round(gate.check(model, *small, mode, precision), 3) for mode in MODES}
-    with arms(model, batch(items, 0), batch(items, 1), precision, (*MODES, *OTHERS)) as made:
-        times = interleaved(made, SECONDS, fewest=5)
+@pytest.mark.parametrize(("name", "items", "precision", "layout", "others"), CASES if FULL else SHORT)
+def test_step(
+    name: str,
+    items: int,
+    precision: str,
+    layout: str | None,
+    others: tuple[str, ...],
+    benchmark: Any,
+    record: list[dict[str, Any]],
+) -> None:
+    _, batch = MODELS[name]
+    model = models.model(name)
+    small = batch(min(items, 8), 2), batch(min(items, 8), 3)
+    options = {} if layout is None else {"memory_format": getattr(torch, layout)}
+    cosines = {mode: round(gate.check(model, *small, mode, precision, **options), 3) for mode in MODES}
+    with arms(model, batch(items, 0), batch(items, 1), precision, others, **options) as made:
+        times = interleaved(made, SECONDS, fewest=4)
         benchmark.pedantic(made["optimistic"], rounds=1)
     row = {
         "model": name,
         "batch": items,
         "precision": precision,
+        "memory_format": layout,
         "rounds": len(times["bare"]),
         "bare_seconds": round(medians(times)["bare"], 5),
         "ratio_to_bare": {arm: [round(x, 3) for x in ratio(times, arm, "bare")] for arm in times if arm != "bare"},
@@ -50,4 +70,6 @@ def test_step(name: str, items: int, precision: str, benchmark: Any, record: lis
     record.append(row)
     benchmark.extra_info.update(row)
     ratios = "  ".join(f"{arm} {values[0]:.2f}" for arm, values in row["ratio_to_bare"].items())
-    print(f"\n{name}, batch {items} + {items}, {precision}, × a plain two-loss step: {ratios}")
+    print(
+        f"\n{name}, batch {items} + {items}, {precision}, {layout or 'contiguous'}, × a plain two-loss step: {ratios}"
+    )

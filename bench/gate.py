@@ -82,7 +82,12 @@ def truth(model: nn.Module, forget: Any, retain: Any, mode: str) -> Tensor:
 
 def check(model: nn.Module, forget: Any, retain: Any, mode: str, precision: str, **options: Any) -> float:
     """The cosine between the two; raises where it is too small."""
-    ours = alignment(model, forget, retain, mode, precision, **options)
-    cosine = float(functional.cosine_similarity(ours, truth(model, forget, retain, mode), dim=0))
+    cosine = compared(model, forget, retain, mode, precision, **options)
     assert cosine >= LEAST[precision], f"{mode} in {precision} does not align: cosine {cosine:.3f}"
     return cosine
+
+
+def compared(model: nn.Module, forget: Any, retain: Any, mode: str, precision: str, **options: Any) -> float:
+    """The cosine between the two."""
+    ours = alignment(model, forget, retain, mode, precision, **options)
+    return float(functional.cosine_similarity(ours, truth(model, forget, retain, mode), dim=0))

@@ -1,4 +1,4 @@
-"""Put the figures of committed results into the README, between its markers. `--check` only says whether they match."""
+"""Put the figures of committed results into the README and docs/memory.md, between markers. `--check` only compares."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from gpu_parts import PARTS
+from gpu_parts.table import table as gpu_table
+from picture import draw
+from tables import memory, scissorhands, steps
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -35,52 +40,98 @@ def operations() -> str:
         kept = json.loads(path.read_text())
         made, rows = kept["machine"], kept["rows"]
         where = made["gpu"] or f"{made['cpu']}, {made['threads']} threads"
-        layouts = list(dict.fromkeys(row["layout"] for row in rows))
+        spread = ", [the middle half of the rounds]" if "quartiles_of_that" in rows[0] else ""
         lines += [
             f"{where}, torch {made['torch']}, served by `{rows[0]['backend']}`, float32. Times as fast as the best "
-            "torch spelling (which one that was) / as `_foreach`:",
+            f"torch spelling{spread} (which one that was) / as `_foreach`:",
             "",
-            f"| | {' | '.join(layouts)} |",
-            f"|---{'|---' * len(layouts)}|",
+            *table(rows, speed),
+            "",
+            "Gigabytes a second, every operand counted once, and in percent of what a copy of that size reached:",
+            "",
+            *table(rows, bandwidth),
+            "",
         ]
-        for name in dict.fromkeys(row["operation"] for row in rows):
-            mine = [row for row in rows if row["operation"] == name]
-            ratios = [(row["times_as_fast_as_best_torch"], row["times_as_fast_as_foreach"]) for row in mine]
-            cells = [
-                f"{best:.2f} ({row['best_torch']}) / {foreach:.2f}"
-                for row, (best, foreach) in zip(mine, ratios, strict=True)
-            ]
-            lines.append(f"| `{name}` | {' | '.join(cells)} |")
+        behind = [
+            f"`{row['operation']}` {row['times_as_fast_as_best_torch']:.2f} at {row['layout']} ({row['best_torch']})"
+            for row in rows
+            if row["layout"] != "1e5 flat" and row["times_as_fast_as_best_torch"] < 1
+        ]
+        if behind:
+            lines += [f"From 1e6 elements on slower than the best torch spelling: {', '.join(behind)}.", ""]
         large = [row["seconds"] for row in rows if row["layout"] != "1e5 flat" and "plain" in row["seconds"]]
         slower = [seconds["plain"] / seconds["ours"] for seconds in large]
         if slower:
             span = f"{min(slower):.1f} to {max(slower):.1f}"
-            lines += ["", f"From 1e6 elements on the plain backend took {span} times as long as this one."]
-        lines.append("")
+            lines += [f"From 1e6 elements on the plain backend took {span} times as long as this one.", ""]
     return "\n".join(lines).rstrip()
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "operations": operations}
+def table(rows: list[dict[str, Any]], cell: Callable[[dict[str, Any]], str]) -> list[str]:
+    """One line an operation, one column a layout."""
+    layouts = list(dict.fromkeys(row["layout"] for row in rows))
+    lines = [f"| | {' | '.join(layouts)} |", f"|---{'|---' * len(layouts)}|"]
+    for name in dict.fromkeys(row["operation"] for row in rows):
+        cells = {row["layout"]: cell(row) for row in rows if row["operation"] == name}
+        lines.append(f"| `{name}` | {' | '.join(cells.get(layout, '') for layout in layouts)} |")
+    return lines
 
 
-def filled(text: str) -> str:
-    """The README with every section made anew."""
-    for name, make in SECTIONS.items():
+def speed(row: dict[str, Any]) -> str:
+    """How many times as fast as torch; the spread, where it was recorded."""
+    spread = " [{:.2f}–{:.2f}]".format(*row["quartiles_of_that"]) if "quartiles_of_that" in row else ""
+    best, foreach = row["times_as_fast_as_best_torch"], row["times_as_fast_as_foreach"]
+    return f"{best:.2f}{spread} ({row['best_torch']}) / {foreach:.2f}"
+
+
+def bandwidth(row: dict[str, Any]) -> str:
+    """Bytes a second, and what part that is of a copy's."""
+    reached, of = row["gigabytes_per_second"], row["copy_gigabytes_per_second"]
+    return f"{reached:.1f} ({100 * reached / of:.0f} %)"
+
+
+def gpu() -> str:
+    """The GPU suite's table, from every folder of results in bench/results that has a GPU's name in it."""
+    tables = []
+    for folder in sorted((ROOT / "bench" / "results").glob("gpu-*")):
+        kept = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+        if kept and all(part["machine"] and part["machine"]["gpu"] and not part["tiny"] for part in kept):
+            tables.append(gpu_table(folder, PARTS).replace("## ", "#### ").replace("# ", "### ", 1))
+    return "\n\n".join(tables) or "Not measured on a GPU."
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "operations": operations,
+    "steps": steps,
+    "scissorhands": scissorhands,
+    "gpu": gpu,
+}
+
+
+PAGES = {README: SECTIONS, ROOT / "docs" / "memory.md": {"memory": memory}}
+
+
+def filled(page: Path) -> str:
+    """A page with every section made anew."""
+    text = page.read_text()
+    for name, make in PAGES[page].items():
         pattern = re.compile(rf"(<!-- {name}: made by bench/report.py -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text, count = pattern.subn(lambda match, make=make: f"{match[1]}{make()}\n{match[2]}", text)
         if count != 1:
-            raise SystemExit(f"README.md has {count} sections named {name}, not one")
+            raise SystemExit(f"{page.name} has {count} sections named {name}, not one")
     return text
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    before = README.read_text()
-    after = filled(before)
+    after = {page: filled(page) for page in PAGES}
     if parser.parse_args().check:
-        return int(before != after)
-    README.write_text(after)
+        return int(any(page.read_text() != text for page, text in after.items()))
+    for page, text in after.items():
+        page.write_text(text)
+    draw()
     return 0
 
 

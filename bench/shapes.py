@@ -21,6 +21,14 @@ def resnet18() -> Shapes:
     return [*shapes, (10, 512), (10,)]
 
 
+def language_1b() -> Shapes:
+    """The 201 tensors, 1.10e9 elements, of a decoder of 22 layers with grouped attention and gated MLPs."""
+    width, inner, shared, words = 2048, 5632, 256, 32_000
+    square, narrow = (width, width), (shared, width)
+    layer: Shapes = [square, narrow, narrow, square, (inner, width), (inner, width), (width, inner), (width,), (width,)]
+    return [(words, width), *22 * layer, (width,), (words, width)]
+
+
 def numel(shapes: Shapes) -> int:
     """How many elements they have together."""
     return sum(torch.Size(shape).numel() for shape in shapes)

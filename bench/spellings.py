@@ -1,13 +1,14 @@
 """What a careful user of torch would write for each vector operation: several spellings, the best of which counts.
 
 `v` is five vectors, lists of tensors of equal shapes: v[0] and v[1] are read, v[2] is written (weights, or an output),
-v[3] and v[4] are moments. Each spelling computes what the operation in `bench_ops.ours` computes, temporaries
-allocated beforehand where torch allows it.
+v[3] and v[4] are moments. Each spelling computes what the operation in `bench_ops.ours` computes, which is checked, and
+returns what that returns, temporaries allocated beforehand where torch allows it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,10 +30,18 @@ def eager(name: str, v: Vectors) -> dict[str, Arm]:
 def _grad_dot(v: Vectors) -> dict[str, Arm]:
     pairs = [(x.view(-1), y.view(-1)) for x, y in zip(v[0], v[1], strict=True)]
     factors = ((v[0], v[1]), (v[0], v[0]), (v[1], v[1]))
-    return {
-        "dot": lambda: [(torch.dot(x, y), torch.dot(x, x), torch.dot(y, y)) for x, y in pairs],
-        "foreach": lambda: [[x.sum() for x in _each._foreach_mul(p, q)] for p, q in factors],
-    }
+
+    def dot() -> tuple[Tensor, Tensor]:
+        each = torch.stack(
+            [f(p, q) for x, y in pairs for f, p, q in ((torch.dot, x, y), (torch.dot, x, x), (torch.dot, y, y))]
+        )
+        return each.view(-1, 3).sum(0), each.view(-1, 3)
+
+    def foreach() -> tuple[Tensor, Tensor]:
+        each = torch.stack([x.sum() for p, q in factors for x in _each._foreach_mul(p, q)]).view(3, -1).T
+        return each.sum(0), each
+
+    return {"dot": dot, "foreach": foreach}
 
 
 def _displace(v: Vectors) -> dict[str, Arm]:
@@ -58,21 +67,21 @@ def _project(v: Vectors) -> dict[str, Arm]:
         for a, b in zip(v[0], v[1], strict=True):
             b.addcmul_(a, t)
 
-    return {"foreach": lambda: _each._foreach_add_(v[1], v[0], alpha=float(factor())), "addcmul": addcmul}
+    def foreach() -> None:  # waits for the decision
+        _each._foreach_add_(v[1], v[0], alpha=float(factor()))
+
+    return {"foreach": foreach, "addcmul": addcmul}
 
 
 def _regularize(v: Vectors) -> dict[str, Arm]:
     away = [torch.empty_like(x) for x in v[0]]
 
-    def value(theta: list[Tensor], apart: list[Tensor]) -> list[Tensor]:
+    def value(theta: list[Tensor], apart: list[Tensor]) -> Tensor:
         norms, lengths = _each._foreach_norm(theta, 2), _each._foreach_norm(theta, 1)
-        distances = _each._foreach_norm(apart, 2)
-        return [
-            0.5 * DECAY * n * n + L1 * length + 0.5 * PROX * d * d
-            for n, length, d in zip(norms, lengths, distances, strict=True)
-        ]
+        n, length, d = (torch.stack(each) for each in (norms, lengths, _each._foreach_norm(apart, 2)))
+        return (0.5 * DECAY * n * n + L1 * length + 0.5 * PROX * d * d).sum()
 
-    def foreach() -> list[Tensor]:
+    def foreach() -> Tensor:
         _each._foreach_add_(v[2], v[0], alpha=DECAY)
         _each._foreach_add_(v[2], _each._foreach_sign(v[0]), alpha=L1)
         _each._foreach_copy_(away, v[0])
@@ -80,7 +89,7 @@ def _regularize(v: Vectors) -> dict[str, Arm]:
         _each._foreach_add_(v[2], away, alpha=PROX)
         return value(v[0], away)
 
-    def out() -> list[Tensor]:
+    def out() -> Tensor:
         for theta, theta0, gradient, apart in zip(v[0], v[1], v[2], away, strict=True):
             gradient.add_(theta, alpha=DECAY)
             gradient.add_(torch.sign(theta, out=apart), alpha=L1)
@@ -90,12 +99,16 @@ def _regularize(v: Vectors) -> dict[str, Arm]:
     return {"foreach": foreach, "out=": out}
 
 
-def _optimizer(kind: Any, v: Vectors, **options: Any) -> Arm:
+def _optimizer(kind: Any, v: Vectors, state: dict[str, list[Tensor]], **options: Any) -> Arm:
+    """A step of torch's own optimizer on v[2], its moments those of `v`, as they are before and after."""
     parameters = [torch.nn.Parameter(x) for x in v[2]]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
     gradients = [parameter.grad for parameter in parameters]
     made = kind(parameters, lr=LR, weight_decay=DECAY, **options)
+    for name, values in state.items():
+        for parameter, value in zip(parameters, values, strict=True):
+            made.state[parameter][name] = value
 
     def step() -> None:
         for a, u, gradient in zip(v[0], v[1], gradients, strict=True):
@@ -106,18 +119,18 @@ def _optimizer(kind: Any, v: Vectors, **options: Any) -> Arm:
 
 
 def _sgd(v: Vectors) -> dict[str, Arm]:
-    make = torch.optim.SGD
+    state = {"momentum_buffer": v[3]}
     return {
-        "foreach": _optimizer(make, v, momentum=MOMENTUM, foreach=True),
-        "fused": _optimizer(make, v, momentum=MOMENTUM, fused=True),
+        how: _optimizer(torch.optim.SGD, v, state, momentum=MOMENTUM, **{how: True}) for how in ("foreach", "fused")
     }
 
 
 def _adamw(v: Vectors) -> dict[str, Arm]:
-    return {
-        "foreach": _optimizer(torch.optim.AdamW, v, foreach=True),
-        "fused": _optimizer(torch.optim.AdamW, v, fused=True),
-    }
+    def arm(how: str) -> Arm:
+        steps = [torch.zeros((), device=x.device if how == "fused" else "cpu") for x in v[2]]
+        return _optimizer(torch.optim.AdamW, v, {"step": steps, "exp_avg": v[3], "exp_avg_sq": v[4]}, **{how: True})
+
+    return {how: arm(how) for how in ("foreach", "fused")}
 
 
 def _extrapolate(v: Vectors) -> dict[str, Arm]:
@@ -158,13 +171,16 @@ _EAGER: dict[str, Callable[[Vectors], dict[str, Arm]]] = {
 OPERATIONS = tuple(_EAGER)
 
 
-def compiled(name: str, v: Vectors) -> Arm:
-    """The operation as one function of lists through `torch.compile`, shapes fixed."""
-    dots = torch.tensor(DOTS, device=v[0][0].device)
-    count = torch.ones((), device=v[0][0].device)
+def compiled(name: str, held: list[Vectors], backend: str = "inductor") -> list[Arm]:
+    """The operation as one function of lists through `torch.compile`, shapes fixed: an arm for each of the vectors."""
+    device = held[0][0][0].device
+    dots = torch.tensor(DOTS, device=device)
+    count = torch.ones((), device=device)
 
-    def grad_dot(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
-        return [torch.stack(((x * y).sum(), (x * x).sum(), (y * y).sum())) for x, y in zip(a, b, strict=True)]
+    def grad_dot(a: list[Tensor], b: list[Tensor]) -> tuple[Tensor, Tensor]:
+        rows = [torch.stack(((x * y).sum(), (x * x).sum(), (y * y).sum())) for x, y in zip(a, b, strict=True)]
+        each = torch.stack(rows)
+        return each.sum(0), each
 
     def displace(out: list[Tensor], theta: list[Tensor], d: list[Tensor]) -> None:
         for o, x, y in zip(out, theta, d, strict=True):
@@ -175,13 +191,13 @@ def compiled(name: str, v: Vectors) -> Arm:
         for x, y in zip(a, b, strict=True):
             y.copy_(y + t * x)
 
-    def regularize(grad: list[Tensor], theta: list[Tensor], theta0: list[Tensor]) -> list[Tensor]:
+    def regularize(grad: list[Tensor], theta: list[Tensor], theta0: list[Tensor]) -> Tensor:
         values = []
         for g, x, x0 in zip(grad, theta, theta0, strict=True):
             away = x - x0
             g.copy_(g + DECAY * x + L1 * x.sign() + PROX * away)
             values.append(0.5 * DECAY * (x * x).sum() + L1 * x.abs().sum() + 0.5 * PROX * (away * away).sum())
-        return values
+        return torch.stack(values).sum()
 
     def sgd(theta: list[Tensor], a: list[Tensor], u: list[Tensor], m: list[Tensor]) -> None:
         for t, x, y, first in zip(theta, a, u, m, strict=True):
@@ -206,17 +222,17 @@ def compiled(name: str, v: Vectors) -> Arm:
         for o, g, t in zip(out, grad, theta, strict=True):
             o.copy_((g * t).abs())
 
-    functions: dict[str, tuple[Callable[..., object], tuple[Any, ...]]] = {
-        "grad_dot": (grad_dot, (v[0], v[1])),
-        "displace": (displace, (v[2], v[0], v[1])),
-        "project": (project, (v[0], v[1], dots)),
-        "regularize": (regularize, (v[2], v[0], v[1])),
-        "sgd": (sgd, (v[2], v[0], v[1], v[3])),
-        "adamw": (adamw, (v[2], v[0], v[1], v[3], v[4], count)),
-        "extrapolate": (extrapolate, (v[2], v[0], v[1])),
-        "saliency": (saliency, (v[2], v[0], v[1])),
+    functions: dict[str, tuple[Callable[..., object], Callable[[Vectors], tuple[Any, ...]]]] = {
+        "grad_dot": (grad_dot, lambda v: (v[0], v[1])),
+        "displace": (displace, lambda v: (v[2], v[0], v[1])),
+        "project": (project, lambda v: (v[0], v[1], dots)),
+        "regularize": (regularize, lambda v: (v[2], v[0], v[1])),
+        "sgd": (sgd, lambda v: (v[2], v[0], v[1], v[3])),
+        "adamw": (adamw, lambda v: (v[2], v[0], v[1], v[3], v[4], count)),
+        "extrapolate": (extrapolate, lambda v: (v[2], v[0], v[1])),
+        "saliency": (saliency, lambda v: (v[2], v[0], v[1])),
     }
     function, arguments = functions[name]
     torch._dynamo.reset()
-    made = torch.compile(function, fullgraph=True, dynamic=False)
-    return lambda: made(*arguments)
+    made = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+    return [partial(made, *arguments(v)) for v in held]

@@ -69,6 +69,10 @@ FASTLUR_INLINE double penalty_value(const double* hyper, const double* sums) {
          present(hyper[PROX], 0.5 * hyper[PROX] * sums[2]);
 }
 
+// The number of the step that the bias correction is for: 1 before `step_control` has counted any, not 0, which would
+// divide by zero.
+FASTLUR_INLINE double step_number(const double* control) { return control[COUNT] < 1 ? 1.0 : control[COUNT]; }
+
 // SGD with momentum and AdamW, for one element.
 template <class W>
 struct Rule {
@@ -81,8 +85,8 @@ struct Rule {
         eps(W(hyper[EPS])),
         fresh1(W(1 - hyper[MOMENTUM])),
         fresh2(W(1 - hyper[BETA2])),
-        correction1(W(1 - std::pow(hyper[MOMENTUM], control[COUNT]))),
-        correction2(W(1 - std::pow(hyper[BETA2], control[COUNT]))),
+        correction1(W(1 - std::pow(hyper[MOMENTUM], step_number(control)))),
+        correction2(W(1 - std::pow(hyper[BETA2], step_number(control)))),
         shrink(W(1 - hyper[LR] * hyper[WEIGHT_DECAY])),
         scale(W(control[SCALE])) {}
 

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <iterator>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -57,11 +58,46 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return left.size() == right.size() && std::equal(left.begin(), left.end(), right.begin());
 }
 
-// One row for each place of the lists, all on the device of `home`; the first list is always present.
+inline int64_t bytes_of(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : dtype == ScalarType::Bool ? 1 : 2;
+}
+
+// The memory that one tensor occupies.
+struct Extent {
+  uintptr_t begin, end;
+  size_t place;
+  const List* list;
+};
+
+inline void refuse(const Extent& a, const Extent& b) {
+  STD_TORCH_CHECK(false, a.list->name, "[", a.place, "] and ", b.list->name, "[", b.place,
+                  "] overlap in memory, and one of them is written");
+}
+
+// What is written shares memory with nothing, except that a tensor may be read at the place where it is written.
+inline void refuse_overlaps(std::vector<Extent>& written, const std::vector<Extent>& read) {
+  std::sort(written.begin(), written.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < written.size(); ++i)
+    if (written[i].begin < written[i - 1].end) refuse(written[i - 1], written[i]);
+  for (const Extent& each : read) {
+    // the last one that begins before this one ends: those before it end earlier still
+    const auto above = std::lower_bound(written.begin(), written.end(), each.end,
+                                        [](const Extent& a, uintptr_t end) { return a.begin < end; });
+    if (above == written.begin()) continue;
+    const Extent& last = *std::prev(above);
+    const bool same = last.begin == each.begin && last.end == each.end && last.place == each.place;
+    if (last.end > each.begin && !same) refuse(last, each);
+  }
+}
+
+// One row for each place of the lists, all on the device of `home`; the first list is always present. Everything is
+// looked at here, before anything is written: a caller whose operands are refused finds them as they were.
 inline std::vector<Row> rows_of(const Tensor& home, std::initializer_list<List> lists) {
   const List& lead = *lists.begin();
   std::vector<Row> rows(lead.tensors->size());
   const List* moments = nullptr;
+  std::vector<Extent> written, read;
+  read.reserve(rows.size() * lists.size());
   int column = 0;
   for (const List& list : lists) {
     if (list.tensors != nullptr) {
@@ -90,20 +126,25 @@ inline std::vector<Row> rows_of(const Tensor& home, std::initializer_list<List> 
                         "] differ in shape");
         STD_TORCH_CHECK(same_device(tensor, home), list.name, "[", i,
                         "] is on another device than the tensors or hyper-parameters beside it");
-        const bool written = list.use == List::WRITTEN || list.use == List::MOMENT;
-        rows[i].at[column] = written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+        const bool changed = list.use == List::WRITTEN || list.use == List::MOMENT;
+        rows[i].at[column] = changed ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+        if (rows[i].numel == 0) continue;
+        const auto begin = reinterpret_cast<uintptr_t>(rows[i].at[column]);
+        (changed ? written : read).push_back({begin, begin + uintptr_t(rows[i].numel * bytes_of(dtype)), i, &list});
       }
       if (list.use == List::MOMENT) moments = &list;  // a second list of them has the dtypes of the first
     }
     ++column;
   }
+  if (!written.empty()) refuse_overlaps(written, read);
   return rows;
 }
 
-// The address of `least` or more float64 numbers on the device that the kernel runs on, that of `home`.
-inline const double* numbers(const Tensor& tensor, const char* name, int64_t least, const Tensor& home) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() && tensor.numel() >= least,
-                  name, " must be a contiguous float64 tensor of at least ", least, " numbers");
+// The address of a float64 scalar, or of a vector of them, on the device that the kernel runs on, that of `home`.
+inline const double* numbers(const Tensor& tensor, const char* name, int64_t count, const Tensor& home) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() && tensor.numel() == count &&
+                      tensor.dim() == (count > 1 ? 1 : 0),
+                  name, " must be a contiguous float64 tensor of ", count, " numbers");
   STD_TORCH_CHECK(same_device(tensor, home), name, " must be on the device of the data");
   return static_cast<const double*>(tensor.const_data_ptr());
 }

@@ -11,6 +11,7 @@ from fastlur.errors import (
     ModelError,
     NonFiniteError,
 )
+from fastlur.estimate import Estimate, estimate
 from fastlur.evaluate import Evaluation, evaluate
 from fastlur.info import info
 from fastlur.likelihood import likelihood_ratio_attack
@@ -24,6 +25,7 @@ __all__ = [
     "ArgumentError",
     "CheckpointError",
     "DataError",
+    "Estimate",
     "Evaluation",
     "FastlurError",
     "MetaStep",
@@ -31,6 +33,7 @@ __all__ = [
     "NonFiniteError",
     "Result",
     "__version__",
+    "estimate",
     "evaluate",
     "info",
     "likelihood_ratio_attack",

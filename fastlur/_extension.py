@@ -44,6 +44,11 @@ def load(path: str | os.PathLike[str] | None = None) -> str | None:
     return None
 
 
+def loaded() -> bool:
+    """Whether the library is there already."""
+    return _failure is None
+
+
 def missing(device: str = "cpu") -> str | None:
     """Why the extension cannot serve tensors on `device` ("cpu" or "cuda"); None when it can."""
     failure = load()
@@ -84,7 +89,8 @@ def _wrote(tensors: Tensors | None, values: list[Tensor] | None) -> None:
 def grad_dot(a: Tensors, b: Tensors) -> tuple[Tensor, Tensor]:
     """⟨a,b⟩, ‖a‖² and ‖b‖²: in total, shape (3,), and per tensor, shape (len(a), 3), both float64."""
     if not a and not b:
-        return torch.zeros(3, dtype=torch.float64), torch.zeros(0, 3, dtype=torch.float64)
+        total, each = (torch.zeros(shape, dtype=torch.float64, device="cpu") for shape in ((3,), (0, 3)))
+        return total, each
     total, each = torch.ops.fastlur_ext.grad_dot(_read(a), _read(b))
     return total, each
 
@@ -92,20 +98,21 @@ def grad_dot(a: Tensors, b: Tensors) -> tuple[Tensor, Tensor]:
 def displace(out: Tensors, theta: Tensors, d: Tensors, alpha: Tensor, norm2: Tensor | None = None) -> None:
     """out ← θ − αd; with `norm2` = ‖v‖² of some v, α is divided by ‖v‖, and is 0 where that norm is 0."""
     o = _read(out)
-    torch.ops.fastlur_ext.displace(o, _read(theta), _read(d), alpha, norm2)
+    torch.ops.fastlur_ext.displace(o, _read(theta), _read(d), _value(alpha), norm2 if norm2 is None else _value(norm2))
     _wrote(out, o)
 
 
 def step_control(control: Tensor, dots: Tensor, losses: Tensor, hyper: Tensor) -> None:
     """Decide, on the device, whether and how far a step goes; `control` is changed in place."""
-    torch.ops.fastlur_ext.step_control(control, dots, losses.detach().contiguous(), hyper)
-    increment_version(control)
+    c = _value(control)
+    torch.ops.fastlur_ext.step_control(c, _value(dots), _value(losses), _value(hyper))
+    _wrote([control], [c])
 
 
 def regularize(grad: Tensors, theta: Tensors, theta0: Tensors | None, fisher: Tensors | None, hyper: Tensor) -> Tensor:
     """grad ← grad + ∇P(θ); returns P(θ), shape (), float64."""
     g = _read(grad)
-    value: Tensor = torch.ops.fastlur_ext.regularize(g, _read(theta), _maybe(theta0), _maybe(fisher), hyper)
+    value: Tensor = torch.ops.fastlur_ext.regularize(g, _read(theta), _maybe(theta0), _maybe(fisher), _value(hyper))
     _wrote(grad, g)
     return value
 
@@ -126,7 +133,7 @@ def meta_update(
     keep = None if mask is None else [each.bool() for each in mask]  # itself, where it is bool
     t, m1, m2 = _read(theta), _read(moment1), _maybe(moment2)
     torch.ops.fastlur_ext.meta_update(
-        t, _read(a), _maybe(u), m1, m2, _maybe(theta0), _maybe(fisher), _maybe(keep), control, hyper
+        t, _read(a), _maybe(u), m1, m2, _maybe(theta0), _maybe(fisher), _maybe(keep), _value(control), _value(hyper)
     )
     for tensors, values in ((theta, t), (moment1, m1), (moment2, m2)):
         _wrote(tensors, values)
@@ -139,7 +146,7 @@ def project(a: Tensors, b: Tensors, dots: Tensor, kind: str) -> None:
     if not a and not b:
         return
     x, y = _read(a), _read(b)
-    torch.ops.fastlur_ext.project(x, y, dots, kind)
+    torch.ops.fastlur_ext.project(x, y, _value(dots), kind)
     _wrote(a, x)
     _wrote(b, y)
 
@@ -147,7 +154,7 @@ def project(a: Tensors, b: Tensors, dots: Tensor, kind: str) -> None:
 def extrapolate(theta: Tensors, theta0: Tensors, memorised: Tensors, alpha: Tensor, eta: Tensor) -> None:
     """θ ← η((1 + α)θ₀ − αθ_mem) + (1 − η)θ; at η = 1 the θ given is not used."""
     t = _read(theta)
-    torch.ops.fastlur_ext.extrapolate(t, _read(theta0), _read(memorised), alpha, eta)
+    torch.ops.fastlur_ext.extrapolate(t, _read(theta0), _read(memorised), _value(alpha), _value(eta))
     _wrote(theta, t)
 
 

@@ -29,8 +29,8 @@ from fastlur.methods import resolve
 from fastlur.methods.base import Method, Recipe
 from fastlur.passes import Loss, Which
 from fastlur.result import Result
+from fastlur.slots import Selection, select
 from fastlur.snapshot import Snapshot
-from fastlur.space import Selection, select
 from fastlur.step import Step
 from fastlur.world import derive, determinism, kept_modes, random_states, set_random_states
 

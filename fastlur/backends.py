@@ -26,6 +26,7 @@ OPERATIONS = (
     "extrapolate",
     "saliency",
 )
+NAMES = ("torch", "triton", "extension")
 VARIABLE = "FASTLUR_BACKEND"
 PREFERENCE = {"cpu": ("extension", "torch"), "cuda": ("triton", "extension", "torch")}
 
@@ -39,16 +40,19 @@ CHECKED = {
 }
 
 _forced: ContextVar[str | None] = ContextVar("forced", default=None)
-# What was found out once: the backend in service by (wish, device type), and the verdict on the Triton kernels.
-_resolved: dict[tuple[str | None, str], tuple[str, ModuleType]] = {}
+# What was found out once: the backend in service by (wish, device type, whether the extension is loaded), and the
+# verdict on the Triton kernels.
+_resolved: dict[tuple[str | None, str, bool], tuple[str, ModuleType]] = {}
 _triton: list[str | None] = []
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Inside, every vector operation is served by this backend: "torch", "triton" or "extension".
+    """Inside, the vector operations of this thread are served by this backend: "torch", "triton" or "extension".
 
-    The environment variable FASTLUR_BACKEND does the same for a whole process.
+    That is a context variable: it holds in this thread and in asyncio tasks begun inside, not in other threads, whose
+    numbers are not to change because of a choice made here. The environment variable FASTLUR_BACKEND asks for one in
+    the whole process.
 
     Raises:
         ArgumentError: no such backend. One that cannot serve a device raises when it is asked to.
@@ -79,7 +83,7 @@ def serving(device_type: str) -> str:
 
 def resolve(device_type: str) -> tuple[str, ModuleType]:
     """Who serves tensors of a device type now: the name, and the module with the namesakes of `fastlur.reference`."""
-    key = _wish(), device_type
+    key = _wish(), device_type, _extension.loaded()
     found = _resolved.get(key)
     if found is None:
         name = serving(device_type)
@@ -105,20 +109,21 @@ def _wish() -> str | None:
 
 
 def describe() -> dict[str, Any]:
-    """For each device type: the backend in service, what it has been through, and why the others are not."""
+    """For each device type: who serves, why the others do not, and what the code of each has been through."""
     found: dict[str, Any] = {}
+    _extension.load()  # so that all that is said here is said of one state of things
     for device_type in ("cpu", "cuda"):
         if device_type == "cuda" and not torch.cuda.is_available():
             found[device_type] = {"served_by": None, "because": "no CUDA device"}
-            continue
-        try:
-            name = serving(device_type)
-        except ArgumentError as error:
-            found[device_type] = {"served_by": None, "because": str(error)}
-            continue
-        others = {other: _why_not(other, name, device_type) for other in ("torch", "triton", "extension")}
-        others.pop(name)
-        found[device_type] = {"served_by": name, "state": CHECKED[name, device_type], "others": others}
+        else:
+            try:
+                name, _ = resolve(device_type)
+            except ArgumentError as error:
+                found[device_type] = {"served_by": None, "because": str(error)}
+            else:
+                others = {other: _why_not(other, name, device_type) for other in NAMES if other != name}
+                found[device_type] = {"served_by": name, "others": others}
+        found[device_type]["checked"] = {name: CHECKED[name, where] for name, where in CHECKED if where == device_type}
     return found
 
 
@@ -127,9 +132,8 @@ def _why_not(other: str, name: str, device_type: str) -> str:
 
 
 def _known(name: str) -> str:
-    names = ("torch", "triton", "extension")
-    if name not in names:
-        raise ArgumentError(f"backend={name!r} is unknown; {nearest(name, names)}")
+    if name not in NAMES:
+        raise ArgumentError(f"backend={name!r} is unknown; {nearest(name, NAMES)}")
     return name
 
 
@@ -160,10 +164,10 @@ def _triton_fault() -> str | None:
     return fault
 
 
-def _probe() -> str | None:
+def _probe(device: str = "cuda") -> str | None:
     """One small sum on the device."""
     kernels = importlib.import_module("fastlur.kernels")
-    x = torch.arange(1.0, 2050.0, device="cuda")
+    x = torch.arange(1.0, 2050.0, device=device)
     total = kernels.grad_dot([x], [x])[0].cpu()
     expected = float(x.double().square().sum())
     return None if abs(float(total[0]) - expected) <= 1e-5 * expected else "gave a wrong sum on this device"

@@ -11,8 +11,8 @@ from torch import nn
 from fastlur.errors import ArgumentError, DataError
 from fastlur.loop import StepEvent
 from fastlur.passes import Loss
+from fastlur.slots import Selection
 from fastlur.snapshot import Snapshot
-from fastlur.space import Selection
 from fastlur.world import borrowed_random, mode, seed_torch
 
 CHECK_EVERY = 10

@@ -7,39 +7,18 @@ of tuples, lists and dicts of tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    default_collate,
-)
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from fastlur.errors import DataError
+from fastlur.placement import to_device as to_device
 from fastlur.world import derive, seed_loading
 
 NAMED = 8  # items of a batch that a message names
-
-
-def to_device(batch: Any, device: torch.device, memory_format: torch.memory_format | None = None) -> Any:
-    """The batch with every tensor on the device, four-dimensional ones in the memory format asked for."""
-    if isinstance(batch, Tensor):
-        if batch.is_inference():  # made under inference_mode: autograd refuses it, a copy it takes
-            batch = batch.clone()
-        if memory_format is not None and batch.dim() == 4:
-            return batch.to(device, non_blocking=True, memory_format=memory_format)
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {name: to_device(value, device, memory_format) for name, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device, memory_format) for value in batch))
-    if isinstance(batch, tuple | list):
-        return type(batch)(to_device(value, device, memory_format) for value in batch)
-    return batch
 
 
 class Source(Protocol):
@@ -286,6 +265,29 @@ class Feed:
                 yield to_device(next(stream), self._device, self._memory_format)
         finally:
             stream.close()
+
+    def epoch(self, side: str, draw: object) -> Callable[[int], Any]:
+        """One pass over a side in random order: a function from a batch's number, from 0, to the batch on the device.
+
+        The same `draw` gives the same batches, in whatever order. A data set is read as asked; of a loader, which knows
+        no number and must know its length, all are held on the host.
+        """
+        source, seed = self._sources[side], derive(self._seed, "feed", side, draw)
+
+        def taken(skip: int, count: int) -> list[Any]:
+            stream = Stream(source, seed, skip)
+            try:
+                return [next(stream) for _ in range(count)]
+            finally:
+                stream.close()
+
+        held = None if isinstance(source, Indexed) else taken(0, source.per_epoch or 0)
+
+        def batch(number: int) -> Any:
+            raw = taken(number, 1)[0] if held is None else held[number]
+            return to_device(raw, self._device, self._memory_format)
+
+        return batch
 
 
 class Stream:

@@ -86,7 +86,7 @@ def evaluate(
     forget: Any,
     retain: Any,
     test: Any,
-    reference: nn.Module | Evaluation | None = None,
+    reference: nn.Module | Result | Evaluation | None = None,
     batch_size: int = 512,
     seconds: float | None = None,
 ) -> Evaluation:
@@ -98,7 +98,8 @@ def evaluate(
         forget: what was to be forgotten, labelled data as `unlearn` takes them.
         retain: what was to be kept, likewise.
         test: data that no model was trained on, likewise.
-        reference: a model retrained without the forget set, or its `Evaluation`; gives `gap` and `gaps`.
+        reference: a model retrained without the forget set (or the `Result` of that), or its `Evaluation`; gives `gap`
+            and `gaps`.
         batch_size: for data that do not come in batches.
         seconds: what unlearning took, to be recorded.
 
@@ -128,7 +129,7 @@ def evaluate(
     )
     if reference is None:
         return result
-    if isinstance(reference, nn.Module):
+    if isinstance(reference, nn.Module | Result):
         reference = evaluate(reference, forget=forget, retain=retain, test=test, batch_size=batch_size)
     if not isinstance(reference, Evaluation):
         raise ArgumentError(f"reference: a {type(reference).__name__} is neither a model nor an Evaluation")

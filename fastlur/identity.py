@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from fastlur.passes import Loss
 
 
 def model_digest(model: nn.Module) -> str:
@@ -35,12 +34,19 @@ def architecture_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def name_of(function: Loss | Any) -> str:
+def name_of(function: Any) -> str:
     """What tells a callable from another in a record: its settings where it shows them, else where it was defined."""
+    if isinstance(function, partial):
+        given = [*map(_shown, function.args), *(f"{name}={_shown(value)}" for name, value in function.keywords.items())]
+        return f"{name_of(function.func)}({', '.join(given)})"
     if not hasattr(function, "__qualname__") and "__repr__" in vars(type(function)):
         return repr(function)
     owner: Any = function if hasattr(function, "__qualname__") else type(function)
     return f"{owner.__module__}.{owner.__qualname__}"
+
+
+def _shown(value: Any) -> str:
+    return name_of(value) if callable(value) else repr(value)
 
 
 def optimizer_settings(optimizer: str | torch.optim.Optimizer) -> Any:

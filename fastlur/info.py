@@ -17,8 +17,8 @@ def info() -> dict[str, Any]:
 
     Returns:
         A dict of plain values: "fastlur", "python", "torch", "triton" (None where absent), "device", "operations" (for
-        each operation and device type the backend in service, what its code has been through, and why each of the
-        others is not in service).
+        each operation and device type the backend "served_by" which it is, why each of the "others" is not in service,
+        and what the code of each has been through: "checked", which tells of CUDA also where there is no such device).
     """
     try:
         triton: str | None = importlib.metadata.version("triton")

@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from fastlur import meta
+from fastlur.curvature import By
 from fastlur.losses import BoundedForgetting, cross_entropy
 from fastlur.methods.lur import LUR, Order
 from fastlur.passes import Loss
-from fastlur.space import Selection
+from fastlur.slots import Selection
 from fastlur.step import Step
 
 
@@ -39,6 +40,10 @@ class MetaStep(Step):
         compile: run the forward through `torch.compile` (not in "exact", which transforms the plain module).
         seed: of dropout and other draws inside the passes.
         keep_graph: False: "exact" builds the inner gradient's graph anew for the Hessian-vector product.
+        hessian: likewise for "exact", "autograd" or "func"; see `fastlur.LUR`.
+        capture: on a CUDA device: record the fourth step as a CUDA graph and replay it from then on, wherever batches
+            have the shapes of that step; not for losses or models that wait for the device or draw random numbers.
+            Written and tested without a GPU, not yet run on one.
 
     Raises:
         ArgumentError, ModelError: see there; nothing was changed then.
@@ -66,10 +71,12 @@ class MetaStep(Step):
         compile: bool = False,
         seed: int = 0,
         keep_graph: bool = True,
+        hessian: By = "autograd",
+        capture: bool = False,
     ) -> None:
         super().__init__(
             model,
-            LUR(inner_lr, forget_weight, gradient, order, relative_inner_lr, keep_graph=keep_graph),
+            LUR(inner_lr, forget_weight, gradient, order, relative_inner_lr, keep_graph, hessian=hessian),
             {"retain": loss or cross_entropy, "forget": forget_loss or BoundedForgetting()},
             optimizer=optimizer,
             lr=lr,
@@ -81,6 +88,7 @@ class MetaStep(Step):
             memory_format=memory_format,
             compile=compile,
             seed=seed,
+            capture=capture,
         )
 
     def set_lr(self, lr: float) -> None:

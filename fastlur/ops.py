@@ -1,26 +1,29 @@
 """The vector operations of a step: their schemas, what they look like to a tracer, and how they are called.
 
 Each operation is registered with torch as `torch.ops.fastlur.<name>`, so that `torch.compile` takes it as one node; the
-functions here check their arguments, accept numbers where the schema wants device scalars, and call it. What an
-operation computes is defined by its namesake in `fastlur.reference`; who computes it is decided in `fastlur.backends`.
+functions here accept numbers where the schema wants device scalars, and call it. What an operation computes is defined
+by its namesake in `fastlur.reference`; who computes it is decided in `fastlur.backends`.
 
 Vectors are lists of tensors, or one tensor (a flat buffer). Tensors at the same place of several lists have the same
-shape and dtype (a mask is bool), all are on one device. Everything written is written in place, and nothing else is.
+shape and dtype (a mask is bool), all are on one device; their strides may differ. Everything written is written in
+place, and nothing else is. What is written shares memory with nothing, except that a tensor may be read at the very
+place where it is written (`displace(theta, theta, d, alpha)`). All of this is checked: what does not fit is refused with
+an ArgumentError, and nothing was written then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from fastlur import backends, reference
+from fastlur import reference
 from fastlur.errors import ArgumentError
-from fastlur.operands import Number, Vector, fit, fit_scalars, hyper_parameters, scalar
-from fastlur.reference import CONTROL, HYPER
+from fastlur.operands import Number, Operand, Vector, device_of, fit, hyper_parameters, listed, scalar
+from fastlur.serving import Signature, call, serve
 
 SCHEMAS = {
     "grad_dot": "(Tensor[] a, Tensor[] b) -> (Tensor, Tensor)",
@@ -40,7 +43,7 @@ _library: Any = torch.library.Library("fastlur", "DEF")  # type: ignore[no-untyp
 
 
 def _fake_grad_dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    device = a[0].device if len(a) else None
+    device = a[0].device if len(a) else "cpu"
     total, each = (torch.empty(shape, dtype=torch.float64, device=device) for shape in ((3,), (len(a), 3)))
     return total, each
 
@@ -54,53 +57,11 @@ _FAKES: dict[str, Callable[..., Any]] = {"grad_dot": _fake_grad_dot, "regularize
 
 def _register(name: str) -> None:
     _library.define(name + SCHEMAS[name], tags=(torch.Tag.needs_fixed_stride_order,))
-
-    parts = SCHEMAS[name].split("->")[0].split(", ")
-    mutable = [i for i, part in enumerate(parts) if "!" in part]
-    lists = [(i, part.split()[-1].strip("() ")) for i, part in enumerate(parts) if "[]" in part]
-
-    def serve(*arguments: Any) -> Any:
-        _same_length(arguments, lists)
-        device_type = _device_type(arguments)
-        backend, module = backends.resolve(device_type)
-        operate = getattr(module, name)
-        if backend == "extension":  # works on values alone, and tells autograd what it has written
-            return operate(*arguments)
-        with torch.no_grad():  # on finished gradients, as any optimizer works: nothing here is differentiated
-            result = operate(*arguments)
-        # Triton writes behind autograd's back, and plain torch may leave out what the schema says is written
-        written = [tensor for i in mutable for tensor in _tensors(arguments[i])]
-        increment_version([tensor for tensor in written if not tensor.is_inference()])
-        return result
-
-    _library.impl(name, serve, "CompositeExplicitAutograd")
+    _library.impl(name, partial(serve, _SIGNATURES[name]), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlur::{name}", _FAKES.get(name, lambda *_: None), lib=_library)
 
 
-def _same_length(arguments: Sequence[Any], lists: list[tuple[int, str]]) -> None:
-    """Refuse lists of different lengths, whoever called: a kernel would read past the end of the shorter one."""
-    if not lists:
-        return
-    place, first = lists[0]
-    length = len(arguments[place])
-    for place, name in lists[1:]:
-        if arguments[place] is not None and len(arguments[place]) != length:
-            raise ArgumentError(f"{name} has {len(arguments[place])} tensors, {first} has {length}")
-
-
-def _tensors(argument: Any) -> list[Tensor]:
-    return [argument] if isinstance(argument, Tensor) else list(argument or ())
-
-
-def _device_type(arguments: Sequence[Any]) -> str:
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            return argument.device.type
-        if isinstance(argument, list | tuple) and len(argument):
-            return str(argument[0].device.type)
-    return "cpu"
-
-
+_SIGNATURES = {name: Signature.of(name, schema) for name, schema in SCHEMAS.items()}
 for _name in SCHEMAS:
     _register(_name)
 
@@ -114,13 +75,19 @@ def grad_dot(a: Vector, b: Vector) -> tuple[Tensor, Tensor]:
 
     Returns:
         The three numbers in total, shape (3,), and per tensor, shape (len(a), 3), float64 on the device of the data.
-        Partial sums are float32 (float64 for float64), in a fixed order: the same bits every time.
+        Partial sums are float32 (float64 for float64), in a fixed order: the same bits every time, whatever the number
+        of threads.
+
+    Note:
+        Products are float32 too: of elements below 1e-19 or so they lose digits, below 1e-23 they are 0, and from
+        1.8e19 on (sooner, where many are added up) they are infinite, though a float64 would hold them. By an infinite
+        norm `displace` moves nothing, and `step_control` lowers its flag. ‖a + u‖² = ‖a‖² + 2⟨a,u⟩ + ‖u‖² has no
+        digits left where it is a ten-millionth of ‖a‖² or less.
 
     Raises:
         ArgumentError: the vectors do not fit each other.
     """
-    left, right = fit(a=a, b=b)
-    total, each = torch.ops.fastlur.grad_dot(left, right)
+    total, each = call(_SIGNATURES["grad_dot"], listed(a), listed(b))
     return total, each
 
 
@@ -132,16 +99,15 @@ def displace(out: Vector, theta: Vector, d: Vector, alpha: Number, norm2: Tensor
         theta: the point.
         d: the vector to move along.
         alpha: a number or a 0-d tensor; with `norm2` the length of the step.
-        norm2: ‖d‖², shape (), from `grad_dot`; where it is 0 the step is 0.
+        norm2: ‖d‖², shape (), from `grad_dot`; where it is 0 or infinite the step is 0.
 
     Raises:
         ArgumentError: the vectors do not fit each other.
     """
-    o, t, v = fit(out=out, theta=theta, d=d)
-    if o:
-        where = o[0].device
-        norm2 = None if norm2 is None else scalar(norm2, where)
-        torch.ops.fastlur.displace(o, t, v, scalar(alpha, where), norm2)
+    vectors = listed(out), listed(theta), listed(d)
+    where = device_of(vectors[0])
+    square = None if norm2 is None else scalar(norm2, where, "norm2")
+    call(_SIGNATURES["displace"], *vectors, scalar(alpha, where, "alpha"), square)
 
 
 def project(a: Vector, b: Vector, dots: Tensor, kind: str = "one_sided") -> None:
@@ -160,12 +126,9 @@ def project(a: Vector, b: Vector, dots: Tensor, kind: str = "one_sided") -> None
     Raises:
         ArgumentError: the vectors do not fit each other, or there is no such kind.
     """
-    left, right = fit(a=a, b=b)
     if kind not in reference.PROJECTIONS:
         raise ArgumentError(f"kind={kind!r} is no projection; use one of {', '.join(reference.PROJECTIONS)}")
-    fit_scalars(dots=(dots, 3))
-    if left:
-        torch.ops.fastlur.project(left, right, dots, kind)
+    call(_SIGNATURES["project"], listed(a), listed(b), dots, kind)
 
 
 def regularize(
@@ -197,12 +160,9 @@ def regularize(
     """
     if fisher is not None and theta0 is None:
         raise ArgumentError("fisher: weights a proximal term that needs theta0 as well")
-    g, t, t0, f = fit(grad=grad, theta=theta, theta0=theta0, fisher=fisher)
-    if not g:
-        return torch.zeros((), dtype=torch.float64)
-    value: Tensor = torch.ops.fastlur.regularize(
-        g, t, t0, f, hyper_parameters(g[0].device, weight_decay=l2, l1=l1, prox=prox)
-    )
+    vectors = listed(grad), listed(theta), listed(theta0), listed(fisher)
+    hyper = hyper_parameters(device_of(vectors[0]), weight_decay=l2, l1=l1, prox=prox)
+    value: Tensor = call(_SIGNATURES["regularize"], *vectors, hyper)
     return value
 
 
@@ -214,9 +174,17 @@ def step_control(control: Tensor, dots: Tensor, losses: Tensor, hyper: Tensor) -
         dots: of the two halves of the direction, shape (3,), float64.
         losses: any shape; one that is not finite lowers the flag for good.
         hyper: from `fastlur.operands.hyper_parameters`; its clip is the largest norm of the direction.
+
+    Note:
+        A norm counts as not finite from where the partial sums of `grad_dot` end: elements of 1.8e19 in float32 data
+        lower the flag, though they are finite themselves. The norm that is clipped is made of the three dots, so that
+        it is rough (anything from 0 to about 3e-4 of ‖a‖) where a ≈ −u cancel to that; the clip is then as rough.
+
+    Raises:
+        ArgumentError: something is no tensor, of another length or dtype, or on another device than `control`.
     """
-    fit_scalars(control=(control, CONTROL), dots=(dots, 3), hyper=(hyper, HYPER))
-    torch.ops.fastlur.step_control(control, dots, losses.double(), hyper)
+    given = losses.detach().double() if isinstance(losses, Tensor) else losses
+    call(_SIGNATURES["step_control"], control, dots, given, hyper)
 
 
 def meta_update(
@@ -240,8 +208,11 @@ def meta_update(
         u: the other, or None.
         moment1: momentum, changed; zeros before the first step.
         moment2: None for SGD (weight decay is L2), second moments for AdamW (weight decay is decoupled), changed.
-        control: what `step_control` decided. Where its flag is down nothing is written.
-        hyper: from `fastlur.operands.hyper_parameters`.
+        control: what `step_control` decided. Where its flag is down nothing is written; where it counts no step yet,
+            AdamW corrects its bias as in the first.
+        hyper: the hyper-parameters packed as one device vector, as `fastlur.operands.hyper_parameters` packs them (lr,
+            momentum, beta2, eps, weight_decay, l1, prox, clip; numbers or 0-d tensors). Kept from step to step it costs
+            nothing, and is changed in place; numbers as such are not taken here.
         theta0: centre of a proximal term with factor prox; it joins the direction unclipped, as the L1 term does.
         fisher: weights of the proximal term.
         mask: bool; where it is False neither weights nor moments move, weight decay included.
@@ -251,11 +222,8 @@ def meta_update(
     """
     if fisher is not None and theta0 is None:
         raise ArgumentError("fisher: weights a proximal term that needs theta0 as well")
-    t, x, y, m1, m2, t0, f = fit(theta=theta, a=a, u=u, moment1=moment1, moment2=moment2, theta0=theta0, fisher=fisher)
-    _, keep = fit(theta=theta, mask=mask)
-    fit_scalars(control=(control, CONTROL), hyper=(hyper, HYPER))
-    if t:
-        torch.ops.fastlur.meta_update(t, x, y, m1, m2, t0, f, keep, control, hyper)
+    vectors = (listed(each) for each in (theta, a, u, moment1, moment2, theta0, fisher, mask))
+    call(_SIGNATURES["meta_update"], *vectors, control, hyper)
 
 
 def extrapolate(theta: Vector, theta0: Vector, memorised: Vector, alpha: Number, eta: Number = 1.0) -> None:
@@ -271,9 +239,9 @@ def extrapolate(theta: Vector, theta0: Vector, memorised: Vector, alpha: Number,
     Raises:
         ArgumentError: the vectors do not fit each other.
     """
-    t, t0, m = fit(theta=theta, theta0=theta0, memorised=memorised)
-    if t:
-        torch.ops.fastlur.extrapolate(t, t0, m, scalar(alpha, t[0].device), scalar(eta, t[0].device))
+    vectors = listed(theta), listed(theta0), listed(memorised)
+    where = device_of(vectors[0])
+    call(_SIGNATURES["extrapolate"], *vectors, scalar(alpha, where, "alpha"), scalar(eta, where, "eta"))
 
 
 def saliency(out: Vector, grad: Vector, theta: Vector | None = None) -> None:
@@ -282,20 +250,35 @@ def saliency(out: Vector, grad: Vector, theta: Vector | None = None) -> None:
     Raises:
         ArgumentError: the vectors do not fit each other.
     """
-    o, g, t = fit(out=out, grad=grad, theta=theta)
-    if o:
-        torch.ops.fastlur.saliency(o, g, t)
+    call(_SIGNATURES["saliency"], listed(out), listed(grad), listed(theta))
 
 
-def threshold(scores: Vector, sparsity: float) -> Tensor:
+def threshold(scores: Vector, sparsity: Number) -> Tensor:
     """The ⌊sparsity·N⌋-th smallest of all N scores (the smallest for 0), shape (), float64.
+
+    Args:
+        scores: a vector; NaN counts as largest.
+        sparsity: in [0, 1]. The decimal digits count: 0.29 of 100 scores are 29. A 0-d tensor is waited for.
 
     Raises:
         ArgumentError: sparsity outside [0, 1], or no score at all.
     """
-    (every,) = fit(scores=scores)
-    if not 0 <= sparsity <= 1:
+    every = listed(scores)
+    fit((Operand("scores"),), (every,))
+    share = _share(sparsity)
+    if not 0 <= share <= 1:
         raise ArgumentError(f"sparsity={sparsity!r} must be in [0, 1]")
     if not any(each.numel() for each in every):
         raise ArgumentError("scores: hold nothing to find a threshold in")
-    return reference.threshold(every, sparsity)
+    return reference.threshold([x.detach() for x in every], share)
+
+
+def _share(sparsity: Number) -> float:
+    """The float that prints as the number does: 0.29 in float32 is a little less, and would be 28 of 100 scores."""
+    number: Any = sparsity
+    if isinstance(sparsity, Tensor) and sparsity.dtype != torch.bfloat16 and not sparsity.is_meta:
+        number = sparsity.detach().cpu().numpy()
+    try:
+        return float(str(number) if hasattr(number, "dtype") else number)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"sparsity={sparsity!r} must be a number in [0, 1]") from error

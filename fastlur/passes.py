@@ -103,6 +103,10 @@ class Passes:
         """The batch of this side."""
         return self._batches[which]
 
+    def replace(self, which: Which, batch: Any) -> None:
+        """Take another batch of this side for the rest of the step, before its first pass."""
+        self._batches[which] = batch
+
     @contextmanager
     def of_step(self, step: int, forget: Any, retain: Any) -> Iterator[None]:
         """Inside, passes are those of this step on these batches; `values` collects the losses, unweighted."""

@@ -6,8 +6,9 @@ hyper-parameters, float64 tensors, so that nothing here ever waits for it.
 
 A penalty whose factor (l2, l1, prox) is 0 is absent: it adds nothing, even where its operands are infinite or NaN.
 
-On the CPU contiguous tensors are worked on in pieces that stay in the cache: a chain of elementwise operations then
-reads and writes main memory once, and no temporary is the size of the model.
+On the CPU tensors are worked on in pieces that stay in the cache: a chain of elementwise operations then reads and
+writes main memory once, and no temporary is the size of the model. Where pieces end is told by sizes alone, and a sum
+over one is left to one thread: the bits of a result do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import torch
 from torch import Tensor
 
 # Elements a piece. On the CPU: few enough for several pieces to stay in a core's cache, for a float32 sum to keep its
-# digits, and for torch to work on each without waking other threads: hundreds of short parallel regions are a little
-# faster on an idle machine, and hundreds of times slower on a busy one, where each waits for a thread to be scheduled.
+# digits, and for torch to work on each without waking other threads, as elementwise operations and `sum` do for more:
+# hundreds of short parallel regions are a little faster on an idle machine, and hundreds of times slower on a busy one,
+# where each waits for a thread to be scheduled. `torch.dot` is no use here: it wakes threads from some thousand
+# elements on, and its bits then tell how many there were.
 PIECE = 1 << 15
 PIECE_GPU = 1 << 25
 
@@ -35,20 +38,33 @@ CONTROL = 3
 
 
 def pieces(*lists: Sequence[Tensor] | None) -> Iterator[list[Any]]:
-    """Walk lists of tensors side by side, in pieces that fit the cache where all are contiguous."""
+    """Walk lists of tensors side by side, in pieces that fit the cache."""
     given = [each for each in lists if each is not None]
     if len({len(each) for each in given}) > 1:
         raise ValueError(f"lists of {', '.join(str(len(each)) for each in given)} tensors; they go place by place")
     for index in range(len(given[0])):
         tensors = [None if each is None else each[index] for each in lists]
         held = [tensor for tensor in tensors if tensor is not None]
-        if not all(tensor.is_contiguous() for tensor in held):
-            yield tensors
-            continue
         size = PIECE if held[0].device.type == "cpu" else PIECE_GPU
-        flat = [None if tensor is None else tensor.view(-1) for tensor in tensors]
-        for start in range(0, held[0].numel(), size):
-            yield [None if tensor is None else tensor[start : start + size] for tensor in flat]
+        if all(tensor.is_contiguous() for tensor in held):
+            flat = [None if tensor is None else tensor.view(-1) for tensor in tensors]
+            for start in range(0, held[0].numel(), size):
+                yield [None if tensor is None else tensor[start : start + size] for tensor in flat]
+        else:
+            yield from _cut(tensors, held[0].shape, size)
+
+
+def _cut(tensors: list[Any], shape: torch.Size, size: int) -> Iterator[list[Any]]:
+    """The same for tensors with gaps in memory: parts of them, cut along one dimension after the other."""
+    if shape.numel() <= size:
+        yield tensors
+        return
+    dim = next(place for place, length in enumerate(shape) if length > 1)
+    rows = max(1, size * shape[dim] // shape.numel())
+    for start in range(0, shape[dim], rows):
+        length = min(rows, shape[dim] - start)
+        parts = [None if tensor is None else tensor.narrow(dim, start, length) for tensor in tensors]
+        yield from _cut(parts, torch.Size((*shape[:dim], length, *shape[dim + 1 :])), size)
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -58,13 +74,16 @@ def wide(tensor: Tensor) -> Tensor:
 
 def grad_dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """⟨a,b⟩, ‖a‖² and ‖b‖²: in total, shape (3,), and per tensor, shape (len(a), 3), both float64."""
-    device = a[0].device if len(a) else None
+    device = a[0].device if len(a) else "cpu"
     each = torch.zeros(len(a), 3, dtype=torch.float64, device=device)
     for row, x, y in zip(each, a, b, strict=True):
         parts = []
         for left, right in pieces([x], [y]):
-            left, right = wide(left.reshape(-1)), wide(right.reshape(-1))
-            parts += [torch.dot(left, right), torch.dot(left, left), torch.dot(right, right)]
+            if x is y:  # a norm
+                parts += [wide(left).square().sum()] * 3
+                continue
+            left, right = wide(left), wide(right)
+            parts += [(left * right).sum(), left.square().sum(), right.square().sum()]
         if parts:
             torch.sum(torch.stack(parts).view(-1, 3), 0, dtype=torch.float64, out=row)
     return each.sum(0), each
@@ -172,8 +191,9 @@ def meta_update(
     decay, l1, prox = hyper[WEIGHT_DECAY], hyper[L1], hyper[PROX]
     lr, beta1, beta2, eps, scale = hyper[LR], hyper[MOMENTUM], hyper[BETA2], hyper[EPS], control[SCALE]
     l2 = decay if moment2 is None else torch.zeros_like(decay)
-    correction1 = 1 - beta1 ** control[COUNT]
-    correction2 = 1 - beta2 ** control[COUNT]
+    number = control[COUNT].clamp(min=1)  # before `step_control` has counted a step, as in the first
+    correction1 = 1 - beta1**number
+    correction2 = 1 - beta2**number
     penalised = not (known(l2, 0) and known(l1, 0) and (theta0 is None or known(prox, 0)))
     clipped = not known(scale, 1)
     always = known(control[OK], 1)
@@ -239,8 +259,9 @@ def project(a: Sequence[Tensor], b: Sequence[Tensor], dots: Tensor, kind: str) -
     s, t = projection(dots, kind)
     for x, y in pieces(a, b):
         left, right = wide(x), wide(y)
-        moved = torch.where(s != 0, left + right * s, left) if kind == "symmetric" else None
-        y.copy_(torch.where(t != 0, right + left * t, right))  # not + 0: nothing changes, infinite or not
+        by_s, by_t = s.to(left.dtype), t.to(left.dtype)  # before they are compared: a factor may round to 0
+        moved = torch.where(by_s != 0, left + right * by_s, left) if kind == "symmetric" else None
+        y.copy_(torch.where(by_t != 0, right + left * by_t, right))  # not + 0: nothing changes, infinite or not
         if moved is not None:
             x.copy_(moved)
 
@@ -269,5 +290,8 @@ def threshold(scores: Sequence[Tensor], sparsity: float) -> Tensor:
 
 
 def smallest(values: Tensor, place: int, by_sorting: bool) -> Tensor:
-    """The `place`-th smallest, counted from 1; NaN counts as largest."""
+    """The `place`-th smallest, counted from 1; NaN counts as largest. The values may come out in another order."""
+    if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64) and not by_sorting:
+        values.numpy().partition(place - 1)  # in place: kthvalue would take three times their memory beside them
+        return values[place - 1]
     return values.sort().values[place - 1] if by_sorting else values.kthvalue(place).values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastlur.space import Selection, select
+from fastlur.slots import Selection, select
 from fastlur.statistics import Statistics
 
 
@@ -17,7 +17,7 @@ class Snapshot:
 
     Args:
         model: of which.
-        parameters: which may move, as in `fastlur.space.select`.
+        parameters: which may move, as in `fastlur.slots.select`.
     """
 
     def __init__(self, model: nn.Module, parameters: Selection = None) -> None:

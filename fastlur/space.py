@@ -12,58 +12,76 @@ build and free their graph inside one swap.
 
 from __future__ import annotations
 
-import fnmatch
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from fastlur.errors import ModelError
+from fastlur.slots import Selection, Slot, layout, select, tied
 
-Selection = None | str | Sequence[str] | Callable[[str, nn.Parameter], bool]
+LARGE = 128 << 10  # bytes a tensor, on average
 
 _open: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules whose parameters are in flat storage now
 
-ALIGN = 64  # bytes; what torch's own CPU allocations have, and a multiple of the 16 that GPU kernels want
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where one parameter lives. Tied parameters share a slot."""
-
-    names: tuple[str, ...]
-    parameters: tuple[nn.Parameter, ...]
-    group: int
-    offset: int
-    shape: torch.Size
-    stride: tuple[int, ...]
-    original_stride: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return self.shape.numel()
-
 
 class Vector:
-    """A vector with the layout of a space: `flats`, one buffer a dtype; `views`, shaped; `spans`, flat, one a slot."""
+    """A vector with the layout of a space: `flats`, one buffer a dtype; `views`, shaped; `spans`, flat, one a slot.
 
-    def __init__(self, slots: Sequence[Slot], flats: list[Tensor]) -> None:
-        self.flats = flats
-        self.views = [flats[s.group].as_strided(s.shape, s.stride, s.offset) for s in slots]
-        self.spans = [flats[s.group][s.offset : s.offset + s.numel] for s in slots]
+    A gradient may instead lie in `loose` tensors, one a slot, as autograd has made them, with nothing copied; `views`
+    are these then. Whoever asks for `flats` or `spans` has them gathered, and from there on the vector stays flat.
+    Storage is allocated when it is first needed.
+    """
+
+    def __init__(self, slots: Sequence[Slot], allocate: Callable[[], list[Tensor]]) -> None:
+        self.loose: list[Tensor] | None = None
+        self._slots, self._allocate = slots, allocate
+        self._flats: list[Tensor] | None = None
+        self._views: list[Tensor] = []
+        self._spans: list[Tensor] = []
+
+    @property
+    def flats(self) -> list[Tensor]:
+        """One buffer a dtype, with gaps of zeros between the slots."""
+        self._gather()
+        assert self._flats is not None
+        return self._flats
+
+    @property
+    def spans(self) -> list[Tensor]:
+        """One flat tensor a slot."""
+        self._gather()
+        return self._spans
+
+    @property
+    def views(self) -> list[Tensor]:
+        """One shaped tensor a slot."""
+        if self.loose is not None:
+            return self.loose
+        self._gather()
+        return self._views
+
+    @property
+    def gathered(self) -> bool:
+        """Whether there is flat storage."""
+        return self._flats is not None
 
     def zero_(self) -> None:
         """Set every element to 0."""
+        self.loose = None
         torch._foreach_zero_(self.flats)
 
-    def part(self, slots: Sequence[int] | None) -> list[Tensor]:
-        """The whole vector, or only some slots of it, as operations take it."""
-        return self.flats if slots is None else [self.spans[index] for index in slots]
+    def _gather(self) -> None:
+        if self._flats is None:
+            self._flats = self._allocate()
+            self._views = [self._flats[s.group].as_strided(s.shape, s.stride, s.offset) for s in self._slots]
+            self._spans = [self._flats[s.group][s.offset : s.offset + s.numel] for s in self._slots]
+        if self.loose is not None:
+            loose, self.loose = self.loose, None
+            with torch.no_grad():
+                torch._foreach_copy_(self._views, loose)
 
 
 class ParameterSpace:
@@ -86,27 +104,33 @@ class ParameterSpace:
     ) -> None:
         if model in _open:
             raise ModelError("model: is open in another step, whose close() would undo this one; close that first")
-        groups = _tied(model, select(model, parameters))
+        groups = tied(model, select(model, parameters))
         self.model = model
-        self.slots, sizes = _layout(groups, memory_format)
+        self.slots, sizes = layout(groups, memory_format)
         self.device = self.slots[0].parameters[0].device
         self._frozen = [
             p for p in model.parameters() if p.requires_grad and id(p) not in {id(q) for _, g in groups for q in g}
         ]
         self.reached: set[int] = set()
         self.collecting = False  # a pass is going on: its graph may be alive
+        self._taken: dict[int, Tensor] = {}  # what it has collected so far, by slot
+        self._target: list[Tensor] | None = None  # where it is copied to; None: it stays where it is
         with torch.no_grad():
-            self.theta = Vector(self.slots, [torch.zeros(n, dtype=d, device=self.device) for d, n in sizes.items()])
+            device = self.device
+            self.theta = Vector(self.slots, lambda: [torch.zeros(n, dtype=d, device=device) for d, n in sizes.items()])
             for slot, view in zip(self.slots, self.theta.views, strict=True):
                 view.copy_(slot.parameters[0])
         self._point_at(self.theta)
+        # few large tensors are best left where autograd puts them; many small ones cost more one by one than a copy
+        each = sum(flat.nbytes for flat in self.theta.flats) / len(self.slots)
+        self.piecewise = each >= LARGE and all(view.is_contiguous() for view in self.theta.views)
         for parameter in self._frozen:
             parameter.requires_grad_(False)
         self._hooks = []
         for index, slot in enumerate(self.slots):
             for parameter in slot.parameters:
                 parameter.grad = None
-                hook = parameter.register_post_accumulate_grad_hook(self._note(index))  # type: ignore[no-untyped-call]
+                hook = parameter.register_post_accumulate_grad_hook(self._take(index))  # type: ignore[no-untyped-call]
                 self._hooks.append(hook)
         self.closed = False
         _open.add(model)
@@ -118,7 +142,8 @@ class ParameterSpace:
 
     def vector(self, dtype: torch.dtype | None = None) -> Vector:
         """A new vector of zeros (also in the gaps between slots, which every operation then leaves at zero)."""
-        return Vector(self.slots, [torch.zeros_like(flat, dtype=dtype) for flat in self.theta.flats])
+        theta = self.theta
+        return Vector(self.slots, lambda: [torch.zeros_like(flat, dtype=dtype) for flat in theta.flats])
 
     def copy(self) -> Vector:
         """A new vector that holds θ as it is now."""
@@ -142,21 +167,42 @@ class ParameterSpace:
 
     @contextmanager
     def collect(self, out: Vector, add: bool = False) -> Iterator[None]:
-        """Inside, a backward pass adds the gradient into `out`, cleared first; slots it reaches join `reached`.
+        """Inside, a backward pass puts the gradient into `out`; slots it reaches join `reached`, others are 0 there.
 
-        With `add` nothing is cleared.
+        With `add` it is added to what `out` holds. Where the space is `piecewise`, tensors stay as autograd makes them;
+        elsewhere each is copied as soon as it is there, while it is in the cache, and freed.
         """
+        slots = range(len(self.slots))
+        self.drop_gradients()  # what the caller left there is not ours to add up
+        self._taken = dict(zip(slots, out.views, strict=True)) if add else {}
         if not add:
-            out.zero_()
+            out.loose = None
+            self._target = None if self.piecewise and not out.gathered else out.views
+        self.collecting = True
         try:
-            self.collecting = True
-            for slot, view in zip(self.slots, out.views, strict=True):
-                for parameter in slot.parameters:
-                    parameter.grad = view
             yield
+            for index in [index for index in slots if index not in self._taken]:
+                like = self.theta.views[index]
+                self._taken[index] = torch.zeros_like(like) if self._target is None else self._target[index].zero_()
+            if not out.gathered:
+                out.loose = [self._taken[index] for index in slots]
         finally:
-            self.collecting = False
+            self.collecting, self._taken, self._target = False, {}, None
             self.drop_gradients()
+
+    def tensors(self, vector: Vector, some: list[int] | None = None) -> list[Tensor]:
+        """A vector as operations take it: flat buffers, or one tensor a slot where that saves gathering gradients.
+
+        What the vector is at the moment does not decide, or a resumed run would add up in another order than the run.
+
+        Args:
+            vector: of this space.
+            some: these slots only; None: all.
+        """
+        if some is None:
+            return vector.views if self.piecewise else vector.flats
+        whole = vector.views if self.piecewise else vector.spans
+        return [whole[index] for index in some]
 
     def leaves(self) -> list[nn.Parameter]:
         """The moving parameters themselves; tied ones once an object."""
@@ -210,108 +256,21 @@ class ParameterSpace:
             for parameter in slot.parameters:
                 parameter.data = view
 
-    def _note(self, index: int) -> Callable[[Tensor], None]:
-        return lambda _: self.reached.add(index)
+    def _take(self, index: int) -> Callable[[Tensor], None]:
+        def take(parameter: Tensor) -> None:
+            self.reached.add(index)
+            gradient = parameter.grad
+            if not self.collecting or gradient is None:
+                return
+            parameter.grad = None
+            held = self._taken.get(index)
+            if held is not None:  # tied objects, or checkpointing that runs a backward within the backward
+                held.add_(gradient)
+                return
+            if self._target is None and gradient.layout is torch.strided:
+                self._taken[index] = gradient
+                return
+            own = torch.zeros_like(parameter) if self._target is None else self._target[index]
+            self._taken[index] = own.copy_(gradient) if gradient.layout is torch.strided else own.zero_().add_(gradient)
 
-
-def select(model: nn.Module, parameters: Selection) -> list[tuple[str, nn.Parameter]]:
-    """The (name, parameter) pairs that may move; a tied parameter appears once for each of its names.
-
-    Raises:
-        ModelError: there are none, or a pattern matches no parameter at all.
-    """
-    named = list(model.named_parameters(remove_duplicate=False))
-    if not (parameters is None or callable(parameters) or _patterns(parameters)):
-        raise ModelError(f"parameters={parameters!r} must be None, a glob, several, or a predicate (name, parameter)")
-    patterns = [parameters] if isinstance(parameters, str) else parameters
-    if patterns is None:
-        chosen = {id(p) for _, p in named}
-    elif callable(patterns):
-        chosen = {id(p) for name, p in named if patterns(name, p)}
-    else:
-        for pattern in patterns:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in named):
-                some = ", ".join(name for name, _ in named[:8])
-                raise ModelError(f"parameters: {pattern!r} matches no parameter of the model; names are like {some}")
-        chosen = {id(p) for name, p in named if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)}
-    moving = [(name, p) for name, p in named if id(p) in chosen and p.requires_grad]
-    if not moving:
-        if named and not any(p.is_floating_point() for _, p in named):
-            dtype = named[0][1].dtype
-            raise ModelError(f"model: its parameters are {dtype}, not floating point; unlearn before quantising it")
-        what = "model" if parameters is None else "parameters"
-        raise ModelError(f"{what}: no trainable parameter to move; set requires_grad on some, or choose others")
-    for name, p in moving:
-        if not p.is_floating_point() or p.layout != torch.strided or not _plain(p):
-            kind = f"{p.dtype}, {p.layout}, {type(p.data).__name__}"
-            raise ModelError(f"model: parameter {name!r} is {kind}; only dense floating-point tensors can be moved")
-    devices = sorted({str(p.device) for _, p in moving})
-    if len(devices) > 1 or devices == ["meta"]:
-        raise ModelError(f"model: the moving parameters are on {', '.join(devices)}; put them on one real device")
-    return moving
-
-
-def _patterns(value: object) -> bool:
-    if isinstance(value, str):
-        return True
-    return isinstance(value, Sequence) and bool(value) and all(isinstance(each, str) for each in value)
-
-
-def _plain(parameter: nn.Parameter) -> bool:
-    return type(parameter.data) is Tensor
-
-
-def _tied(
-    model: nn.Module, moving: list[tuple[str, nn.Parameter]]
-) -> list[tuple[tuple[str, ...], tuple[nn.Parameter, ...]]]:
-    """Group names and objects that are one parameter: the same object, or objects over the very same memory."""
-    names: dict[object, list[str]] = {}
-    objects: dict[object, list[nn.Parameter]] = {}
-    for name, p in moving:
-        key = _place(p)
-        names.setdefault(key, []).append(name)
-        held = objects.setdefault(key, [])
-        if not any(p is other for other in held):
-            held.append(p)
-    chosen = {id(p) for _, p in moving}
-    still: list[tuple[str, Tensor]] = [(name, p) for name, p in model.named_parameters() if id(p) not in chosen]
-    still += list(model.named_buffers())
-    first: list[tuple[str, Tensor]] = [(names[key][0], objects[key][0]) for key in names]
-    extents = sorted((*_extent(p), name, id(p) in chosen) for name, p in first + still if p.numel())
-    for (_, end, name, moves), (begin, _, other, too) in pairwise(extents):
-        if begin < end and (moves or too):
-            raise ModelError(
-                f"model: {name!r} and {other!r} share memory but are not one parameter that may move as a whole; "
-                "clone one of them, or let both move or neither"
-            )
-    return [(tuple(names[key]), tuple(objects[key])) for key in names]
-
-
-def _place(p: nn.Parameter) -> object:
-    return (p.data_ptr(), p.shape, p.stride(), p.dtype) if p.numel() else id(p)
-
-
-def _extent(p: Tensor) -> tuple[int, int]:
-    last = sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True))
-    return p.data_ptr(), p.data_ptr() + (last + 1) * p.element_size()
-
-
-def _layout(
-    groups: list[tuple[tuple[str, ...], tuple[nn.Parameter, ...]]], memory_format: torch.memory_format | None
-) -> tuple[list[Slot], dict[torch.dtype, int]]:
-    """Lay the parameters out one after the other, one buffer a dtype, each aligned."""
-    sizes: dict[torch.dtype, int] = {}
-    slots = []
-    for names, parameters in groups:
-        p = parameters[0]
-        # empty_like keeps the strides of a dense tensor (channels_last, transposed) and makes others contiguous
-        original = torch.empty_like(p, device="meta")
-        laid = original
-        if memory_format is not None and p.dim() == 4:
-            laid = torch.empty_like(p, device="meta", memory_format=memory_format)
-        offset = sizes.get(p.dtype, 0)
-        step = ALIGN // p.element_size()
-        sizes[p.dtype] = -(-(offset + p.numel()) // step) * step
-        group = list(sizes).index(p.dtype)
-        slots.append(Slot(names, parameters, group, offset, p.shape, laid.stride(), original.stride()))
-    return slots, sizes
+        return take

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +19,7 @@ class Statistics:
         self._norms = [m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats]
         ours = {id(m) for m in self._norms}
         self._others = [m for m in modules if id(m) not in ours]
+        self._all = [*self._norms, *self._others]
         self._saved: list[Saved] = []
 
     @contextmanager
@@ -45,7 +46,7 @@ class Statistics:
 
     def copies(self) -> list[Saved]:
         """Every buffer as it is now, to be used with `at`."""
-        return _copies([*self._norms, *self._others])
+        return _copies(self._all)
 
     @contextmanager
     def at(self, saved: list[Saved]) -> Iterator[None]:
@@ -76,22 +77,56 @@ class Statistics:
 
     def save(self) -> None:
         """Remember the buffers as they are, before the passes of a step."""
-        self._saved = self.copies()
+        now = [(module, name, buffer) for module in self._all for name, buffer in module._buffers.items()]
+        if [_kind(each) for *_, each in now] == [_kind(each) for *_, each in self._saved]:
+            # the copies of the step before, written anew
+            olds = [value for *_, value in self._saved if value is not None]
+            if olds:
+                torch._foreach_copy_(olds, [buffer.detach() for *_, buffer in now if buffer is not None])
+            self._saved = [(*place[:2], value) for place, (*_, value) in zip(now, self._saved, strict=True)]
+        else:
+            self._saved = _copies(self._all)
 
     def keep(self, ok: Tensor) -> None:
         """Keep what has moved since `save` where the flag `ok`, a 0-d tensor, is up; put it back where it is down."""
+        if ok.device.type == "cpu" and bool(ok):
+            return
+        now, then = [], []
         for module, name, before in self._saved:
-            now = module._buffers.get(name)
-            if now is None or before is None or now.shape != before.shape:
-                if not bool(ok):  # waits for the device, but only for buffers that come, go or grow
-                    _put(module, name, before)
-                continue
-            with torch.no_grad():
-                now.copy_(torch.where(ok > 0, now, before))
-        self._saved = []
+            buffer = module._buffers.get(name)
+            if buffer is not None and before is not None and buffer.shape == before.shape:
+                now.append(buffer.detach())
+                then.append(before)
+            elif not bool(ok):  # waits for the device, but only for buffers that come, go or grow
+                _put(module, name, None if before is None else before.clone())
+        put_back(now, then, ok)
 
 
 Saved = tuple[nn.Module, str, Tensor | None]
+
+
+def put_back(now: Sequence[Tensor], before: Sequence[Tensor], ok: Tensor) -> None:
+    """now ← before where the flag `ok` is down, decided on the device, whatever the values: by their bits.
+
+    Integers of the same width wrap around, so now + (before − now) is before exactly, NaN and infinities too; and a
+    list of tensors takes three operations, not three a tensor.
+    """
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    down = ok <= 0
+    for size in {tensor.itemsize for tensor in now}:
+        pairs = [(x, y) for x, y in zip(now, before, strict=True) if x.itemsize == size]
+        if size not in bits:
+            for x, y in pairs:
+                x.copy_(torch.where(down, y, x))
+            continue
+        here, there = ([each.view(bits[size]) for each in side] for side in zip(*pairs, strict=True))
+        change = torch._foreach_sub(there, here)
+        torch._foreach_mul_(change, down.to(bits[size]))
+        torch._foreach_add_(here, change)
+
+
+def _kind(buffer: Tensor | None) -> object:
+    return None if buffer is None else (buffer.shape, buffer.dtype, buffer.device)
 
 
 def _copies(modules: list[nn.Module]) -> list[Saved]:

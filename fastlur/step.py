@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlur.capture import Captured
 from fastlur.culprit import accuse
 from fastlur.data import Feed, to_device
 from fastlur.errors import ArgumentError, CheckpointError, ModelError, NonFiniteError, number
-from fastlur.methods.base import Direction, Method
+from fastlur.methods.base import Direction, Method, State
 from fastlur.passes import Loss, Passes, Which
 from fastlur.reference import OK
-from fastlur.space import ParameterSpace, Selection, Vector
+from fastlur.slots import Selection
+from fastlur.space import ParameterSpace, Vector
 from fastlur.stats import FIELDS, StepStats
 from fastlur.update import Update, check_optimizer
 from fastlur.world import borrowed_random, derive, seed_torch
@@ -46,6 +48,7 @@ class Step:
         seed: int = 0,
         feed: Feed | None = None,
         steps: int | None = None,
+        capture: bool = False,
         rows: int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -53,6 +56,8 @@ class Step:
         _check_numbers(lr, momentum, weight_decay, max_grad_norm, precision)
         check_optimizer(optimizer)
         self.space = ParameterSpace(model, parameters, memory_format)
+        if capture:
+            _check_capture(self.space, optimizer)
         try:
             self.method = method
             self.memory_format = memory_format
@@ -78,11 +83,19 @@ class Step:
                     trim(self.passes)
                 self.mask: Vector | None = None if mask is None else mask(self.passes)
                 self.state = method.prepare(self.passes)
+            if not isinstance(self.state, State):
+                kind = type(self.state).__name__
+                raise ArgumentError(f"method: prepare of {type(method).__name__} must return a State, not a {kind}")
         except BaseException:
             self.space.close()
             raise
         self.step = 0
         self._unread: list[StepStats] = []
+        self._captured: Captured | None = None
+        if capture:
+            self._captured = Captured(self._work, self.space.device)
+            self.space.piecewise = False  # a graph wants gradients to stay where they are
+        self._direction: Direction | None = None
         self._last: tuple[Direction | None, dict[Which, Any] | None] = None, None  # while the host looks, no longer
         self._nothing = torch.full((), math.nan, device=self.space.device)  # the loss of a side without a pass
 
@@ -97,10 +110,24 @@ class Step:
         self.space.check()
         device = self.space.device
         forget, retain = (to_device(batch, device, self.memory_format) for batch in (forget, retain))
+        with borrowed_random(device):
+            work = self._work if self._captured is None else self._captured
+            forget_loss, retain_loss, dots = work(forget, retain)
+        self.step += 1
+        stats = StepStats(self.step, forget_loss, retain_loss, dots)
+        self._unread.append(stats)
+        if device.type == "cpu" or len(self._unread) >= READ_EVERY:
+            self._last = self._direction, {"forget": forget, "retain": retain}
+            self.check()
+            self._last = None, None
+        return stats
+
+    def _work(self, forget: Any, retain: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """What a step does on the device: both losses, not a number for a side without a pass, and the dots."""
         passes = self.passes
         passes.statistics.save()
         try:
-            with borrowed_random(device), passes.of_step(self.step + 1, forget, retain):
+            with passes.of_step(self.step + 1, forget, retain):
                 direction = self.method.direction(passes, self.state)
                 if self.mask is not None:
                     direction = direction._replace(mask=_both(self.mask, direction.mask))
@@ -108,18 +135,12 @@ class Step:
                     dots = self.update.decide(direction, list(passes.values.values()))
                     self.update.apply(direction)
         except BaseException:
-            passes.statistics.keep(torch.zeros((), device=device))
+            passes.statistics.keep(torch.zeros((), device=self.space.device))
             raise
         passes.statistics.keep(self.update.control[OK])
-        self.step += 1
+        self._direction = direction
         forget_loss, retain_loss = (passes.values.get(side, self._nothing) for side in ("forget", "retain"))
-        stats = StepStats(self.step, forget_loss, retain_loss, dots)
-        self._unread.append(stats)
-        if device.type == "cpu" or len(self._unread) >= READ_EVERY:
-            self._last = direction, {"forget": forget, "retain": retain}
-            self.check()
-            self._last = None, None
-        return stats
+        return forget_loss, retain_loss, dots
 
     @torch.inference_mode(False)
     def check(self) -> None:
@@ -143,7 +164,12 @@ class Step:
         return all(math.isfinite(value) or getattr(stats, name) is self._nothing for name, value in numbers)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step depends on beside the model itself: moments and kept gradients by parameter name."""
+        """What the next step depends on beside the model itself: moments and kept gradients by parameter name.
+
+        Raises:
+            ModelError: the step is closed.
+        """
+        self.space.check()
         vectors = self._fixed() | {f"method.{k}": v for k, v in self.state.vectors().items()}
         named = {k: {n: t.clone() for n, t in zip(self.space.names, v.views, strict=True)} for k, v in vectors.items()}
         custom = None if self.update.custom is None else self.update.custom.state_dict()
@@ -161,8 +187,10 @@ class Step:
         """Go on where `state_dict` was taken; the model's own state is the caller's to load.
 
         Raises:
-            CheckpointError: it was taken from another optimizer, method or set of parameters.
+            CheckpointError: it was taken from another optimizer, method or set of parameters. ModelError: the step is
+                closed.
         """
+        self.space.check()
         missing = {"step", "method", "control", "vectors", "tensors", "optimizer"} - set(state)
         if missing:
             raise CheckpointError(f"state: has no {', '.join(sorted(missing))}; pass what state_dict() returned")
@@ -218,11 +246,16 @@ class Step:
 
     def weights_are_finite(self) -> bool:
         """Whether every weight that moves is; waits for the device."""
-        return all(bool(torch.isfinite(flat).all()) for flat in self.space.theta.flats)
+        return all(_finite(flat) for flat in self.space.theta.flats)
 
     @torch.inference_mode(False)
     def close(self) -> None:
-        """Give the model back as it came: ordinary parameters with storage of their own."""
+        """Give the model back as it came: ordinary parameters with storage of their own.
+
+        The vectors of the step go first, so that those parameters need no memory that the step did not have.
+        """
+        if not self.space.closed:
+            del self.update, self.state, self.mask
         self.space.close()
 
     def __enter__(self) -> Step:
@@ -230,6 +263,11 @@ class Step:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _finite(flat: Tensor) -> bool:
+    """Whether all of it is finite, by its extremes (NaN is one of them): `isfinite` would make copies of it."""
+    return not flat.numel() or all(bool(torch.isfinite(extreme)) for extreme in flat.aminmax())
 
 
 def _read(vector: Vector, names: list[str], saved: dict[str, Tensor], key: str) -> None:
@@ -265,3 +303,14 @@ def _both(mask: Vector, own: Vector | None) -> Vector:
     for mine, flat in zip(own.flats, mask.flats, strict=True):
         mine.logical_and_(flat)
     return own
+
+
+def _check_capture(space: ParameterSpace, optimizer: object) -> None:
+    what = None
+    if space.device.type != "cuda":
+        what = f"needs a CUDA device, and the model is on {space.device}"
+    elif not isinstance(optimizer, str):
+        what = "needs 'sgd' or 'adamw': an optimizer of torch's decides on the host"
+    if what is not None:
+        space.close()
+        raise ArgumentError(f"capture=True: {what}; leave it off")

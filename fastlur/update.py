@@ -65,7 +65,7 @@ class Update:
     def decide(self, direction: Direction, losses: list[Tensor]) -> Tensor:
         """Set the control scalars from the gradients and the losses; returns (⟨r,f⟩, ‖r‖², ‖f‖²), shape (3,)."""
         retain, forget = direction.retain, direction.forget
-        dots = ops.grad_dot(retain.flats, (forget or retain).flats)[0]
+        dots = ops.grad_dot(self.space.tensors(retain), self.space.tensors(forget or retain))[0]
         if forget is None:
             dots[0::2] = 0.0
         ops.step_control(self.control, dots, torch.stack([loss.double() for loss in losses]), self.hyper)
@@ -78,18 +78,26 @@ class Update:
         if self.custom is not None:
             self._apply_custom(self.custom, direction)
             return
-        assert self.first is not None
+        first = self.first
+        assert first is not None
+
+        def part(vector: Vector) -> list[Tensor]:
+            return self.space.tensors(vector, some)
+
+        def maybe(vector: Vector | None) -> list[Tensor] | None:
+            return None if vector is None else part(vector)
+
         ops.meta_update(
-            self.space.theta.part(some),
-            direction.retain.part(some),
-            None if direction.forget is None else direction.forget.part(some),
-            self.first.part(some),
-            None if self.second is None else self.second.part(some),
+            part(self.space.theta),
+            part(direction.retain),
+            maybe(direction.forget),
+            part(first),
+            maybe(self.second),
             control=self.control,
             hyper=self.hyper,
-            theta0=None if direction.theta0 is None else direction.theta0.part(some),
-            fisher=None if direction.fisher is None else direction.fisher.part(some),
-            mask=None if direction.mask is None else direction.mask.part(some),
+            theta0=maybe(direction.theta0),
+            fisher=maybe(direction.fisher),
+            mask=maybe(direction.mask),
         )
 
     def moments(self) -> dict[str, Vector]:

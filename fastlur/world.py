@@ -23,7 +23,7 @@ def derive(*parts: object) -> int:
 def seed_torch(seed: int, device: torch.device) -> None:
     """Seed the generators that passes draw from: the CPU's and the model's device's, and no other."""
     torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():  # a graph is of models that do not draw
         torch.cuda.default_generators[_index(device)].manual_seed(seed)
 
 

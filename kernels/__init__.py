@@ -1,4 +1,8 @@
-"""Triton kernels, one family of operations a file; each launcher takes what its twin in `fastlur.reference` takes."""
+"""Triton kernels, one family of operations a file; each launcher takes what its twin in `fastlur.reference` takes.
+
+An operation is one launch a dtype, however many tensors; a sum is one more for all dtypes. The vector work of a step,
+from the displacement over dots and decision to the update, is so five launches, and three more for a second dtype.
+"""
 
 if __name__ == "kernels":
     raise ImportError("these kernels are fastlur.kernels; `kernels` is another project's name, import fastlur instead")

@@ -58,7 +58,8 @@ def dot_kernel(
 def grad_dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """⟨a,b⟩, ‖a‖² and ‖b‖²: in total, shape (3,), and per tensor, shape (len(a), 3), both float64."""
     if not a and not b:
-        return torch.zeros(3, dtype=torch.float64), torch.zeros(0, 3, dtype=torch.float64)
+        total, each = (torch.zeros(shape, dtype=torch.float64, device="cpu") for shape in ((3,), (0, 3)))
+        return total, each
     with contiguous((a, b), written=0) as held:
         launches = plan(held, BLOCK, PARTIALS)
         partials = torch.empty(3, launches.programs, dtype=torch.float64, device=a[0].device)

@@ -151,8 +151,10 @@ def _plan(lists: Lists, block: int, limit: int | None, device: torch.device, cap
             origin=origin,
             programs=sum(counts),
             size=0 if many else sizes[0],
-            table=torch.tensor([first, sizes, *rows], dtype=torch.int64).to(device) if many else None,
-            owner=torch.arange(len(places), dtype=torch.int32).repeat_interleave(torch.tensor(counts)).to(device)
+            table=torch.tensor([first, sizes, *rows], dtype=torch.int64, device="cpu").to(device) if many else None,
+            owner=torch.arange(len(places), dtype=torch.int32, device="cpu")
+            .repeat_interleave(torch.tensor(counts, device="cpu"))
+            .to(device)
             if many
             else None,
             width=len(places),
@@ -161,5 +163,5 @@ def _plan(lists: Lists, block: int, limit: int | None, device: torch.device, cap
         )
         groups.append(group)
         origin += group.programs
-    starts = torch.tensor(ranges, dtype=torch.int64).to(device) if len(columns) > 1 else None
+    starts = torch.tensor(ranges, dtype=torch.int64, device="cpu").to(device) if len(columns) > 1 else None
     return Plan(tuple(groups), origin, starts)

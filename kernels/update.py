@@ -3,7 +3,7 @@
     g = c(a + u) + l1·sign θ + prox·F (θ − θ₀), c the clip factor; for SGD also + l2·θ
     SGD     m ← μm + g,  θ ← θ − lr·m
     AdamW   m ← β₁m + (1 − β₁)g,  v ← β₂v + (1 − β₂)g²
-            θ ← (1 − lr·l2)θ − lr·(m/(1 − β₁ⁿ)) / (√(v/(1 − β₂ⁿ)) + ε),  n the number of steps taken
+            θ ← (1 − lr·l2)θ − lr·(m/(1 − β₁ⁿ)) / (√(v/(1 − β₂ⁿ)) + ε),  n the number of steps taken, 1 at least
 
 Nothing is even read where the control flag is down; where the mask is False neither weights nor moments change.
 """
@@ -74,7 +74,7 @@ def update_block(
         moved = weight - first * lr.to(COMPUTE)
     else:
         beta2 = tl.load(hyper + BETA2)
-        count = tl.load(control + COUNT)
+        count = tl.maximum(tl.load(control + COUNT), 1.0)  # before a step was counted, as in the first
         first += g * (1 - beta1).to(COMPUTE)
         v = read(moment2, offsets, mask, COMPUTE)
         second = v * beta2.to(COMPUTE) + g * g * (1 - beta2).to(COMPUTE)

@@ -45,11 +45,10 @@ def numbers():
 
 
 def vector_step(lists, scalars):
-    """Out and back, the dots, the decision and the update: the vector work of one step."""
+    """The displaced point, the dots, the decision and the update: the vector work of one step."""
     theta, a, u, first, second, theta0, fisher, out = lists
     control, hyper, losses, alpha, _ = scalars
     ops.displace(out, theta, a, alpha)
-    ops.displace(out, out, u, alpha)
     dots, _ = ops.grad_dot(a, u)
     ops.step_control(control, dots, losses, hyper)
     ops.meta_update(theta, a, u, first, second, control=control, hyper=hyper, theta0=theta0, fisher=fisher)
@@ -128,6 +127,21 @@ def check_rounding(sizes, dtype):
     out = full_of_nan(theta)
     ops.displace(out, theta, d, 0.5)
     assert same(out, [(t.float() - 0.5 * v.float()).to(dtype) for t, v in zip(theta, d, strict=True)])
+
+
+def check_short_numbers(dtype, subnormal):
+    """Every number of sixteen bits is read as what it is, and what it is read as is stored."""
+    every = torch.arange(-(2**15), 2**15, device=DEVICE).to(torch.int16).view(dtype)
+    every = every[every.isfinite()]
+    if not subnormal:
+        every = every[(every == 0) | (every.abs() >= torch.finfo(dtype).tiny)]
+    out = full_of_nan([every])
+    ops.saliency(out, [every])
+    assert same(out, [every.abs()])
+    moments = torch.zeros(len(every), device=DEVICE)
+    zero = torch.zeros_like(every)
+    ops.meta_update(zero, every, None, moments, control=control_scalars(DEVICE), hyper=hyper_parameters(DEVICE))
+    assert torch.equal(moments, every.float())
 
 
 def filled(value, size):

@@ -1,8 +1,9 @@
 """What the tests of the kernels share: where they run, their data, and how near is near enough.
 
-Without a GPU the kernels run in Triton's interpreter, which must be chosen before they are imported. There, float32 is
-cut off, not rounded, when it is stored as bfloat16: `close` allows for that and only there; test_kernels_gpu.py holds
-the compiled kernels to exact rounding.
+Without a GPU the kernels run in Triton's interpreter, which must be chosen before they are imported. Its known faults,
+all of bfloat16: float32 is cut off, not rounded, when it is stored (`close` allows for that and only there), arithmetic
+without a cast to float32 is wrong (the kernels always cast), and subnormal numbers are read wrongly, most of them as 0
+(`backend_cases.check_short_numbers` leaves them out). test_kernels_gpu.py holds the compiled kernels to all of it.
 """
 
 import importlib

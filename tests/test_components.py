@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 
@@ -110,6 +111,18 @@ class TestTrim:
             run(model, blobs(12), blobs(20), method=fastlur.LUR(trim=Trim(layers="layer4.*")))
         assert same(before, state(model))
 
+    @pytest.mark.parametrize("layers", ["1.*", ("1.*", "1.weight")])
+    @pytest.mark.parametrize("form", [None, "cleaned", "as_published"])
+    def test_a_glob_that_matches_normalisation_layers_alone_is_refused(self, form, layers):
+        method = fastlur.LUR(trim=Trim(layers=layers))
+        if form:
+            method = fastlur.methods.ScissorHands(trim=None, layers=layers, form=form)
+        model = normed()
+        before = state(model)
+        with pytest.raises(fastlur.ModelError, match=r"layers: '1\..*' matches nothing .*normalisation.* 0\.weight"):
+            run(model, blobs(12, dtype=torch.float64), blobs(20, dtype=torch.float64), method=method)
+        assert same(before, state(model))
+
     def test_it_is_the_same_every_time_and_touches_no_statistics(self):
         torch.manual_seed(0)
         forget = blobs(20, dtype=torch.float64)
@@ -164,6 +177,16 @@ class TestSaliencyMask:
         assert torch.equal(at, torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
 
 
+@pytest.mark.parametrize("part", [{"trim": Trim()}, {"mask": SaliencyMask()}])
+def test_gradients_that_are_not_finite_leave_the_model_alone(part):
+    model, broken = mlp(), blobs(12)
+    before = state(model)
+    fails = lambda m, batch: cross_entropy(m, batch) * (math.nan if len(batch[1]) == 4 else 1.0)  # the last batch
+    with pytest.raises(fastlur.NonFiniteError, match="forget: a gradient"):
+        run(model, broken, blobs(24), method=fastlur.LUR(**part), loss=fails)
+    assert same(before, state(model))
+
+
 def test_a_run_with_both_goes_on_bit_for_bit_after_an_interruption(tmp_path):
     method = fastlur.LUR(trim=Trim(0.5), mask=SaliencyMask())
     first, forget, retain = normed().float(), blobs(12), blobs(20)
@@ -175,7 +198,7 @@ def test_a_run_with_both_goes_on_bit_for_bit_after_an_interruption(tmp_path):
         run(second, forget, retain, callbacks=[interrupt], **options)
     steps = []
     run(third, forget, retain, callbacks=[lambda event: steps.append(event.step)], **options)
-    assert steps == [3, 4]
+    assert steps == [2, 3, 4]  # a callback that raises leaves its own step unsaved
     assert same(state(first), state(third))
 
 
@@ -188,11 +211,48 @@ def test_a_run_with_both_goes_on_bit_for_bit_after_an_interruption(tmp_path):
         (lambda: SaliencyMask(batches=1.5), "batches"),
         (lambda: fastlur.methods.resolve(fastlur.LUR(trim=0.9)), "trim"),
         (lambda: fastlur.methods.resolve(fastlur.LUR(mask=SaliencyMask)), "mask"),
+        (lambda: fastlur.methods.resolve(fastlur.LUR), "Recipe"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(make, argument):
     with pytest.raises(fastlur.ArgumentError, match=argument):
         make()
+
+
+class Upper:
+    """A mask of the user's own that does not say what it is."""
+
+    def __call__(self, passes):
+        mask = passes.space.vector(torch.bool)
+        for flat in mask.flats:
+            flat[len(flat) // 2 :] = True
+        return mask
+
+
+def shrunk(passes, by=0.5):
+    for flat in passes.space.theta.flats:
+        flat.mul_(by)
+
+
+def test_parts_of_ones_own_are_the_same_in_another_process():
+    """Objects made anew have other addresses, as those of another process do."""
+    methods = [fastlur.LUR(trim=functools.partial(shrunk, by=by), mask=Upper()) for by in (0.5, 0.5, 0.7)]
+    first, again, other = (json.dumps(method.settings()) for method in methods)
+    assert first == again != other
+    assert " at 0x" not in first + json.dumps(fastlur.LUR(trim=shrunk).settings())
+    assert f"{__name__}.shrunk" in first and f"{__name__}.Upper" in first
+
+
+def test_a_run_with_parts_of_ones_own_goes_on(tmp_path):
+    model, forget, retain = mlp(), blobs(12), blobs(20)
+    whole, first = copy.deepcopy(model), copy.deepcopy(model)
+    made = lambda: fastlur.LUR(trim=functools.partial(shrunk, by=0.9), mask=Upper())
+    run(whole, forget, retain, method=made(), steps=4)
+    options = {"steps": 4, "checkpoint": tmp_path / "kept", "checkpoint_every": 1}
+    with pytest.raises(Interrupted):
+        run(first, forget, retain, method=made(), callbacks=[interrupt], **options)
+    run(model, forget, retain, method=made(), **options)
+    assert same(state(model), state(whole))
 
 
 def test_settings_are_plain_json_and_components_are_keywords_only():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from helpers import MODES, ORDERS, Interrupted, blobs, images, run, same, state
 from torch import nn
 
 import fastlur
+from fastlur import space
+from fastlur.statistics import put_back
 
 
 class TestStatistics:
@@ -177,3 +180,85 @@ class TestNonFinite:
         with pytest.raises(fastlur.NonFiniteError, match="step 2"):
             step.check()
         step.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("ok", [0.0, 1.0])
+def test_buffers_are_put_back_by_their_bits_or_not_at_all(dtype, ok):
+    """As where nobody may wait for the flag: on the device, for what is not finite too."""
+    odd = [-math.inf, math.nan, 0.0, -0.0, 1.0, 3e38] if dtype.is_floating_point else [0, 1, 255, 7, 1, 0]
+    before = torch.tensor(odd, dtype=torch.float64).to(dtype)
+    now = before.flip(0).clone()
+    wanted = (now if ok else before).clone()
+    given = before.clone()
+    put_back([now, torch.zeros(2)], [before, torch.zeros(2)], torch.tensor(ok, dtype=torch.float64))
+    bits = torch.uint8
+    assert torch.equal(now.view(bits), wanted.view(bits))
+    assert torch.equal(before.view(bits), given.view(bits))
+
+
+class Twofold(nn.Module):
+    """Large tensors: one used by both losses, one by the retain loss alone, one tied under two names, one by none."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.kept = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.idle = nn.Parameter(torch.ones(200_000))
+        self.wide, self.tied = nn.Linear(300, 300, bias=False), nn.Linear(300, 300, bias=False)
+        self.tied.weight = nn.Parameter(self.wide.weight.data)  # another object over the same memory
+
+    def forward(self, x):
+        y = x[:, :1].expand(-1, 300)
+        deep = self.tied(torch.tanh(self.wide(y)))[:, :4]
+        return self.shared(x) + 0.1 * deep + (self.kept(x) if self.keeping else 0.0)
+
+
+@pytest.mark.parametrize("gradient", MODES)
+def test_gradients_left_where_autograd_puts_them_are_the_same(gradient, monkeypatch):
+    """Few large tensors are taken as they come; copied into flat storage they must be the same ones."""
+
+    def keep(model, batch):
+        model.keeping = True
+        return fastlur.losses.cross_entropy(model, batch)
+
+    def go(model, batch):
+        model.keeping = False
+        return fastlur.losses.negative_cross_entropy(model, batch)
+
+    torch.manual_seed(5)
+    model, forget, retain = Twofold(), blobs(8), blobs(8)
+    found = []
+    for large in (0, 1 << 40):
+        monkeypatch.setattr(space, "LARGE", large)
+        copied = copy.deepcopy(model)
+        copied.tied.weight = nn.Parameter(copied.wide.weight.data)
+        with fastlur.MetaStep(copied, keep, go, gradient=gradient, max_grad_norm=1.0, weight_decay=0.1) as step:
+            assert step.space.piecewise == (large == 0)
+            for _ in range(3):
+                step(forget, retain)
+            assert step.state.outer_gradient.gathered == (large > 0)
+            assert not step.state.outer_gradient.views[step.space.names.index("idle")].any()
+            assert not step.state.outer_gradient.views[step.space.names.index("kept.weight")].any()
+        assert torch.equal(copied.idle, model.idle)  # weight decay or not
+        found.append(state(copied))
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-6, atol=1e-7)
+
+
+def test_a_vector_asked_for_its_flat_form_holds_the_same():
+    model = nn.Linear(400, 300)
+    with fastlur.MetaStep(model) as step:
+        batch = torch.randn(4, 400), torch.randint(0, 300, (4,))
+        step(batch, batch)
+        vector = step.state.outer_gradient
+        loose = [view.clone() for view in vector.views]
+        assert not vector.gathered
+        assert float(vector.flats[0].norm()) == pytest.approx(float(torch.cat([x.reshape(-1) for x in loose]).norm()))
+        assert vector.gathered
+        assert vector.loose is None
+        assert all(torch.equal(x, y) for x, y in zip(loose, vector.views, strict=True))
+        step(batch, batch)  # and it stays flat
+        assert vector.gathered
+        assert vector.loose is None
+        vector.zero_()
+        assert not any(view.any() for view in vector.views)

@@ -205,6 +205,19 @@ def test_autograd_and_transforms_agree_while_the_model_stands_elsewhere(job, kee
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
 
 
+def test_the_way_of_the_product_can_be_chosen(job):
+    model, forget, retain = job
+    found = []
+    for hessian in ("autograd", "func"):
+        with fastlur.MetaStep(copy.deepcopy(model), lr=0.0, gradient="exact", inner_lr=0.3, hessian=hessian) as step:
+            step(forget, retain)
+            assert step.state.hessian == hessian
+            found.append(direction(step))
+    assert norm(minus(*found)) <= 1e-10 * norm(found[0])
+    with pytest.raises(fastlur.ArgumentError, match="hessian='fun' is unknown; did you mean 'func'"):
+        fastlur.LUR(hessian="fun")
+
+
 @pytest.mark.parametrize("by", ["autograd", "func"])
 def test_a_model_that_cannot_be_differentiated_twice_is_named(job, by):
     class Once(torch.autograd.Function):

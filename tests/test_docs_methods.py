@@ -1,7 +1,8 @@
-"""What docs/methods.md shows works as it stands there."""
+"""What docs/methods.md and docs/evaluate.md show works as it stands there."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import torch
 from helpers import blobs, mlp, run, same, state
 
 import fastlur
-from fastlur.methods import SaliencyMask, Trim
+from fastlur.methods import METHODS, SaliencyMask, Trim
 
-TEXT = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+DOCS = Path(__file__).parent.parent / "docs"
+TEXT, EVALUATE = ((DOCS / f"{name}.md").read_text() for name in ("methods", "evaluate"))
 
 
 @pytest.fixture
@@ -63,3 +65,52 @@ def test_a_word_in_the_text_that_names_something_names_something_that_exists():
         assert hasattr(fastlur.methods, name), name
     for name in re.findall(r"`passes\.(\w+)", TEXT):
         assert hasattr(fastlur.passes.Passes, name), name
+
+
+def test_the_table_is_that_of_the_methods():
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (\S+) \| (\S+) \| (\S+) \| (.*?) ?\|$", TEXT, re.MULTILINE)
+    wanted = []
+    for name, recipe in METHODS.items():
+        cost = recipe().cost
+        line = recipe.__doc__.strip().splitlines()[0]
+        wanted.append((name, line, *(f"{n:g}" for n in (cost.passes, cost.forwards, cost.buffers)), cost.note))
+    assert rows == wanted
+    assert [row[0] for row in rows] == list(fastlur.methods.available())
+
+
+def test_the_presets_named_are_those_there_are():
+    named = {name: re.findall(r"`(\w+)`", rest) for name, rest in re.findall(r"^- `(\w+)`: (`.*)$", TEXT, re.MULTILINE)}
+    assert named == {name: list(recipe.presets) for name, recipe in METHODS.items() if recipe.presets}
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_forget_loss_is_taken_or_refused_as_said(name):
+    """Positive, so that each that takes one can."""
+    about = TEXT[TEXT.index("Three kinds of forget loss") :].split("\n\n")[0]
+    call = lambda: run(mlp(), blobs(8), blobs(8), method=name, steps=1, forget_loss=fastlur.losses.cross_entropy)
+    if f"`{name}`" in about:
+        call()
+    else:
+        with pytest.raises(fastlur.ArgumentError, match="forget_loss"):
+            call()
+
+
+def test_the_figures_explained_are_those_of_an_evaluation():
+    table = re.findall(r"^\| (`.*?) \| ", EVALUATE, re.MULTILINE)
+    named = [name for cell in table for name in re.findall(r"`(\w+)`", cell)]
+    assert sorted(named) == sorted(field.name for field in dataclasses.fields(fastlur.Evaluation))
+
+
+def test_the_evaluation_shown_runs(capsys):
+    forget, retain, test, unseen = blobs(12), blobs(24), blobs(12), blobs(12)
+    shown = {"fastlur": fastlur, "torch": torch, "model": mlp(), "retrained": mlp(), "forget": forget}
+    shown |= {"retain": retain, "test": test, "unseen": unseen}
+    sizes = []
+    shown["train_model"] = lambda inputs, targets: sizes.append(len(targets)) or mlp()
+    codes = re.findall(r"```python\n(.*?)```", EVALUATE, re.DOTALL)
+    assert len(codes) == 2
+    for code in codes:
+        exec(compile(code, "docs/evaluate.md", "exec"), shown)
+    assert shown["found"].shadows == 8
+    assert sizes == [24 + 12] * 8
+    assert "RTE" in capsys.readouterr().out

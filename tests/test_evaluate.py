@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from helpers import mlp, state
+from helpers import blobs, mlp, run, state
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastlur
+from fastlur.attacks import auc_interval
 from fastlur.evaluate import membership
 
 
@@ -150,3 +152,102 @@ def test_it_prints():
     found = fastlur.Evaluation(ua=12.34, ra=99, ta=98, mia=50, loss_auc=0.5, gap=1.0)
     assert str(found) == "UA 12.3  RA 99.0  TA 98.0  MIA 50.0  loss-AUC 0.500  gap 1.00"
     assert math.isclose(found.as_dict()["ua"], 12.34)
+
+
+class Says(nn.Module):
+    """Its logits are its input."""
+
+    def forward(self, x):
+        return x
+
+
+def said(n, sure, seed):
+    """Random logits of n items, the surer of the label the larger `sure`, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 4, (n,), generator=generator)
+    logits = torch.randn(n, 4, generator=generator, dtype=torch.float64)
+    return logits + sure * torch.nn.functional.one_hot(labels, 4), labels
+
+
+FIELDS = {"forget": said(60, 1.0, 1), "retain": said(300, 2.0, 2), "test": said(90, 0.5, 3)}
+
+
+def given_away(logits, label):
+    """What the four attacks look at, for one item, in plain Python."""
+    total = sum(math.exp(v) for v in logits)
+    p = [math.exp(v) / total for v in logits]
+    return {
+        "confidence": p[label],
+        "correctness": float(max(range(4), key=p.__getitem__) == label),
+        "entropy": -sum(q * math.log(q) for q in p),
+        "modified_entropy": -(1 - p[label]) * math.log(p[label])
+        - sum(q * math.log(1 - q) for i, q in enumerate(p) if i != label),
+    }
+
+
+@pytest.mark.parametrize("attack", ["confidence", "correctness", "entropy", "modified_entropy"])
+def test_each_attack_looks_at_one_number_of_each_item(attack):
+    numbers = {
+        side: np.array([given_away(*item)[attack] for item in zip(*(part.tolist() for part in data), strict=True)])
+        for side, data in FIELDS.items()
+    }
+    found = fastlur.evaluate(Says(), **FIELDS)
+    assert found.attacks[attack] == membership(numbers["retain"], numbers["test"], numbers["forget"])
+    assert 0 < found.attacks[attack] < 100
+    assert found.mia == found.attacks["confidence"]
+
+
+def test_the_interval_is_that_of_the_forget_and_the_test_losses():
+    found = fastlur.evaluate(Says(), **FIELDS)
+    losses = {side: torch.nn.functional.cross_entropy(*data, reduction="none").numpy() for side, data in FIELDS.items()}
+    assert found.loss_auc_interval == pytest.approx(auc_interval(losses["forget"], losses["test"]))
+    low, high = found.loss_auc_interval
+    assert low < found.loss_auc < high
+
+
+def test_accuracy_is_given_for_every_class_of_every_side():
+    wrong = answers(30, 0.9)[0], torch.tensor([1] * 20 + [3] * 20)  # the first 30 answers are 1, the others 2
+    found = fastlur.evaluate(Oracle(), forget=wrong, retain=answers(40, 0.9), test=answers(10, 0.9))
+    assert found.per_class == {"forget": {1: 100, 3: 0}, "retain": {1: 100}, "test": {1: 25}}
+
+
+def test_every_figure_that_both_have_has_its_gap():
+    reference = fastlur.evaluate(Says(), forget=FIELDS["forget"], retain=FIELDS["test"], test=FIELDS["retain"])
+    found = fastlur.evaluate(Says(), **FIELDS, reference=reference)
+    assert found.gaps["ua"] == 0
+    assert found.gaps["ra"] == pytest.approx(abs(found.ra - found.ta))
+    assert found.gaps["loss_auc"] == pytest.approx(abs(found.loss_auc - reference.loss_auc)) != 0
+    assert found.gaps["attacks.entropy"] == abs(found.attacks["entropy"] - reference.attacks["entropy"]) != 0
+    assert found.gaps["per_class.test.3"] == abs(found.per_class["test"][3] - found.per_class["retain"][3]) != 0
+    assert len(found.gaps) == 5 + 4 + 12
+    assert found.gap == pytest.approx(sum(found.gaps[name] for name in ("ua", "ra", "ta", "mia")) / 4)
+    bare = fastlur.Evaluation(ua=0, ra=0, ta=0, mia=0, loss_auc=0, per_class={"test": {3: 50.0, 9: 50.0}})
+    some = fastlur.evaluate(Says(), **FIELDS, reference=bare).gaps
+    assert set(some) == {"ua", "ra", "ta", "mia", "loss_auc", "per_class.test.3"}
+
+
+def test_what_unlearning_took_is_taken_from_its_result():
+    model, data = mlp(), {"forget": blobs(12), "retain": blobs(20), "test": blobs(9)}
+    result = run(model, data["forget"], data["retain"], steps=1)
+    found = fastlur.evaluate(result, **data)
+    assert found.seconds == result.seconds > 0
+    assert fastlur.evaluate(result, **data, seconds=3).seconds == 3
+    assert str(fastlur.evaluate(model, **data, seconds=2.06)).endswith("RTE 2.1 s")
+    assert fastlur.evaluate(model, **data).seconds is None
+    assert fastlur.evaluate(model, **data).ua == found.ua
+    other = mlp()
+    gaps = [fastlur.evaluate(other, **data, reference=each).gaps for each in (result, model, found)]
+    assert gaps[0] == gaps[1] == gaps[2] != found.gaps
+    for wrong in (-1, float("nan"), "fast"):
+        with pytest.raises(fastlur.ArgumentError, match="seconds="):
+            fastlur.evaluate(model, **data, seconds=wrong)
+
+
+def test_a_record_of_it_is_plain_json():
+    found = fastlur.evaluate(Says(), **FIELDS, reference=Says(), seconds=1.5)
+    record = json.loads(json.dumps(found.as_dict()))
+    assert record == found.as_dict()
+    assert record["per_class"]["test"]["2"] == found.per_class["test"][2]
+    assert record["loss_auc_interval"] == list(found.loss_auc_interval)
+    assert (record["seconds"], record["gap"], record["gaps"]["attacks.correctness"]) == (1.5, 0, 0)
+    assert f"[{found.loss_auc_interval[0]:.3f}, " in str(found)

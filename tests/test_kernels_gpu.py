@@ -45,6 +45,11 @@ def test_low_precision_is_stored_rounded_to_nearest(served, dtype):
     cases.check_rounding(UNEVEN, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_short_number_is_read_as_what_it_is(served, dtype):
+    cases.check_short_numbers(dtype, subnormal=True)
+
+
 def test_repetitions_give_one_bit_pattern(served):
     cases.check_repetitions([*UNEVEN, 5_000_011], times=50 if served == "torch" else 1000)
 
@@ -123,7 +128,12 @@ def test_new_lists_are_refused_while_a_graph_is_captured():
 
 
 @pytest.mark.parametrize("sizes", [[5000], [63] * 62], ids=["flat", "list"])
-def test_a_step_is_six_launches_and_no_copy(sizes):
+def test_a_step_is_five_launches_and_no_copy(sizes):
+    """As the profiler counts everything that the device does, from the displacement to the update, on one dtype.
+
+    Not in it: how the losses come to lie side by side, which is torch's, and a second displacement or sum, which a rule
+    may have. test_kernels_lists.py counts in the interpreter, two dtypes too.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     lists, scalars = eight(sizes), cases.numbers()
@@ -135,5 +145,4 @@ def test_a_step_is_six_launches_and_no_copy(sizes):
         torch.cuda.synchronize()
     events = [event for event in run.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     names = [event.name for event in events if "sync" not in event.name.lower()]
-    expected = ["displace_kernel"] * 2 + ["dot_kernel", "finish_kernel", "control_kernel", "update_kernel"]
-    assert names == expected
+    assert names == ["displace_kernel", "dot_kernel", "finish_kernel", "control_kernel", "update_kernel"]

@@ -25,9 +25,10 @@ from kernel_cases import (
     number,
     operate,
     same,
+    scalars,
 )
 
-from fastlur import reference
+from fastlur import _extension, reference
 
 table = modules["table"]
 FOLDER = Path(modules["table"].__file__).parent
@@ -66,6 +67,24 @@ def test_every_operation_is_one_launch_and_a_sum_is_two(sizes, launches):
 def test_two_dtypes_are_two_launches_but_one_last_stage(launches):
     operate(eight([63, 5, 63, 5], [torch.float32, torch.bfloat16] * 2))
     assert sorted(launches) == sorted(ONCE + [name for name in ONCE if name not in ("finish_kernel", "control_kernel")])
+
+
+@without_gpu
+@pytest.mark.parametrize("sizes", [[5000], [63] * 62, [9] * 600], ids=["flat", "ResNet-18's number", "many"])
+@pytest.mark.parametrize("dtypes", [1, 2])
+def test_the_vector_work_of_a_step_is_three_launches_a_dtype_and_two_more(sizes, dtypes, launches):
+    """However many tensors: displacement, dots and update; the end of the sums and the decision come once a step."""
+    if len(sizes) < dtypes:
+        pytest.skip("one tensor has one dtype")
+    kinds = [(torch.float32, torch.bfloat16)[i % dtypes] for i in range(len(sizes))]
+    theta, a, u, first, _, _, _, out = eight(sizes, kinds)
+    control, hyper, loss, alpha, _, _ = scalars()
+    kernels.displace(out, theta, a, alpha)
+    dots, _ = kernels.grad_dot(a, u)
+    kernels.step_control(control, dots, loss, hyper)
+    kernels.meta_update(theta, a, u, first, None, None, None, None, control, hyper)
+    each = ["displace_kernel"] * dtypes + ["dot_kernel"] * dtypes
+    assert launches == [*each, "finish_kernel", "control_kernel", *["update_kernel"] * dtypes]
 
 
 @without_gpu
@@ -155,6 +174,10 @@ def test_the_layout_is_that_of_the_reference():
     assert len(names) == reference.HYPER + reference.CONTROL
     for name in names:
         assert getattr(modules["layout"], name).value == getattr(reference, name), name
+
+
+def test_every_backend_knows_the_same_projections():
+    assert modules["project"].KINDS == _extension.KINDS == reference.PROJECTIONS
 
 
 def test_the_launchers_are_those_of_the_reference():

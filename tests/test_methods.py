@@ -7,7 +7,6 @@ import dataclasses
 import inspect
 import itertools
 import json
-import weakref
 
 import pytest
 import torch
@@ -15,19 +14,26 @@ from helpers import Interrupted, blobs, images, interrupt, mlp, run, same, state
 from torch import nn
 
 import fastlur
-from fastlur import passes as passes_module
 from fastlur.data import Feed, source
 from fastlur.losses import cross_entropy, negative_cross_entropy
-from fastlur.methods import METHODS, SaliencyMask
-from fastlur.space import ParameterSpace
+from fastlur.methods import METHODS, SaliencyMask, Trim
 from fastlur.step import Step
 
 NAMES = sorted(METHODS)
 STEPPING = [name for name in NAMES if METHODS[name].steps != 0]
 
+PROMISED = (
+    "lur ltu mox scissorhands salun random_label gradient_ascent neggrad_plus fine_tune l1_sparse pcgrad gru eupmu "
+    "selective_amnesia boundary_shrink boundary_expand ssd scrub bad_teacher retrain"
+)
+
 # Pairs whose first updates may agree, with the reason.
 ALIASES: dict[frozenset[str], str] = {
     frozenset(("fine_tune", "retrain")): "retraining is fine-tuning of a fresh model",
+    frozenset(
+        ("fine_tune", "scrub")
+    ): "the divergence from the teacher has no gradient in the first step, at the teacher",
+    frozenset(("retrain", "scrub")): "both",
 }
 
 
@@ -45,6 +51,12 @@ def stepping(model, method, forget, retain, losses=None, **options) -> Step:
 
 def flat(model):
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).clone()
+
+
+def test_they_are_all_there():
+    assert set(NAMES) == set(PROMISED.split()) == set(fastlur.methods.available())
+    assert all(METHODS[name].name == name for name in NAMES)
+    assert all(getattr(fastlur.methods, METHODS[name].__name__) is METHODS[name] for name in NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -132,51 +144,29 @@ class TestEveryMethod:
 
 @pytest.mark.parametrize("name", STEPPING)
 class TestEveryStep:
-    def test_masked_weights_stay_whatever_the_weight_decay(self, name):
+    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+    def test_masked_weights_stay_whatever_the_weight_decay(self, name, optimizer):
         model = mlp()
-        before = flat(model)
-        run(model, blobs(12), blobs(20), method=bare(name, mask=SaliencyMask(0.3)), weight_decay=0.5)
+        before, options = flat(model), {"weight_decay": 0.5, "optimizer": optimizer, "lr": 1e-3}
+        run(model, blobs(12), blobs(20), method=bare(name, mask=SaliencyMask(0.3)), **options)
         assert 0 < float((flat(model) != before).float().mean()) <= 0.31
 
-    def test_it_costs_what_it_says(self, name, monkeypatch):
-        """Forwards and backwards of steps that are neither the first nor the last of an epoch, and the vectors kept."""
-        made, counts = [], {"forward": 0, "backward": 0}
-        vector, backward, gradient = ParameterSpace.vector, torch.autograd.backward, torch.autograd.grad
+    def test_weight_decay_moves_what_no_mask_holds(self, name):
+        model, twin = mlp(), mlp()
+        twin.load_state_dict(model.state_dict())
+        data = blobs(12), blobs(20)
+        for each, decay in ((model, 0.0), (twin, 0.5)):
+            run(each, *data, method=bare(name, mask=None), weight_decay=decay, lr=1e-3)
+        assert not torch.equal(flat(model), flat(twin))
 
-        def recorded(space, dtype=None):
-            new = vector(space, dtype)
-            made.append(weakref.ref(new))
-            return new
-
-        def counted(*arguments, **keywords):
-            counts["backward"] += 1
-            return backward(*arguments, **keywords)
-
-        def of_inputs(*arguments, **keywords):
-            counts["backward"] += 1
-            return gradient(*arguments, **keywords)
-
-        monkeypatch.setattr(torch.autograd, "grad", of_inputs)
-        monkeypatch.setattr(ParameterSpace, "vector", recorded)
-        monkeypatch.setattr(passes_module.torch.autograd, "backward", counted)
-        model, forget, retain = mlp(), blobs(32), blobs(64)
-        method = METHODS[name]()
-        with stepping(model, method, forget, retain) as step:
-            model.register_forward_hook(lambda *_: counts.update(forward=counts["forward"] + 1))
-            batches = [(blobs(8), blobs(8)) for _ in range(4)]
-            step(*batches[0])
-            counts.update(forward=0, backward=0)
-            for pair in batches[1:]:
-                step(*pair)
-            optimizer = {id(each) for each in (step.update.first, step.update.second)}
-            kept = [ref() for ref in made if ref() is not None and id(ref()) not in optimizer]
-            size = sum(f.nbytes for f in step.space.theta.flats)
-            buffers = sum(f.nbytes for each in kept for f in each.flats) / size
-        cost = method.cost
-        if not cost.products:  # a product is neither
-            assert counts["backward"] == 3 * cost.passes
-            assert counts["forward"] == 3 * (cost.passes + cost.forwards)
-        assert buffers == pytest.approx(cost.buffers, abs=0.01)
+    def test_a_trim_comes_before_everything_else(self, name):
+        """Without a learning rate it is all that happens; what a method keeps as the model as given is trimmed too."""
+        model, data = mlp(), (blobs(12), blobs(20))
+        twin, before = copy.deepcopy(model), flat(model)
+        run(twin, *data, method=METHODS["fine_tune"](trim=Trim(0.5)), lr=0.0)
+        run(model, *data, method=dataclasses.replace(bare(name, mask=None), trim=Trim(0.5)), lr=0.0)
+        assert not torch.equal(flat(twin), before)
+        assert torch.equal(flat(model), flat(twin))
 
 
 def test_no_two_methods_are_the_same_one():
@@ -196,6 +186,34 @@ def test_no_two_methods_are_the_same_one():
         if frozenset((one, other)) not in ALIASES:
             scale = max(float(updates[one].norm()), float(updates[other].norm()))
             assert float((updates[one] - updates[other]).norm()) > 1e-4 * scale, (one, other)
+
+
+def test_scrub_is_fine_tuning_in_its_first_step_only():
+    torch.manual_seed(3)
+    model, data = mlp(), (blobs(16), blobs(16))
+    moved = {}
+    for name in ("fine_tune", "scrub"):
+        copied = copy.deepcopy(model)
+        run(copied, *data, method=name, steps=4, batch_size=16)
+        moved[name] = flat(copied) - flat(model)
+    assert float((moved["scrub"] - moved["fine_tune"]).norm()) > 1e-4 * float(moved["fine_tune"].norm())
+
+
+def test_what_only_looks_like_a_method_is_refused_before_anything_happens():
+    class Alike:
+        prepare = direction = finish = lambda *arguments: None
+
+    class Stateless(METHODS["fine_tune"]):
+        def prepare(self, passes):
+            return None
+
+    model = mlp()
+    before = state(model)
+    with pytest.raises(fastlur.ArgumentError, match=r"method=.*Recipe"):
+        run(model, blobs(8), blobs(8), method=Alike())
+    with pytest.raises(fastlur.ArgumentError, match="prepare of Stateless must return a State"):
+        run(model, blobs(8), blobs(8), method=Stateless())
+    assert same(before, state(model))
 
 
 def test_a_method_without_steps_is_a_whole_run():

@@ -166,6 +166,26 @@ class TestRefusals:
         with pytest.raises(fastlur.ArgumentError, match="needs a positive loss"):
             moved("eupmu", mlp(dtype=F64), *data, forget_loss=fastlur.losses.negative_cross_entropy)
 
+    def test_a_retain_loss_without_a_logarithm_is_told_what_a_retain_loss_is(self, data):
+        with pytest.raises(fastlur.ArgumentError, match=r"^loss: .*first retain batch.*cross_entropy"):
+            moved("eupmu", mlp(dtype=F64), *data, loss=fastlur.losses.negative_cross_entropy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_eupmu_bears_a_model_so_sure_that_the_retain_loss_is_nothing(dtype):
+    model, (x, _) = mlp(dtype=dtype), blobs(40, dtype=dtype)
+    with torch.no_grad():
+        model[3].weight.mul_(1e4)
+        y, sure = (
+            model(x).argmax(-1),
+            model(x).topk(2).values.diff(dim=-1)[:, 0].abs() > 800,
+        )  # so that nothing rounds the loss up from 0
+    x, y = x[sure], y[sure]
+    assert len(y) > 20 and fastlur.losses.cross_entropy(model, (x[8:], y[8:])).detach() == 0
+    fastlur.unlearn(model, (x[:8], y[:8]), (x[8:], y[8:]), method="eupmu", steps=5, lr=1.0, progress=False)
+    assert all(bool(v.isfinite().all()) for v in state(model).values())
+    assert fastlur.methods.eupmu.logarithm(torch.tensor(-1.0)).isnan()
+
 
 class TestRetrain:
     def trained(self, forget) -> nn.Module:
@@ -192,6 +212,12 @@ class TestRetrain:
         model.extra = nn.Parameter(torch.zeros(3, dtype=F64))
         with pytest.raises(fastlur.ModelError, match="'extra'"):
             moved(methods.Retrain(reinitialise=True), model, *data)
+
+    @pytest.mark.parametrize("part", [{"trim": methods.Trim()}, {"mask": methods.SaliencyMask()}])
+    def test_new_weights_leave_nothing_for_a_trim_or_a_mask_to_hold(self, part, data):
+        with pytest.raises(fastlur.ArgumentError, match=f"{next(iter(part))}=.*reinitialise=True"):
+            methods.Retrain(reinitialise=True, **part)
+        moved(methods.Retrain(**part), mlp(dtype=F64), *data)
 
     def test_weights_that_do_not_move_stay(self, data):
         model = mlp(dtype=F64)
@@ -255,11 +281,13 @@ class TestBrakes:
 
 
 def test_ascent_ends_at_the_loss_of_guessing(data):
-    model = mlp(dtype=F64)
-    with torch.no_grad():
-        model[3].bias[:] = torch.tensor([9.0, 0, 0, 0])
     forget = data[0][0], torch.ones(8, dtype=torch.long)
-    assert float(moved("gradient_ascent", model, forget, data[1]).abs().max()) == 0
+    for rival, ends in ((0.5, True), (-0.5, False)):  # losses of 1.54 and 1.28; guessing costs 1.39
+        model = mlp(dtype=F64)
+        with torch.no_grad():
+            model[3].weight.zero_()
+            model[3].bias[:] = torch.tensor([rival, 0, 0, 0])
+        assert (float(moved("gradient_ascent", model, forget, data[1]).abs().max()) == 0) == ends
 
 
 def test_a_loss_that_blows_up_is_named_although_the_other_side_has_none(data):

@@ -39,19 +39,25 @@ class TestScrub:
         kinds = []
         moved(method, model, forget, retain, steps=6, callbacks=[lambda e: kinds.append(e.stats.retain_loss.item())])
         for step in range(1, 7):
-            if step in (1, 3):
+            if step in (2, 4):
                 loss = -kl(teacher(forget[0]).detach(), twin(forget[0]), 2.0)
             else:
                 loss = 0.5 * kl(teacher(retain[0]).detach(), twin(retain[0]), 2.0) + 0.7 * entropy(twin, retain)
             descend(twin, gradient(twin, loss))
         torch.testing.assert_close(flat(model.parameters()), flat(twin.parameters()))
-        assert [kind != kind for kind in kinds] == [True, False, True, False, False, False]
+        assert [kind != kind for kind in kinds] == [False, True, False, True, False, False]
+
+    def test_a_run_of_one_step_moves_the_model(self, data):
+        model = mlp(dtype=F64)
+        before = flat(model.parameters())
+        moved(methods.SCRUB(), model, *data, steps=1)
+        assert float((flat(model.parameters()) - before).norm()) > 1e-3
 
     def test_the_distance_is_capped(self, data):
         model, (forget, retain) = mlp(dtype=F64), data
         method = methods.SCRUB(max_part=1.0, max_every=2, cap=1e-6, alpha=0.0)
         twin = copy.deepcopy(model)
-        moved(method, model, forget, retain, steps=3)  # a max-step where nothing pulls, a min-step, one beyond the cap
+        moved(method, model, forget, retain, steps=2)  # a min-step, then a max-step beyond the cap
         descend(twin, gradient(twin, entropy(twin, retain)))
         torch.testing.assert_close(flat(model.parameters()), flat(twin.parameters()))
 
@@ -104,14 +110,18 @@ class TestBadTeacher:
 class TestBoundaryShrink:
     def test_the_first_step_is_the_rule(self, data):
         model, (forget, retain) = mlp(dtype=F64), data
+        forget = 0.3 * forget[0], forget[1]
         x = forget[0].clone().requires_grad_()
         (slope,) = torch.autograd.grad(entropy(model, (x, forget[1])), x)
-        logits = model(forget[0] + 2.0 * forget[0].std(correction=0) * slope.sign()).detach()
-        nearest = torch.tensor(
-            [max((v, c) for c, v in enumerate(row) if c != y)[1] for row, y in zip(logits, forget[1], strict=True)]
-        )
-        plain = model(forget[0]).detach().scatter(1, forget[1][:, None], -torch.inf).argmax(-1)
-        assert not torch.equal(nearest, plain)  # the step matters here
+
+        def across(step):
+            logits = model(forget[0] + step * slope.sign()).detach()
+            rows = zip(logits, forget[1], strict=True)
+            return torch.tensor([max((v, c) for c, v in enumerate(row) if c != y)[1] for row, y in rows])
+
+        nearest = across(2.0 * forget[0].std(correction=0))
+        for other in (0.0, 2.0, -2.0 * forget[0].std(correction=0)):  # the step, its length and its sign matter here
+            assert not torch.equal(nearest, across(other))
         r, f = gradient(model, entropy(model, retain)), gradient(model, entropy(model, (forget[0], nearest)))
         method = methods.BoundaryShrink(epsilon=2.0, forget_weight=0.5, retain_weight=0.25)
         twin = copy.deepcopy(model)

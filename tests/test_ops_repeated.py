@@ -82,6 +82,22 @@ def test_plain_torch_over_several_pieces():
     assert len(patterns("regularize", reference, PIECES, times=100)) == 1
 
 
+@pytest.mark.parametrize("lay", [lambda x: x, lambda x: x.view(-1, 257).t(), lambda x: x.view(-1, 2)[:, 0]])
+def test_plain_torch_with_any_number_of_threads(lay):
+    """Sums are cut by sizes alone, also of tensors with gaps in memory or with their elements in another order."""
+    random = torch.Generator().manual_seed(1)
+    given = [lay(torch.randn(514 * 1000, generator=random)) for _ in range(4)]
+    hyper = torch.tensor([0.1, 0.9, 0.99, 1e-8, 0.1, 0.1, 0.1, 0.7], dtype=torch.float64)
+    seen = set()
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        a, b, theta0, fisher = ([x.clone(memory_format=torch.preserve_format)] for x in given)
+        total, each = reference.grad_dot(a, b)
+        value = reference.regularize(a, b, theta0, fisher, hyper)
+        seen.add(b"".join(x.contiguous().numpy().tobytes() for x in (total, each, value, *a)))
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("operation", sorted(set(OPERATIONS) - {"threshold"}))
 def test_the_extension_with_any_number_of_threads(operation, extension):
     """csrc/cpu/plan.h: work is cut by sizes alone, so the number of threads does not show in a single bit."""

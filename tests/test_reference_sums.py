@@ -40,13 +40,21 @@ def test_grad_dot(sizes, layout, dtype):
     for place, (x, y) in enumerate(zip(double(a), double(b), strict=True)):
         terms = [x * y, x * x, y * y]
         expected[place] = torch.stack([term.sum() for term in terms])
-        # one in each product, √n in the float32 sum of a piece (all is one piece where memory has gaps), 64 in the rest
-        run = min(x.numel(), reference.PIECE) if a[place].is_contiguous() and b[place].is_contiguous() else x.numel()
-        wrong = (1 + math.sqrt(run)) * rounding(a[place]) + 64 * FINE
+        # one in each product, √n in the float32 sum of a piece, 64 in the rest
+        wrong = (1 + math.sqrt(min(x.numel(), reference.PIECE))) * rounding(a[place]) + 64 * FINE
         bounds[place] = wrong * torch.stack([term.abs().sum() for term in terms])
     assert bool(((each - expected).abs() <= bounds).all())
     assert bool(((total - expected.sum(0)).abs() <= bounds.sum(0)).all())
     kept.check()
+
+
+@pytest.mark.parametrize("lay", [lambda x: x, lambda x: x.view(1024, -1).t(), lambda x: x.view(-1, 2)[:, 0]])
+def test_a_long_sum_keeps_six_digits(lay):
+    """However large a piece is: of numbers that are all positive, so that every rounding counts."""
+    x, y = (lay(torch.rand(2**22)) for _ in range(2))
+    found = ops.grad_dot(x, y)[0]
+    truth = torch.stack([(x.double() * y.double()).sum(), x.double().square().sum(), y.double().square().sum()])
+    assert bool(((found - truth).abs() <= 1e-7 * truth).all())
 
 
 def whole(sizes, layout, dtype, which, low=-3, high=4):

@@ -7,10 +7,12 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from helpers import Interrupted, blobs, interrupt, mlp, run, same, state
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
 import fastlur
 from fastlur.data import Feed, Stream, source
@@ -66,6 +68,8 @@ def oracle(model, forget, retain, *, steps, weight, count, chosen, every, lr, si
         model.train()
         g = gradient(model, r)
         if step % length < -(-len(forget[1]) // size):
+            if step >= length:
+                f = feed.epoch("forget", ("repair", step // length))(step % length)
             g = g - weight * gradient(model, f)
             dots = memories @ g
             if step % length % every == 0 and (dots < 0).any():
@@ -132,6 +136,40 @@ def test_the_programme_is_solved(count):
         np.testing.assert_allclose(solve(memories @ memories.T, dots), wanted, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("size", [1e4, 1e7, 1e9])
+@pytest.mark.parametrize("apart", [0.0, 1e-9, 1e-3])
+def test_memories_that_are_nearly_one_large_one_are_solved_for(count, size, apart):
+    """The correction of the gradient is unique, v is not; it undoes the conflict as far as one memory would."""
+    random = np.random.default_rng(count)
+    memories = size * (random.normal(size=7) + apart * random.normal(size=(count, 7)))
+    g = random.normal(size=7) - 3 * count * memories.mean(0)
+    dots = memories @ g
+    v = solve(memories @ memories.T, dots)
+    assert np.isfinite(v).all() and (v >= 0.5).all()
+    mean = memories.mean(0)
+    wanted = max(0.5 * count, -(mean @ g) / (mean @ mean))
+    if apart < 1e-3:
+        np.testing.assert_allclose(v.sum(), wanted, rtol=1e-5)
+        np.testing.assert_allclose(memories.T @ v, wanted * mean, rtol=1e-5)
+
+
+def test_where_the_first_solver_finds_no_end_another_does(monkeypatch):
+    solved = scipy.optimize.lsq_linear
+
+    def stuck(*arguments, method, **options):
+        found = solved(*arguments, method=method, **options)
+        if method == "bvls":
+            found.success, found.x = False, np.full_like(found.x, 1e6)
+        return found
+
+    monkeypatch.setattr(scipy.optimize, "lsq_linear", stuck)
+    memories = np.random.default_rng(0).normal(size=(3, 7))
+    dots = memories @ np.random.default_rng(1).normal(size=7)
+    wanted = bounded_programme(memories @ memories.T, dots)
+    np.testing.assert_allclose(solve(memories @ memories.T, dots), wanted, rtol=1e-4)
+
+
 class TestEpochs:
     def opened(self, method, forget, retain, **options):
         sources = {"forget": source(forget, "forget", 8), "retain": source(retain, "retain", 8)}
@@ -161,6 +199,43 @@ class TestEpochs:
         with pytest.raises(Interrupted):
             run(first, forget, retain, callbacks=[interrupt], **options, **saving)
         run(model, forget, retain, **options, **saving)
+        assert same(state(model), state(twin))
+
+    @pytest.mark.parametrize("kind", ["tensors", "loader"])
+    @pytest.mark.parametrize("form", FORMS)
+    def test_every_epoch_takes_every_forget_item_resumed_or_not(self, kind, form, tmp_path):
+        """5 retain batches and 3 forget batches of 8, the last of which is not full."""
+        forget, retain = data(40, 21)
+        names = {tuple(x.tolist()): number for number, x in enumerate(forget[0])}
+        seen = []
+
+        def forgetting(model, batch):
+            if model.training:
+                seen[-1].update(names[tuple(x.tolist())] for x in batch[0])
+            return negative_cross_entropy(model, batch)
+
+        def given():
+            if kind == "tensors":
+                return forget
+            return DataLoader(TensorDataset(*forget), 8, shuffle=True, generator=torch.Generator())
+
+        model = mlp(dtype=torch.float64)
+        twin, first = copy.deepcopy(model), copy.deepcopy(model)
+        options = {"method": ScissorHands(0.4, form=form, trim=None), "steps": 15, "lr": 0.01}
+        options |= {"forget_loss": forgetting}
+        new_epoch = lambda event: seen.append(set()) if event.step % 5 == 0 else None
+        seen.append(set())
+        run(twin, given(), retain, callbacks=[new_epoch], **options)
+        assert [len(each) for each in seen] == [21, 21, 21, 0]
+
+        def broken(event):
+            if event.step == 7:
+                raise Interrupted
+
+        saving = {"checkpoint": tmp_path / "run", "checkpoint_every": 1}
+        with pytest.raises(Interrupted):
+            run(first, given(), retain, callbacks=[broken], **options, **saving)
+        run(model, given(), retain, **options, **saving)
         assert same(state(model), state(twin))
 
     def test_a_part_can_be_run_alone(self):

@@ -1,8 +1,5 @@
 """What every backend agrees on where things are not ordinary: absent penalties, one-sided conflicts, unequal lists."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from kernel_cases import CUDA, DEVICE, kernels, number
@@ -13,7 +10,6 @@ from fastlur import _extension, backends, ops, reference
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 INF, NAN = float("inf"), float("nan")
-RESULTS = Path(__file__).parent.parent / "bench" / "results"
 
 
 def extension():
@@ -113,6 +109,56 @@ class TestSymmetricProjection:
         assert b[0][0] == 1.0 and b[0][1].isnan()
 
 
+class TestRoundedFactors:
+    @pytest.mark.parametrize("kind", ["one_sided", "symmetric"])
+    def test_one_that_rounds_to_nothing_changes_nothing_not_even_beside_an_infinity(self, serve, kind):
+        """10⁻⁵⁰ is a number in float64, in which factors are worked out, and 0 in float32."""
+        a, b = vector(INF, 1.0, NAN), vector(1.0, -INF, 2.0)
+        dots = torch.tensor([-1e-50, 1.0, 1.0], dtype=torch.float64, device=DEVICE)
+        serve.project(a, b, dots, kind)
+        assert a[0].tolist()[:2] == [INF, 1.0] and a[0][2].isnan()
+        assert b[0].tolist() == [1.0, -INF, 2.0]
+
+    def test_in_float64_it_counts(self, serve):
+        a, b = ([torch.tensor(values, dtype=torch.float64, device=DEVICE)] for values in ([1e50], [0.5]))
+        serve.project(a, b, torch.tensor([-1e-50, 1.0, 1.0], dtype=torch.float64, device=DEVICE), "one_sided")
+        assert b[0].tolist() == [1.5]
+
+
+class TestFirstStep:
+    def test_adamw_before_any_step_was_counted_corrects_as_in_the_first(self, serve):
+        found = []
+        for count in (0.0, 1.0):
+            theta, first, second = vector(1.0, -2.0), vector(0.0, 0.0), vector(0.0, 0.0)
+            state = torch.tensor([1.0, count, 1.0], dtype=torch.float64, device=DEVICE)
+            settings = hyper(lr=0.1, momentum=0.9, beta2=0.99)
+            serve.meta_update(theta, vector(0.5, -3.0), None, first, second, None, None, None, state, settings)
+            found.append([*theta, *first, *second])
+        assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+        # the first step of AdamW goes a whole lr along the sign
+        torch.testing.assert_close(found[0][0], vector(0.9, -1.9)[0])
+
+
+class TestLimitsOfSingleSums:
+    def test_a_gradient_whose_square_is_no_float32_number_stops_the_step(self, serve):
+        gradient, state = vector(1e20, 1.0), control()
+        dots, _ = serve.grad_dot(gradient, gradient)
+        assert dots.tolist() == [INF] * 3
+        serve.step_control(state, dots, number(1.0), hyper())
+        assert float(state[0]) == 0
+        out = vector(0.0, 0.0)
+        serve.displace(out, vector(1.0, 2.0), gradient, number(0.1), dots[1])
+        assert out[0].tolist() == [1.0, 2.0]
+
+    def test_one_whose_square_is_too_small_for_it_has_no_length(self, serve):
+        gradient = vector(1e-23, 1e-23)
+        dots, _ = serve.grad_dot(gradient, gradient)
+        assert dots.tolist() == [0.0] * 3
+        out = vector(0.0, 0.0)
+        serve.displace(out, vector(1.0, 2.0), gradient, number(0.1), dots[1])
+        assert out[0].tolist() == [1.0, 2.0]
+
+
 @pytest.mark.parametrize("backend", ["torch", "extension"])
 def test_lists_of_different_lengths_are_refused_below_the_public_functions_too(backend):
     BACKENDS[backend]()
@@ -149,14 +195,3 @@ def test_half_weights_may_have_float32_moments(backend, dtype):
         ops.meta_update(theta, a, None, first, control=control(), hyper=hyper(lr=0.1, momentum=0.9))
     torch.testing.assert_close(first.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(theta.double(), moved, rtol=torch.finfo(dtype).eps, atol=1e-6)
-
-
-def test_a_backend_is_marked_checked_where_a_committed_result_is_from_a_gpu_and_nowhere_else():
-    measured = set()
-    for path in RESULTS.glob("*.json"):
-        kept = json.loads(path.read_text())
-        if kept["machine"].get("gpu"):
-            measured |= {(row["backend"], "cuda") for row in kept["rows"] if "backend" in row}
-    unmarked = ("interpreter only", "compiled only", "not measured on a GPU")
-    marked = {key for key, mark in backends.CHECKED.items() if key[1] == "cuda" and mark not in unmarked}
-    assert marked == measured

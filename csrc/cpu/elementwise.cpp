@@ -37,6 +37,7 @@ void displace(const Tensors& out, const Tensors& theta, const Tensors& d, const 
 
 template <class T>
 FASTLUR_CLONES void project_span(const T* a, T* b, int64_t n, Wide<T> t) {
+  if (t == 0) return;  // rounded to nothing: not even an infinity in a reaches b
   FASTLUR_SIMD
   for (int64_t i = 0; i < n; ++i) store(b + i, load(b + i) + load(a + i) * t);
 }

@@ -47,6 +47,7 @@ Tensor regularize(const Tensors& grad, const Tensors& theta, const MaybeTensors&
   const auto rows = rows_of(hyper, {{"grad", grad, List::WRITTEN}, {"theta", theta}, {"theta0", theta0}, {"fisher", fisher}});
   const Plan plan(rows);
   std::vector<double> partial(3 * plan.spans().size());
+  Tensor value = new_numbers({}, hyper);  // all that may fail comes before the first write
   plan.run([&](int64_t index, const Span& span) {
     const Row& row = rows[span.row];
     typed(row.dtype, [&](auto zero) {
@@ -60,7 +61,6 @@ Tensor regularize(const Tensors& grad, const Tensors& theta, const MaybeTensors&
   });
   double sums[3] = {0, 0, 0};
   for (size_t i = 0; i < partial.size(); ++i) sums[i % 3] += partial[i];
-  Tensor value = new_numbers({}, hyper);
   *static_cast<double*>(value.mutable_data_ptr()) = penalty_value(h, sums);
   return value;
 }

@@ -23,7 +23,6 @@ __all__ = [
     "resolve",
 ]
 
-PARTS = ("prepare", "direction", "finish")
 COMPONENTS = {"trim": "fastlur.methods.Trim()", "mask": "fastlur.methods.SaliencyMask()"}
 
 
@@ -74,17 +73,20 @@ def preset(method: str, name: str) -> dict[str, Any]:
 
 
 def resolve(method: str | Method) -> Method:
-    """A method by name with its defaults, or the instance itself.
+    """A method by name with its defaults, or the instance of a `Recipe` itself.
 
     Raises:
-        ArgumentError: no such name (the nearest one is suggested), or not a method.
+        ArgumentError: no such name (the nearest one is suggested), or no instance of a `Recipe`.
     """
     if isinstance(method, str):
         return _recipe(method)()
-    if isinstance(method, type) or not all(callable(getattr(method, part, None)) for part in PARTS):
-        raise ArgumentError(f"method={method!r} is neither a name nor an instance with {', '.join(PARTS)}")
+    if not isinstance(method, Recipe):
+        raise ArgumentError(
+            f"method={method!r} is neither a name nor an instance of a subclass of fastlur.methods.Recipe, which has "
+            "everything that a method needs but its direction"
+        )
     for part, example in COMPONENTS.items():
-        value = getattr(method, part, None)
+        value = getattr(method, part)
         if value is not None and (isinstance(value, type) or not callable(value)):
             raise ArgumentError(f"{part}={value!r} is no component; pass {example}, or None")
     return method

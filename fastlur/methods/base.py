@@ -6,16 +6,21 @@ with the package are the modules beside this one; each is found by its presence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from fastlur.errors import ArgumentError, finite
+from fastlur import ops
+from fastlur.errors import ArgumentError, NonFiniteError, finite
+from fastlur.identity import name_of
 from fastlur.losses import BoundedForgetting
-from fastlur.passes import Loss, Passes
+from fastlur.passes import Loss, Passes, Which
 from fastlur.space import Vector
+
+BYTE = 0.25  # a byte a weight, in parameter-sized vectors of float32
 
 
 class Direction(NamedTuple):
@@ -81,6 +86,10 @@ class Cost:
         forwards: forwards alone.
         products: Hessian-vector products.
         buffers: parameter-sized vectors beyond the parameters and the optimizer's, gradients included.
+        temporaries: parameter-sized vectors beyond those, at most, while no pass is going on.
+        joint: the activations of both batches are alive at once.
+        adds: gradients are added up or laid out flat as they come, so that each tensor's is there twice for a moment;
+            False: they may stay where autograd makes them.
         note: what else there is to pay, such as a search before the first step.
     """
 
@@ -89,6 +98,9 @@ class Cost:
     products: float = 0
     buffers: float = 2
     note: str = ""
+    temporaries: float = 0
+    joint: bool = False
+    adds: bool = False
 
     def __str__(self) -> str:
         parts = [f"{self.passes:g} passes" if self.passes != 1 else "1 pass"]
@@ -99,7 +111,7 @@ class Cost:
 
 
 class Method(Protocol):
-    """A way to forget. `Recipe` below has all of it but `direction`.
+    """A way to forget, as what runs it sees it: an instance of a subclass of `Recipe`, which has all but `direction`.
 
     Attributes:
         name: as `unlearn(method=…)` takes it.
@@ -118,7 +130,7 @@ class Method(Protocol):
         ...
 
     def prepare(self, passes: Passes) -> Any:
-        """Once, before the first step; returns a `State`."""
+        """Once, before the first step; returns a `State`, or an instance of a subclass of it."""
         ...
 
     def direction(self, passes: Passes, state: Any) -> Direction:
@@ -171,9 +183,16 @@ class Recipe:
         """λ; 1 unless the method has an argument of that name."""
         return 1.0
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Let `cost` hold that of the parts that are switched on: a method says what it costs without them."""
+        super().__init_subclass__(**keywords)
+        own = vars(cls).get("cost")
+        if own is not None:
+            cls.cost = property(lambda self: _with_parts(_own(own, self), self), doc=own.__doc__)  # type: ignore[assignment, method-assign]
+
     @property
     def cost(self) -> Cost:
-        """Of a step."""
+        """Of a step, with that of `trim` and `mask`."""
         raise NotImplementedError(f"{type(self).__name__} does not say what a step costs")
 
     def default_forget_loss(self, task: str) -> Loss:
@@ -196,6 +215,34 @@ class Recipe:
         return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
 
 
+def check_finite(total: Vector, which: Which) -> None:
+    """Refuse gradients summed up before the steps that are not finite; waits for the device.
+
+    Raises:
+        NonFiniteError: they are not.
+    """
+    if not bool(torch.isfinite(ops.grad_dot(total.flats, total.flats)[0]).all()):
+        raise NonFiniteError(f"{which}: a gradient of these data is not finite; the model is as it came")
+
+
+def _own(cost: Any, method: Recipe) -> Cost:
+    found: Cost = cost.__get__(method) if isinstance(cost, property) else cost
+    return found
+
+
+def _with_parts(cost: Any, method: Recipe) -> Any:
+    """The cost with what the parts add: a mask is held as long as the run, a byte a weight; a trim leaves nothing."""
+    if not isinstance(cost, Cost):
+        return cost
+    notes = [cost.note]
+    if method.trim is not None:
+        notes.append(getattr(method.trim, "note", "before the first step: the trim"))
+    if method.mask is not None:
+        notes.append(getattr(method.mask, "note", "once: the mask"))
+    note = "; ".join(filter(None, notes))
+    return replace(cost, buffers=cost.buffers + (0 if method.mask is None else BYTE), note=note)
+
+
 def check_range(name: str, value: object, low: float = 0.0, high: float | None = None, example: object = None) -> None:
     """Refuse what is not a finite number in [low, high].
 
@@ -209,9 +256,11 @@ def check_range(name: str, value: object, low: float = 0.0, high: float | None =
 
 
 def _plain(value: Any) -> Any:
-    """A value of a dataclass field as JSON knows it."""
+    """A value of a dataclass field as JSON knows it, the same in another process: no addresses."""
     if hasattr(value, "__dataclass_fields__"):
         return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, tuple | list):
         return [_plain(each) for each in value]
-    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    return value if isinstance(value, str | int | float | bool | None) else name_of(value)

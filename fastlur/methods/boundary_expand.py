@@ -52,6 +52,7 @@ class BoundaryExpand(Recipe):
 
     name: ClassVar[str] = "boundary_expand"
     own_objective: ClassVar[bool] = True
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"published": {"method": {"retain_weight": 0.0}}}
 
     def __post_init__(self) -> None:
         check_range("forget_weight", self.forget_weight, example=1.0)

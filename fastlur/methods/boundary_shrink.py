@@ -25,7 +25,8 @@ class BoundaryShrink(Recipe):
     The step ε is in units of the data's spread and is not clipped to a range of pixels, which is not known here.
 
     Source: Chen et al., "Boundary Unlearning", arXiv 2303.11570, where only the forget data are trained on (w = 0), for
-    a few small steps, and ε = 0.1 of the range of pixels. The retain term is ours.
+    a few small steps, and ε = 0.1 of the range of pixels, which the preset leaves at the default: ε here is in
+    another unit. The retain term is ours.
 
     Args:
         epsilon: ε ≥ 0.
@@ -42,6 +43,7 @@ class BoundaryShrink(Recipe):
 
     name: ClassVar[str] = "boundary_shrink"
     own_objective: ClassVar[bool] = True
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"published": {"method": {"retain_weight": 0.0}}}
 
     def __post_init__(self) -> None:
         check_range("epsilon", self.epsilon, example=0.3)

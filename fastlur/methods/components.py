@@ -13,12 +13,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 import torch
 
 from fastlur import ops
 from fastlur.errors import ArgumentError, ModelError
-from fastlur.methods.base import check_range
+from fastlur.methods.base import check_finite, check_range
 from fastlur.passes import Passes
 from fastlur.space import ParameterSpace, Vector
 from fastlur.world import derive, seed_torch
@@ -43,12 +44,16 @@ class Trim:
         batches: how many forget batches, ≥ 1; None: all, each item once.
 
     Raises:
-        ArgumentError: a value out of range. ModelError: a glob matches nothing that moves.
+        ArgumentError: a value out of range. ModelError: a glob matches nothing that moves, or only normalisation.
+        NonFiniteError: a gradient is not finite; no weight has changed then.
     """
 
     sparsity: float = 0.97
     layers: Layers = None
     batches: int | None = None
+
+    buffers: ClassVar[tuple[float, float]] = 2, 2.25  # parameter-sized vectors during its passes, and after them
+    note: ClassVar[str] = "before the first step: a pass over the forget data for the trim"
 
     def __post_init__(self) -> None:
         check_range("sparsity", self.sparsity, 0.0, 1.0, 0.97)
@@ -64,6 +69,8 @@ class Trim:
                 passes.gradient("forget", gradient, loss=passes.losses["retain"], weight=1.0)
             ops.saliency(gradient.flats, gradient.flats)
             ops.displace(total.flats, total.flats, gradient.flats, -1.0)
+        del gradient
+        check_finite(total, "forget")
         ops.saliency(total.flats, total.flats, space.theta.flats)
         limit = ops.threshold(total.spans, self.sparsity)  # the gaps between slots are no parameters
         seed_torch(derive(passes.seed, "trim"), space.device)
@@ -76,7 +83,7 @@ class Trim:
                 elif not any(name.rpartition(".")[2].endswith("bias") for name in slot.names):
                     continue
                 salient = total.views[index] > limit.to(weight.dtype)
-                weight.copy_(torch.where(salient, fresh, weight))
+                torch.where(salient, fresh, weight, out=weight)
 
 
 @dataclass(frozen=True)
@@ -93,18 +100,25 @@ class SaliencyMask:
         batches: how many forget batches, ≥ 1; None: all, each item once.
 
     Raises:
-        ArgumentError: a value out of range.
+        ArgumentError: a value out of range. NonFiniteError: a gradient is not finite; no weight has changed then.
     """
 
     share: float = 0.5
     batches: int | None = None
+
+    buffers: ClassVar[tuple[float, float]] = 1, 2  # parameter-sized vectors during its passes, and after them
+
+    @property
+    def note(self) -> str:
+        """What there is to pay beside the steps."""
+        return "" if self.share == 1 else "once: a pass over the forget data for the mask"
 
     def __post_init__(self) -> None:
         check_range("share", self.share, 0.0, 1.0, 0.5)
         check_batches(self.batches)
 
     def __call__(self, passes: Passes) -> Vector:
-        """The mask: bool, a byte a parameter; one parameter-sized vector more while it is made."""
+        """The mask: bool, a byte a parameter; two parameter-sized vectors while it is made."""
         space = passes.space
         gradient, mask = space.vector(), space.vector(torch.bool)
         if self.share == 1:
@@ -114,6 +128,7 @@ class SaliencyMask:
         for batch in passes.feed.batches("forget", self.batches, "mask"):
             with passes.aside({"forget": batch}):
                 passes.gradient("forget", gradient, loss=passes.losses["retain"], weight=1.0, add=True)
+        check_finite(gradient, "forget")
         ops.saliency(gradient.flats, gradient.flats)
         # 1 − share as people write it: 0.1 for 0.9, where floating point has a little less
         limit = ops.threshold(gradient.spans, float(1 - Fraction(str(self.share))))
@@ -126,7 +141,7 @@ def chosen_slots(space: ParameterSpace, layers: Layers) -> list[int]:
     """The slots that globs choose (None: all), without those of normalisation layers.
 
     Raises:
-        ModelError: a glob matches no moving parameter.
+        ModelError: a glob matches no moving parameter, or all together none outside normalisation layers.
     """
     normal = {
         f"{prefix}.{name}" if prefix else name
@@ -134,18 +149,21 @@ def chosen_slots(space: ParameterSpace, layers: Layers) -> list[int]:
         if "norm" in type(module).__name__.lower()
         for name, _ in module.named_parameters(recurse=False)
     }
-    names = [name for slot in space.slots for name in slot.names]
+    named = {index: slot.names for index, slot in enumerate(space.slots)}
+    chosen: set[int] = set()
     globs = ["*"] if layers is None else [layers] if isinstance(layers, str) else list(layers)
+    some = ", ".join([name for names in named.values() for name in names if name not in normal][:8])
     for glob in globs:
-        if not fnmatch.filter(names, glob):
-            some = ", ".join(names[:8])
+        matched = {i for i, names in named.items() if any(fnmatch.fnmatchcase(name, glob) for name in names)}
+        if not matched:
             raise ModelError(f"layers: {glob!r} matches no parameter that moves; names are like {some}")
-    return [
-        index
-        for index, slot in enumerate(space.slots)
-        if not normal & set(slot.names)
-        and any(fnmatch.fnmatchcase(name, glob) for name in slot.names for glob in globs)
-    ]
+        chosen |= {i for i in matched if not normal & set(named[i])}
+    if not chosen:
+        raise ModelError(
+            f"layers: {', '.join(map(repr, globs))} matches nothing that moves but normalisation layers, which always "
+            f"stay out; names are like {some or '(there is no other)'}"
+        )
+    return sorted(chosen)
 
 
 def check_batches(batches: object, name: str = "batches") -> None:

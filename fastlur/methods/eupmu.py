@@ -15,6 +15,12 @@ from fastlur.passes import ARGUMENT, Loss, Passes, Which
 from fastlur.world import borrowed_random
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # of Adam, which moves w
+LEAST = 1e-12  # of a loss under the logarithm: a model may be so sure that its loss rounds to 0
+
+SUCH: dict[Which, str] = {
+    "forget": "fastlur.methods.eupmu.MeanConfidence()",
+    "retain": "fastlur.losses.cross_entropy",
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,8 @@ class EUPMU(Recipe):
         required_fall: ε in [−1, 1], the relative fall of L_r a step below which w grows; negative allows a rise.
 
     Raises:
-        ArgumentError: a value out of range, or a loss that is not positive.
+        ArgumentError: a value out of range, or a loss that is not positive (a retain loss may be 0: below 10⁻¹² losses
+            count as that).
     """
 
     weight_lr: float = 0.025
@@ -55,7 +62,7 @@ class EUPMU(Recipe):
     @property
     def cost(self) -> Cost:
         """Two passes into one gradient, a forward at the last weights, and those."""
-        return Cost(passes=2, forwards=1, buffers=2)
+        return Cost(passes=2, forwards=1, buffers=2, adds=True)
 
     def default_forget_loss(self, task: str) -> Loss:
         """Mean confidence in the true class."""
@@ -73,16 +80,16 @@ class EUPMU(Recipe):
             with passes.aside(batches):
                 for side in sides:
                     value = float(passes.value(side))
-                    if not value > 0:
+                    if not (value > 0 or (side == "retain" and value == 0)):
                         raise ArgumentError(
-                            f"{ARGUMENT[side]}: is {value:.4g} on a first batch; eupmu takes its logarithm and needs a "
-                            "positive loss, such as fastlur.methods.eupmu.MeanConfidence()"
+                            f"{ARGUMENT[side]}: is {value:.4g} on a first {side} batch; eupmu takes its logarithm and "
+                            f"needs a positive loss, such as {SUCH[side]}"
                         )
         return Multiplier(passes)
 
     def direction(self, passes: Passes, state: Multiplier) -> Direction:
         """∇(log L_f + max(w, 0) log L_r), both terms in one vector."""
-        before = passes.value("retain", state.last).double().log()
+        before = logarithm(passes.value("retain", state.last).double())
         torch._foreach_copy_(state.last.flats, passes.space.theta.flats)
         seen: dict[Which, Tensor] = {}
         start = state.moments()
@@ -90,18 +97,23 @@ class EUPMU(Recipe):
         def weighted(model: Any, batch: Any) -> Tensor:
             state.moments(start)  # so that a pass may be made again
             seen["retain"] = passes.losses["retain"](model, batch)
-            logarithm = seen["retain"].log()
-            state.move(before - logarithm.detach().double() - self.required_fall, self.weight_lr, self.decay)
-            return state.w.clamp(min=0).to(logarithm.dtype) * logarithm
+            log = logarithm(seen["retain"])
+            state.move(before - log.detach().double() - self.required_fall, self.weight_lr, self.decay)
+            return state.w.clamp(min=0).to(log.dtype) * log
 
         def forgetting(model: Any, batch: Any) -> Tensor:
             seen["forget"] = passes.losses["forget"](model, batch)
-            return seen["forget"].log()
+            return logarithm(seen["forget"])
 
         passes.gradient("retain", state.gradient, loss=weighted, weight=1.0)
         passes.gradient("forget", state.gradient, loss=forgetting, weight=1.0, add=True)
         passes.values.update({side: value.detach() for side, value in seen.items()})  # not their logarithms
         return Direction(state.gradient)
+
+
+def logarithm(loss: Tensor) -> Tensor:
+    """log of a loss of 10⁻¹² or more; flat below, and not a number below 0, where no loss for this method goes."""
+    return torch.where(loss < 0, loss, loss.clamp(min=LEAST)).log()
 
 
 class Multiplier(Gradient):

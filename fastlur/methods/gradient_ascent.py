@@ -59,19 +59,21 @@ class GradientAscent(Recipe):
     @property
     def cost(self) -> Cost:
         """One pass and its gradient, and the look at the retain loss."""
-        return Cost(passes=1, forwards=int(self.bounded), buffers=1.25 if self.bounded else 1)  # a byte for the mask
+        return Cost(
+            passes=1, forwards=int(self.bounded), buffers=1.25 if self.bounded else 1, adds=True
+        )  # a byte for the mask
 
     def default_forget_loss(self, task: str) -> Loss:
         """Ascent up to the loss of guessing, or without an end."""
         return UpToGuessing() if self.bounded else negative_cross_entropy
 
-    def prepare(self, passes: Passes) -> Braked:
-        """Room for the gradient."""
-        return Braked(passes)
+    def prepare(self, passes: Passes) -> Gradient:
+        """Room for the gradient, and for the brakes."""
+        return Braked(passes) if self.bounded else Gradient(passes)
 
-    def direction(self, passes: Passes, state: Braked) -> Direction:
+    def direction(self, passes: Passes, state: Gradient) -> Direction:
         """∇L_f, as far as the brakes let it go."""
-        if not self.bounded:
+        if not isinstance(state, Braked):
             passes.gradient("forget", state.gradient)
             return Direction(state.gradient)
         passes.values["retain"] = passes.value("retain")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fastlur import ops
 from fastlur.methods.base import Cost, Direction, Gradients, Recipe, check_range
@@ -41,6 +41,7 @@ class GRU(Recipe):
     retain_weight: float = 1.0
 
     name: ClassVar[str] = "gru"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"published": {"method": {"retain_weight": 0.0}}}
 
     def __post_init__(self) -> None:
         check_range("forget_weight", self.forget_weight, example=0.2)
@@ -50,7 +51,7 @@ class GRU(Recipe):
     @property
     def cost(self) -> Cost:
         """Two passes, their gradients and the average."""
-        return Cost(passes=2, buffers=3)
+        return Cost(passes=2, buffers=3, adds=True)
 
     def prepare(self, passes: Passes) -> Averaged:
         """Room for the gradients, and an average of nothing."""

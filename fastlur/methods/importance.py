@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlur import ops
-from fastlur.errors import NonFiniteError
+from fastlur.methods.base import check_finite
 from fastlur.passes import Passes, Which
 from fastlur.space import Vector
 
@@ -45,8 +44,7 @@ def importance(
             count += 1
     with torch.no_grad():
         torch._foreach_div_(total.flats, max(count, 1))
-        if not torch.isfinite(ops.grad_dot(total.flats, total.flats)[0]).all():  # waits, but only before the steps
-            raise NonFiniteError(f"{which}: a gradient of these data is not finite; the model is as it came")
+        check_finite(total, which)
     return total, count
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fastlur.methods.base import Cost, Direction, Gradient, Recipe, check_range
 from fastlur.passes import Passes
@@ -32,6 +32,7 @@ class L1Sparse(Recipe):
     name: ClassVar[str] = "l1_sparse"
     own_objective: ClassVar[bool] = True
     uses_forget: ClassVar[bool] = False
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"published": {"method": {"gamma": 1e-4}}}
 
     def __post_init__(self) -> None:
         check_range("gamma", self.gamma, example=1e-4)

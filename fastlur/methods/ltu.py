@@ -26,14 +26,7 @@ Harmonization = Literal["one_sided", "symmetric", "none"]
 Rule = Literal["first_order", "secant"]
 RELATIVE_DEFAULT = 0.1
 AUDITED = 16  # retain batches that the attacks are fitted to
-NOISE = (
-    0.05,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.4,
-)  # relative; the outputs of a model so disturbed stand for those on items it has not seen
+NOISE = 0.05, 0.1, 0.15, 0.2, 0.3, 0.4  # relative; a model so disturbed answers as if it had not seen its items
 BATCH = 128
 
 
@@ -111,8 +104,11 @@ class LTU(Recipe):
     @property
     def cost(self) -> Cost:
         """Two or three passes of each side; both gradients and the displaced point."""
-        note = f"beforehand forwards over up to {AUDITED} retain batches, to fit the attacks"
-        return Cost(passes=6 if self.gradient == "secant" else 4, buffers=3, note=note)
+        looks = f"{1 + len(NOISE)} forwards over up to {AUDITED} retain batches"
+        if self.nonmembers is not None:
+            looks = f"1 forward over up to {AUDITED} retain batches and as many others"
+        note = f"beforehand {looks}, to fit the attacks"
+        return Cost(passes=6 if self.gradient == "secant" else 4, buffers=3, note=note, adds=True)
 
     def settings(self) -> dict[str, Any]:
         """The arguments; data as a digest."""

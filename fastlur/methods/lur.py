@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastlur import meta, ops
+from fastlur.curvature import By
 from fastlur.errors import ArgumentError, nearest, number
 from fastlur.methods.base import Cost, Direction, Recipe, State
 from fastlur.passes import Passes, Which
@@ -40,6 +41,8 @@ class LUR(Recipe):
         relative_inner_lr: the inner step has length `inner_lr` whatever the gradient's norm: α = inner_lr/‖∇‖.
         keep_graph: for "exact": hold the inner gradient's graph until the Hessian-vector product. False: build it anew
             then, for another forward and backward and less memory while the outer gradient is taken.
+        hessian: for "exact": the Hessian-vector product by "autograd", differentiating its own backward, or by "func",
+            the transforms of torch.func, which was slower on every model that was measured (`bench/bench_exact.py`).
         trim: `fastlur.methods.Trim(…)` before the first step, as some published runs have it; None: no trim.
         mask: see `Recipe`.
 
@@ -53,6 +56,7 @@ class LUR(Recipe):
     order: Order = "retain_first"
     relative_inner_lr: bool = False
     keep_graph: bool = True
+    hessian: By = field(default="autograd", kw_only=True)
 
     name: ClassVar[str] = "lur"
 
@@ -60,8 +64,9 @@ class LUR(Recipe):
         meta.check_gradient(self.gradient)
         if self.inner_lr is not None:
             meta.check_inner_lr(self.inner_lr)
-        if self.order not in get_args(Order):
-            raise ArgumentError(f"order={self.order!r} is no order; {nearest(self.order, get_args(Order))}")
+        for name, known in (("order", get_args(Order)), ("hessian", get_args(By))):
+            if getattr(self, name) not in known:
+                raise ArgumentError(f"{name}={getattr(self, name)!r} is unknown; {nearest(getattr(self, name), known)}")
         if not number(self.forget_weight):
             raise ArgumentError(f"forget_weight={self.forget_weight!r} must be a finite number ≥ 0, such as 0.2")
 
@@ -76,7 +81,7 @@ class LUR(Recipe):
         """Allocate: the two gradients and the displaced point, a parameter-sized buffer each, whatever the mode."""
         relative = self.relative_inner_lr or self.inner_lr is None
         inner_lr = RELATIVE_DEFAULT if self.inner_lr is None else self.inner_lr
-        return LURState(passes, self.order, self.gradient, inner_lr, relative, self.keep_graph)
+        return LURState(passes, self.order, self.gradient, inner_lr, relative, self.keep_graph, self.hessian)
 
     def direction(self, passes: Passes, state: LURState) -> Direction:
         """The aligned inner gradient and the outer one."""
@@ -101,8 +106,9 @@ class LURState(State):
         inner_lr: float,
         relative: bool,
         keep_graph: bool = True,
+        hessian: By = "autograd",
     ) -> None:
-        self.passes, self.relative, self.keep_graph = passes, relative, keep_graph
+        self.passes, self.relative, self.keep_graph, self.hessian = passes, relative, keep_graph, hessian
         self.first: Which = "retain" if order == "retain_first" else "forget"
         self.second: Which = "forget" if order == "retain_first" else "retain"
         self.inner_gradient = passes.space.vector()
@@ -123,23 +129,29 @@ class LURState(State):
 
     def linearized(self) -> tuple[Vector, Callable[[Vector, Tensor | None], Vector]]:
         """∇A, and the Hessian's part of the direction; the displaced point is free by then and holds the product."""
-        curvature = self.passes.linearize(self.first, self.inner_gradient, keep_graph=self.keep_graph)
-        a, product = self.inner_gradient, self.point
+        curvature = self.passes.linearize(self.first, self.inner_gradient, keep_graph=self.keep_graph, by=self.hessian)
+        a, product, tensors = self.inner_gradient, self.point, self.passes.space.tensors
 
         def aligned(v: Vector, norm2: Tensor | None) -> Vector:
             curvature(v, product)
-            ops.displace(a.flats, a.flats, product.flats, self._inner_lr, norm2)
+            values = tensors(a)
+            ops.displace(values, values, tensors(product), self._inner_lr, norm2)
             return a
 
         return a, aligned
 
     def norm2(self, along: Vector) -> Tensor | None:
         """‖along‖² for a relative step."""
-        return ops.grad_dot(along.flats, along.flats)[0][0] if self.relative else None
+        if not self.relative:
+            return None
+        values = self.passes.space.tensors(along)
+        return ops.grad_dot(values, values)[0][0]
 
     def displaced(self, along: Vector, norm2: Tensor | None) -> Vector:
         """θ − α · along, into the one displaced point."""
-        ops.displace(self.point.flats, self.passes.space.theta.flats, along.flats, self._inner_lr, norm2)
+        space = self.passes.space
+        point, theta, step = (space.tensors(vector) for vector in (self.point, space.theta, along))
+        ops.displace(point, theta, step, self._inner_lr, norm2)
         return self.point
 
     def vectors(self) -> dict[str, Vector]:

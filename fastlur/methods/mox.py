@@ -46,10 +46,13 @@ class MOX(Recipe):
     with AdamW at a rate of 1e-3, α = 2 is that far already. So α is searched for by default.
 
     Several forget sets one after the other need no state: call `unlearn` once for each. Each call starts from what the
-    last one left, keeps to that, and must not find an earlier forget set among its retain data.
+    last one left, keeps to that, and must not find an earlier forget set among its retain data. Each takes some of what
+    the weights can bear: on digits a second class went wholly or by half within the same limit or, as a warning then
+    says, not at all.
 
     Source: "Memorize to Forget", arXiv 2602.06441; objective, extrapolation, α, momentum and settings are reconstructed
-    from accounts of it. The search for α, the cap on `target` and what a round is are this package's.
+    from accounts of it. The search for α, the cap on `target` and what a round is are this package's. The presets lack
+    the epoch of warm-up, which is no schedule of `unlearn`.
 
     Args:
         alpha: α in [0, 1000], 4 in the publication. None: the largest of 0.5, 0.71, 1, … 32 up to which the retain loss

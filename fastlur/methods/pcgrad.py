@@ -40,7 +40,7 @@ class PCGrad(Recipe):
     @property
     def cost(self) -> Cost:
         """Two passes and their gradients, projected in place."""
-        return Cost(passes=2)
+        return Cost(passes=2, adds=True)
 
     def prepare(self, passes: Passes) -> Gradients:
         """Room for the gradients."""

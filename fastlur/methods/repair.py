@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ class Repair(State):
         self.memories = [passes.space.vector() for _ in range(count)]
         self._outside = sorted(set(range(len(passes.space.slots))) - set(self.chosen))
         self._gram: Numbers | None = None
+        self._drawn: tuple[int, Callable[[int], Any]] | None = None
         self._forget_batches = passes.feed.per_epoch("forget")
         lengths = [passes.feed.per_epoch("retain"), self._forget_batches]
         known = [length for length in lengths if length is not None]
@@ -54,6 +56,19 @@ class Repair(State):
     def epoch(self) -> int:
         """The number of the present epoch, from 0."""
         return 0 if self._length is None else (self.passes.step - 1) // self._length
+
+    def draw(self, index: int) -> None:
+        """Take the step's forget batch from this epoch's own pass over the forget data.
+
+        The run's stream goes on while retain steps are made, so that a later epoch would begin anywhere in it and miss
+        items; in the first epoch the stream itself begins with a whole pass.
+        """
+        epoch = self.epoch()
+        if epoch == 0:
+            return
+        if self._drawn is None or self._drawn[0] != epoch:
+            self._drawn = epoch, self.passes.feed.epoch("forget", ("repair", epoch))
+        self.passes.replace("forget", self._drawn[1](index))
 
     def forgets(self, index: int) -> bool:
         """Whether forget data are left at this place of the epoch."""
@@ -170,7 +185,11 @@ class PublishedRepair(Repair):
 
 
 def solve(gram: Numbers, dots: Numbers) -> Numbers:
-    """argmin_{v ≥ ½} ½ vᵀ(G + 10⁻³I)v + dᵀv, as a bounded least-squares problem: ½‖Lᵀv + L⁻¹d‖² with LLᵀ = G + 10⁻³I.
+    """argmin_{v ≥ ½} ½ vᵀ(G + 10⁻³I)v + dᵀv, as a bounded least-squares problem: ½‖Av + A⁻ᵀd‖², AᵀA = G + 10⁻³I.
+
+    A comes from the eigenvalues, those lost in rounding (of large memories that are nearly the same one) raised to what
+    rounding leaves of them: a Cholesky factor need not exist there. The active-set solver gives the exact answer; where
+    it finds no end, an interior one comes close to it.
 
     Args:
         gram: G = MᵀM, shape (T, T), float64.
@@ -179,10 +198,14 @@ def solve(gram: Numbers, dots: Numbers) -> Numbers:
     Returns:
         v, shape (T,), float64.
     """
-    from scipy.linalg import solve_triangular
     from scipy.optimize import lsq_linear
 
-    factor = np.linalg.cholesky(gram + RIDGE * np.eye(len(gram)))
-    target = -solve_triangular(factor, dots, lower=True)
-    v: Numbers = lsq_linear(factor.T, target, bounds=(LEAST, np.inf), method="bvls").x
+    values, vectors = np.linalg.eigh(gram + RIDGE * np.eye(len(gram)))
+    roots = np.sqrt(np.maximum(values, max(RIDGE, len(gram) * np.finfo(float).eps * values[-1])))
+    factor, target = roots[:, None] * vectors.T, -(vectors.T @ dots) / roots
+    for solver in ("bvls", "trf"):
+        found = lsq_linear(factor, target, bounds=(LEAST, np.inf), method=solver, max_iter=100 * len(gram))
+        if found.success:
+            break
+    v: Numbers = np.maximum(found.x, LEAST)
     return v

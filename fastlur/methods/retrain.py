@@ -39,7 +39,7 @@ class Retrain(Recipe):
             with the run's seed; buffers of those modules are reset as well. Weights that do not move stay.
 
     Raises:
-        ArgumentError: reinitialise is no bool.
+        ArgumentError: reinitialise is no bool, or comes with a trim or a mask, whose weights it would draw anew.
     """
 
     reinitialise: bool = False
@@ -53,6 +53,12 @@ class Retrain(Recipe):
     def __post_init__(self) -> None:
         if not isinstance(self.reinitialise, bool):
             raise ArgumentError(f"reinitialise={self.reinitialise!r} must be True or False")
+        for part in ("trim", "mask"):
+            if self.reinitialise and getattr(self, part) is not None:
+                raise ArgumentError(
+                    f"{part}={getattr(self, part)!r}: reinitialise=True draws every moving weight anew, whatever it "
+                    "says; leave it None"
+                )
 
     @property
     def cost(self) -> Cost:

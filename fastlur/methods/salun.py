@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from fastlur.methods.base import Cost
 from fastlur.methods.components import SaliencyMask
 from fastlur.methods.relabelling import Relabelling
 from fastlur.passes import Passes
@@ -35,8 +34,3 @@ class SalUn(Relabelling):
 
     name: ClassVar[str] = "salun"
     presets: ClassVar[dict[str, dict[str, Any]]] = {"cifar10": {"lr": 0.013, "epochs": 10}}
-
-    @property
-    def cost(self) -> Cost:
-        """A pass a side, a gradient a side, and the mask at a byte a weight."""
-        return Cost(passes=2, buffers=2.25, note="once: a pass over the forget data for the mask")

@@ -43,8 +43,10 @@ class ScissorHands(Recipe):
     does on a class of digits). The default is therefore `fastlur.losses.BoundedForgetting`, the same until 10 nats
     above chance.
 
-    An epoch is as many steps as the longer side has batches; where the retain data are the shorter they come round
-    again. In the trim, normalisation layers are left out, and so they are of the chosen layers here.
+    An epoch is as many steps as the longer side has batches. It takes the forget data in an order of its own, so that
+    each item comes in every epoch; of a loader, an epoch's forget batches are held on the host. Where the retain data
+    are the shorter they come round again. In the trim, normalisation layers are left out, and so they are of the chosen
+    layers here.
 
     Source: Wu & Harandi, "Scissorhands", arXiv 2401.06187, and the authors' code. Statistics of batch norm move in the
     retain pass only, as everywhere in this package; there, a joint forward over both batches moves them.
@@ -93,10 +95,12 @@ class ScissorHands(Recipe):
     def cost(self) -> Cost:
         """A pass a side while forget data are left, then one; a gradient and the memories (and φ, as published)."""
         once = f"once an epoch: {self.memories} pass{'es' * (self.memories > 1)}"
-        note = f"1 pass once the epoch's forget data are used up; {once}; before the first step: the trim"
+        note = f"1 pass once the epoch's forget data are used up; {once}"
         if self.form == "as_published":
-            return Cost(passes=2, buffers=3 + self.memories, note=f"{note}; solved on the host")
-        return Cost(passes=2, buffers=1 + self.memories, note=note)
+            host = max(6 + 2 * self.memories, 3 + 3 * self.memories)  # copies in float64, in the worst of moments
+            more = f"{note}; solved on the host"
+            return Cost(passes=2, buffers=3 + self.memories, note=more, temporaries=host, joint=True, adds=True)
+        return Cost(passes=2, buffers=1 + self.memories, note=note, adds=True)
 
     def prepare(self, passes: Passes) -> Repair:
         """Allocate the gradient and the memories; the first step of an epoch fills them."""
@@ -109,6 +113,7 @@ class ScissorHands(Recipe):
         if index == 0:
             state.anchor()
         if state.forgets(index):
+            state.draw(index)
             state.joint_gradient()
             if index % self.project_every == 0:
                 state.project()

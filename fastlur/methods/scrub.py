@@ -27,9 +27,11 @@ class SCRUB(Recipe):
 
     Published, an epoch of max-steps over the forget set comes before each of the first epochs of min-steps over the
     retain set. A step here has one update, so the alternation goes by steps: in the first `max_part` of the run steps
-    1, 1 + k, 1 + 2k, … are max-steps, k = `max_every`, and all others are min-steps; the rest of the run is min-steps
-    alone, which repair. k stands for (1 + retain batches/forget batches) of the published epochs. Momentum carries
-    over from one kind to the other. In a loop of unknown length the first part never ends.
+    k, 2k, 3k, … are max-steps, k = `max_every`, and all others are min-steps; the rest of the run is min-steps alone,
+    which repair. A min-step comes first because D_f has no gradient at the teacher itself, apart from dropout and batch
+    norm: with k = 1 the first max-step does nothing on a model without these. k stands for (1 + retain batches/forget
+    batches) of the published epochs. Momentum carries over from one kind to the other. In a loop of unknown length the
+    first part never ends.
 
     The teacher answers in eval mode. A step of one kind makes no pass over the other side, whose loss is then missing
     (NaN) in the history; "retain_loss" is the whole of α D_r + γ L_r, "forget_loss" −min(D_f, cap). The norm of the
@@ -60,6 +62,9 @@ class SCRUB(Recipe):
 
     name: ClassVar[str] = "scrub"
     own_objective: ClassVar[bool] = True
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "published": {"method": {"alpha": 0.001, "gamma": 0.99, "temperature": 4.0}}
+    }
 
     def __post_init__(self) -> None:
         check_range("alpha", self.alpha, example=1.0)
@@ -104,7 +109,7 @@ class SCRUB(Recipe):
     def is_max_step(self, step: int, steps: int | None) -> bool:
         """Whether step number `step`, from 1, of `steps` is a max-step."""
         first_part = steps is None or step <= round(self.max_part * steps)
-        return first_part and (step - 1) % self.max_every == 0
+        return first_part and step % self.max_every == 0
 
 
 class Taught(Gradient):

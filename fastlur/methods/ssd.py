@@ -62,7 +62,7 @@ class SSD(Recipe):
     @property
     def cost(self) -> Cost:
         """No step; two importances and a gradient for a while."""
-        return Cost(passes=0, buffers=3, note="once: a pass for every item, or every group of them")
+        return Cost(passes=0, buffers=3, note="once: a pass for every item, or every group of them", adds=True)
 
     @torch.no_grad()
     def prepare(self, passes: Passes) -> State:

@@ -1,0 +1,94 @@
+"""What the parts of ScissorHands cost in both forms: trim, anchors of an epoch, step in conflict, retain-only step.
+
+Beside them LUR's steps, all in one run, as ratios to a plain two-loss step. Conflicts are made, not awaited: the memory
+is set against the gradient.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import models
+import pytest
+import torch
+from arms import bare, lur, opened
+from measure import interleaved, medians, ratio
+from models import MODELS
+
+from fastlur.methods import METHODS, Trim
+from fastlur.methods.base import Direction
+from fastlur.step import Step
+
+FULL = os.environ.get("FASTLUR_BENCH_FULL") == "1"
+SECONDS = 60.0 if FULL else 10.0
+
+
+def parts(step: Step, forget: Any, retain: Any) -> dict[str, Callable[[], None]]:
+    """The parts, each runnable alone; a step includes the update."""
+    repair: Any = step.state
+
+    def within(part: Callable[[], None], updated: bool = False) -> Callable[[], None]:
+        def run() -> None:
+            with step.passes.of_step(2, forget, retain):
+                part()
+                if updated:
+                    step.update.decide(Direction(repair.gradient), list(step.passes.values.values()))
+                    step.update.apply(Direction(repair.gradient))
+                repair.tidy()
+
+        return run
+
+    def conflict() -> None:
+        repair.joint_gradient()
+        repair.project()
+
+    def trim() -> None:
+        Trim(batches=1)(step.passes)
+
+    with step.passes.of_step(1, forget, retain):
+        repair.anchor()
+        repair.joint_gradient()
+        for memory, gradient in zip(repair.memories[0].flats, repair.gradient.flats, strict=True):
+            torch.neg(gradient, out=memory)  # and so it stays: the weights hardly move while this is measured
+    return {
+        "step in conflict": within(conflict, updated=True),
+        "retain-only step": within(repair.retain_gradient, updated=True),
+        "anchors, once an epoch": within(repair.anchor),
+        "trim, a batch": trim,
+    }
+
+
+@pytest.mark.parametrize("items", [8, 64] if FULL else [8])
+def test_parts(items: int, benchmark: Any, record: list[dict[str, Any]]) -> None:
+    _, batch = MODELS["resnet18"]
+    model, forget, retain = models.model("resnet18"), batch(items, 0), batch(items, 1)
+    with ExitStack() as stack:
+        made: dict[str, Callable[[], object]] = {"bare": bare(model, forget, retain, "fp32")}
+        for mode in ("optimistic", "secant"):
+            step = stack.enter_context(opened(model, lur(mode), forget, retain))
+            made[f"LUR, {mode}"] = lambda step=step: step(forget, retain)  # type: ignore[misc]
+        for form in ("cleaned", "as_published"):
+            for name in ("step in conflict", "retain-only step", "anchors, once an epoch", "trim, a batch"):
+                step = stack.enter_context(opened(model, METHODS["scissorhands"](form=form, trim=None), forget, retain))
+                made[f"{form}: {name}"] = parts(step, forget, retain)[name]
+        times = interleaved(made, SECONDS)
+        benchmark.pedantic(made["LUR, optimistic"], rounds=1)
+    row = {
+        "model": "resnet18",
+        "batch": items,
+        "rounds": len(times["bare"]),
+        "bare_seconds": round(medians(times)["bare"], 5),
+        "ratio_to_bare": {arm: [round(x, 3) for x in ratio(times, arm, "bare")] for arm in times if arm != "bare"},
+        "optimistic_to": {
+            form: [round(x, 3) for x in ratio(times, "LUR, optimistic", f"{form}: step in conflict")]
+            for form in ("cleaned", "as_published")
+        },
+    }
+    record.append(row)
+    benchmark.extra_info.update(row)
+    print(f"\nResNet-18, batch {items} + {items}, × a plain two-loss step:")
+    for arm, (middle, low, high) in row["ratio_to_bare"].items():  # type: ignore[attr-defined]
+        print(f"  {arm}: {middle:.2f} [{low:.2f}, {high:.2f}]")

@@ -1,0 +1,225 @@
+"""The vector operations: bandwidth against that of a copy, launches, and time against torch's own spellings.
+
+An operation that is not right has no figure: each backend is compared with float64 first, at the size measured (at 1e9
+elements float64 does not fit beside it; the tests have that size). Arms go round buffers of 256 MiB together, or they
+would measure the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import backend_cases
+import bench_ops
+import torch
+from bench_ops import CACHE, TRAFFIC, rotating, vectors
+from measure import medians
+from shapes import Shapes, language_1b, numel, resnet18
+from spellings import ALPHA, DECAY, LR, MOMENTUM, OPERATIONS, Arm, Vectors, compiled, eager
+
+from fastlur import backends, ops
+from fastlur.operands import control_scalars, hyper_parameters
+from gpu_parts.book import Book, Options, Row, device, release
+from gpu_parts.timing import captured, launches, sampled, spread
+
+IN_62, IN_201 = "ResNet-18, 62 tensors", "1.1 B LM, 201 tensors"
+FULL: dict[str, Shapes] = {
+    IN_62: resnet18(),
+    "1e8 flat": [(100_000_000,)],
+    IN_201: language_1b(),
+    "1e9 flat": [(1_000_000_000,)],
+}
+TINY: dict[str, Shapes] = {"small list": [(65,), (3, 7), (1,)], "1e3 flat": [(1000,)]}
+FIRST = ("grad_dot", "displace", "sgd", "adamw")  # what a step is made of
+LARGE = 5e8  # elements; from here on float64 copies do not fit
+
+
+def run(book: Book, options: Options) -> None:
+    layouts = TINY if options.tiny else FULL
+    seconds = 0.02 if options.tiny else 0.4
+    first = ("sgd",) if options.tiny else FIRST
+    others = () if options.tiny else tuple(each for each in OPERATIONS if each not in FIRST)
+    for layout, shapes in list(layouts.items())[::2]:  # the lists
+        book.case(f"the vector work of a step: {layout}", 6, partial(whole, shapes=shapes, seconds=seconds))
+    plain(book, first, layouts, seconds)
+    for name in others and first:
+        book.case(f"{name}, compiled: {IN_62}", 15, partial(tuned, name=name, layout=IN_62, seconds=seconds))
+    plain(book, others, layouts, seconds)
+    for name in others and first:
+        book.case(f"{name}, compiled: 1e8 flat", 10, partial(tuned, name=name, layout="1e8 flat", seconds=seconds))
+
+
+def plain(book: Book, operations: tuple[str, ...], layouts: dict[str, Shapes], seconds: float) -> None:
+    """A case for each of the operations in each layout."""
+    for layout, shapes in layouts.items():
+        for name in operations:
+            run_one = partial(one, name=name, layout=layout, shapes=shapes, seconds=seconds)
+            book.case(f"{name}: {layout}", 3 if numel(shapes) < LARGE else 5, run_one)
+
+
+def whole(row: Row, shapes: Shapes, seconds: float) -> None:
+    """Out and back, dots, decision and update: ours by every backend and in a graph, and torch's, launches counted."""
+    v = vectors(shapes, 0)
+    arms: dict[str, Arm] = {}
+    for backend in serving():
+        arms[backend] = forced(backend, step_of_ours(v))
+    spelled = {name: eager(name, v) for name in ("displace", "grad_dot", "sgd")}
+
+    def by_torch(update: str) -> Arm:
+        out, dots, last = (
+            spelled[n][h] for n, h in (("displace", "foreach"), ("grad_dot", "foreach"), ("sgd", update))
+        )
+        return lambda: (out(), out(), dots(), last())
+
+    arms |= {"torch: foreach": by_torch("foreach"), "torch: foreach, fused optimizer": by_torch("fused")}
+    counted = {name: launches(arm) for name, arm in arms.items()}
+    row["launches"] = {name: None if each is None else sum(each.values()) for name, each in counted.items()}
+    row["launched"] = {name: each for name, each in counted.items() if name in backends.PREFERENCE["cuda"]}
+    in_graphs(row, arms)
+    times = measured(row, arms, 2 * seconds)
+    row["gigabytes_per_second"] = {
+        name: round((2 * TRAFFIC["displace"] + 2 + TRAFFIC["sgd"]) * 4 * numel(shapes) / spent / 1e9, 1)
+        for name, spent in times.items()
+    }
+
+
+def step_of_ours(v: Vectors) -> Arm:
+    control = control_scalars(device())
+    hyper = hyper_parameters(device(), lr=LR, momentum=MOMENTUM, weight_decay=DECAY, clip=1.0)
+    alpha, losses = (torch.tensor(x, dtype=torch.float64, device=device()) for x in (ALPHA, [1.0, 1.0]))
+
+    def step() -> None:
+        ops.displace(v[4], v[2], v[0], alpha)
+        ops.displace(v[4], v[2], v[1], alpha)
+        dots, _ = ops.grad_dot(v[0], v[1])
+        ops.step_control(control, dots, losses, hyper)
+        ops.meta_update(v[2], v[0], v[1], v[3], control=control, hyper=hyper)
+
+    return step
+
+
+def one(row: Row, name: str, layout: str, shapes: Shapes, seconds: float) -> None:
+    """One operation: our backends, those in a graph, torch's eager spellings, and a copy."""
+    size = numel(shapes)
+    row |= {"operation": name, "layout": layout, "elements": size}
+    checked = dict.fromkeys([*serving(), "triton"] if device().type == "cpu" else serving())  # there in the interpreter
+    wrong = {backend: fault for backend in checked if (fault := fault_of(backend, name, shapes))}
+    row["wrong"] = wrong
+    sets = 1 if device().type == "cpu" else max(1, CACHE // (4 * size))
+    held = [vectors(shapes, seed) for seed in range(sets)]
+    source, target = torch.rand(2, size, device=device())
+    arms: dict[str, Arm] = {"copy": lambda: target.copy_(source)}
+    for backend in serving():
+        if backend not in wrong:
+            arms[backend] = rotating([forced(backend, bench_ops.ours(name, v)) for v in held])
+    spelled = [eager(name, v) for v in held]
+    arms |= {f"torch: {how}": rotating([each[how] for each in spelled]) for how in spelled[0]}
+    if sets == 1:  # a graph of one buffer in the cache would be no figure
+        in_graphs(row, arms)
+    summary(row, measured(row, arms, seconds), size)
+    assert not wrong, f"not what float64 says: {wrong}"
+
+
+def tuned(row: Row, name: str, layout: str, seconds: float) -> None:
+    """One operation beside torch's compiler, which gets the spelling by lists and by _foreach."""
+    shapes = FULL[layout]
+    row |= {"operation": name, "layout": layout, "elements": numel(shapes), "wrong": {}}
+    held = [vectors(shapes, 0)]
+    source, target = torch.rand(2, numel(shapes), device=device())
+    arms: dict[str, Arm] = {"copy": lambda: target.copy_(source)}
+    best = backends.serving(device().type)
+    arms[best] = bench_ops.ours(name, held[0])
+    arms["torch: compiled"] = compiled(name, held[0])
+    spelled = eager(name, held[0])
+    arms["torch: foreach"], arms["torch: compiled foreach"] = spelled["foreach"], torch.compile(spelled["foreach"])
+    in_graphs(row, arms)
+    row["one_buffer"] = True  # below 1e8 elements all arms alike then find much of it in the cache
+    summary(row, measured(row, arms, seconds), numel(shapes))
+
+
+def measured(row: Row, arms: dict[str, Arm], seconds: float) -> dict[str, float]:
+    """Medians, written into the row with their quartiles; an arm that cannot run is dropped, and the row says why."""
+    for name, arm in list(arms.items()):
+        try:
+            arm()
+        except Exception as error:
+            row.setdefault("dropped", {})[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            del arms[name]
+            release()
+    times = sampled(arms, seconds)
+    row["seconds"] = {name: spread(each) for name, each in times.items()}
+    return medians(times)
+
+
+def summary(row: Row, times: dict[str, float], size: int) -> None:
+    """Bandwidths, and how many times as fast as torch's spellings the backends are."""
+    row["copy_gigabytes_per_second"] = round(2 * 4 * size / times["copy"] / 1e9, 2)
+    mine = [each for each in times if each != "copy" and not each.startswith("torch: ")]
+    theirs = {each: spent for each, spent in times.items() if each.startswith("torch: ")}
+    row["gigabytes_per_second"] = {
+        each: round(TRAFFIC[row["operation"]] * 4 * size / times[each] / 1e9, 2) for each in mine
+    }
+    row["of_copy"] = {
+        each: round(v / row["copy_gigabytes_per_second"], 3) for each, v in row["gigabytes_per_second"].items()
+    }
+    if theirs:
+        best = min(theirs, key=lambda each: theirs[each])
+        row["best_torch"] = best.removeprefix("torch: ")
+        row["times_as_fast_as_best_torch"] = {each: round(theirs[best] / times[each], 2) for each in mine}
+    if "torch: foreach" in theirs:
+        row["times_as_fast_as_foreach"] = {each: round(theirs["torch: foreach"] / times[each], 2) for each in mine}
+
+
+def in_graphs(row: Row, arms: dict[str, Arm]) -> None:
+    """Our backends once more as CUDA graphs."""
+    if device().type != "cuda":
+        return
+    for backend in [each for each in arms if each in ("triton", "extension")]:
+        try:
+            arms[f"{backend}, graph"] = captured(arms[backend])
+        except Exception as error:
+            row.setdefault("dropped", {})[f"{backend}, graph"] = f"{type(error).__name__}: {error}".splitlines()[0][
+                :200
+            ]
+
+
+def fault_of(backend: str, name: str, shapes: Shapes) -> str | None:
+    """In what an operation of a backend is not what it is in float64."""
+    if numel(shapes) >= LARGE:
+        return None
+    try:
+        with through(backend):
+            v = bench_ops.vectors(shapes, 0)
+            mine = bench_ops.ours(name, v)
+
+            def served() -> object:  # `check` itself asks for plain torch when it makes the truth
+                with through(backend):
+                    return mine()
+
+            bench_ops.check(name, shapes, {backend: [served]}, v)
+    except AssertionError as error:
+        return str(error)[:400]
+    return None
+
+
+def serving() -> list[str]:
+    """The backends that are there."""
+    return [b for b in ("triton", "extension", "torch") if backends.unavailable(b, device().type) is None]
+
+
+def through(backend: str) -> AbstractContextManager[Any]:
+    interpreted = backend == "triton" and device().type == "cpu"
+    return backend_cases.through(backend) if interpreted else backends.backend(backend)
+
+
+def forced(backend: str, arm: Callable[[], object]) -> Arm:
+    """The arm, served by this backend."""
+
+    def run() -> object:
+        with through(backend):
+            return arm()
+
+    return run

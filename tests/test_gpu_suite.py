@@ -1,0 +1,211 @@
+"""The plumbing of the GPU suite, at sizes a CPU does in seconds: what it writes, and what when things go wrong."""
+
+import json
+
+import gpu
+import pytest
+import torch
+from gpu_parts import PARTS
+from gpu_parts.book import Book, Options
+from gpu_parts.table import table
+
+STATES = {"done", "skipped", "failed", "out of memory"}
+
+
+class Clock:
+    """A clock that stands still until it is told."""
+
+    def __init__(self):
+        self.time = 0.0
+
+    def __call__(self):
+        return self.time
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Every part at its tiny size, in this process."""
+    out = tmp_path_factory.mktemp("results")
+    return out, {part: gpu.alone(part, out, 300, Options(tiny=True)) for part in PARTS}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_runs_and_writes_its_results(results, part):
+    out, fine = results
+    kept = json.loads((out / f"{part}.json").read_text())
+    assert fine[part], [case for case in kept["cases"] if case["status"] == "failed"]
+    assert kept["part"] == part and kept["complete"] and kept["tiny"]
+    assert {case["status"] for case in kept["cases"]} <= STATES
+    assert sum(case["status"] == "done" for case in kept["cases"]) >= 1
+    assert all("dropped" not in case for case in kept["cases"])
+
+
+def test_nothing_of_a_tiny_run_is_called_a_figure_of_a_gpu(results):
+    out, _ = results
+    text = table(out, PARTS)
+    if torch.cuda.is_available():
+        assert "tiny sizes: no figures" in text.splitlines()[0]
+        return
+    assert "no GPU was measured" in text.splitlines()[0]
+    for part in PARTS:
+        kept = json.loads((out / f"{part}.json").read_text())
+        assert kept["machine"]["gpu"] is None
+    steps = json.loads((out / "step.json").read_text())["cases"][0]
+    assert set(steps["memory"]["bare"].values()) == {None}
+
+
+def test_steps_come_with_their_alignment_and_refused_ones_without_a_ratio(results):
+    out, _ = results
+    for case in json.loads((out / "step.json").read_text())["cases"]:
+        for mode, cosine in case.get("alignment_cosine", {}).items():
+            least = 0.9 if case["precision"] == "fp32" else 0.7
+            assert (mode in case["ratio_to_bare"]) == (cosine >= least)
+            assert (mode in case["refused"]) == (cosine < least)
+
+
+def test_kernels_are_compared_with_float64(results, monkeypatch):
+    out, _ = results
+    import bench_ops
+    from gpu_parts import kernels
+
+    def wrong(*_):
+        raise AssertionError("off by one")
+
+    monkeypatch.setattr(bench_ops, "check", wrong)
+    book = Book(out / "wrong.json", "kernels", 100)
+    row = book.case("sgd", 0, lambda row: kernels.one(row, "sgd", "three", [(3,)], 0.01))
+    assert row["status"] == "failed" and "off by one" in row["why"]
+    assert row["gigabytes_per_second"] == {}
+
+
+def test_without_a_gpu_nothing_is_measured_at_full_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+class TestSuite:
+    """Parts are launched in turn; what becomes of one does not matter to the next."""
+
+    def launching(self, out, clock, spent, faults=None, crashed=()):
+        self.shares = {}
+
+        def launch(part, seconds):
+            self.shares[part] = seconds
+            if part in crashed:
+                Book(out / f"{part}.json", part, seconds).case("first", 0, lambda row: None)
+            else:
+                Book(out / f"{part}.json", part, seconds).finish()
+            clock.time += min(spent, seconds)
+            return (faults or {}).get(part)
+
+        return launch
+
+    def test_a_part_that_dies_stops_no_other_and_is_told_at_the_end(self, tmp_path, capsys):
+        clock = Clock()
+        launch = self.launching(tmp_path, clock, 1, {"kernels": "exit status -11"}, crashed=["kernels"])
+        assert gpu.suite(tmp_path, 100, launch, clock) == 1
+        assert list(self.shares) == list(PARTS)
+        kept = json.loads((tmp_path / "kernels.json").read_text())
+        assert kept["fault"] == "exit status -11" and not kept["complete"]
+        assert [case["case"] for case in kept["cases"]] == ["first"]
+        said = capsys.readouterr().out
+        assert "fault: exit status -11" in said and "cut off" in said
+        assert (tmp_path / "table.md").read_text().strip() in said
+
+    def test_a_part_that_wrote_nothing_is_told_too(self, tmp_path):
+        assert gpu.suite(tmp_path, 100, lambda part, seconds: "exit status 1", Clock()) == 1
+        assert json.loads((tmp_path / "step.json").read_text())["fault"] == "exit status 1"
+
+    def test_all_well_is_status_0(self, tmp_path):
+        clock = Clock()
+        assert gpu.suite(tmp_path, 100, self.launching(tmp_path, clock, 1), clock) == 0
+
+    def test_what_a_part_leaves_over_goes_to_the_next_and_the_whole_is_kept_to(self, tmp_path):
+        clock = Clock()
+        gpu.suite(tmp_path, 100, self.launching(tmp_path, clock, 1e9), clock)
+        assert clock.time == pytest.approx(100)
+        assert self.shares == pytest.approx({part: 100 * share for part, (share, _) in PARTS.items()})
+        gpu.suite(tmp_path, 100, self.launching(tmp_path, clock, 1), clock)
+        assert self.shares["end_to_end"] == pytest.approx(96)
+
+    def test_an_earlier_runs_figures_are_not_taken_for_this_ones(self, tmp_path):
+        (tmp_path / "step.json").write_text("{}")
+        clock = Clock()
+        seen = []
+        gpu.suite(tmp_path, 1, lambda part, seconds: seen.append((tmp_path / "step.json").exists()), clock)
+        assert not any(seen)
+
+
+class TestBook:
+    def book(self, tmp_path, seconds=10):
+        self.clock = Clock()
+        return Book(tmp_path / "book.json", "step", seconds, now=self.clock)
+
+    def read(self, tmp_path):
+        return json.loads((tmp_path / "book.json").read_text())
+
+    def test_what_no_longer_fits_is_skipped_and_said_to_be(self, tmp_path):
+        book = self.book(tmp_path)
+        ran = []
+
+        def slow(row):
+            ran.append(row["case"])
+            self.clock.time += 6
+
+        for name in ("a", "b", "c"):
+            book.case(name, 5, slow)
+        assert ran == ["a"]
+        states = [(case["status"], case.get("why", "")[:10]) for case in self.read(tmp_path)["cases"]]
+        assert states == [("done", ""), ("skipped", "4 s were l"), ("skipped", "4 s were l")]
+        assert book.finish()
+
+    def test_a_case_that_fails_stops_no_other_and_keeps_what_it_had_found(self, tmp_path):
+        book = self.book(tmp_path)
+
+        def failing(row):
+            row["found"] = 1
+            raise ValueError("no")
+
+        def full(row):
+            raise torch.OutOfMemoryError("out")
+
+        book.case("a", 0, failing)
+        book.case("b", 0, full)
+        book.case("c", 0, lambda row: row.update(found=2))
+        kept = self.read(tmp_path)
+        assert [case["status"] for case in kept["cases"]] == ["failed", "out of memory", "done"]
+        assert [case.get("found") for case in kept["cases"]] == [1, None, 2]
+        assert kept["cases"][0]["why"] == "ValueError: no"
+        assert not book.finish()
+
+    def test_the_file_is_whole_after_every_case_and_says_that_there_is_more_to_come(self, tmp_path):
+        book = self.book(tmp_path)
+        assert self.read(tmp_path)["cases"] == []
+        book.case("a", 0, lambda row: None)
+
+        def stopped(row):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            book.case("b", 0, stopped)
+        kept = self.read(tmp_path)
+        assert [case["case"] for case in kept["cases"]] == ["a"] and not kept["complete"]
+
+
+def test_a_part_that_does_not_end_is_ended():
+    assert "ended from outside" in gpu.process(["sleep", "600"], 0.2)
+    assert gpu.process(["true"], 60) is None
+    assert gpu.process(["false"], 60) == "exit status 1"
+
+
+def test_the_command_runs_a_part_by_its_name(tmp_path):
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "bench.gpu", "--only", "environment", "--tiny", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "## environment" in done.stdout
+    assert json.loads((tmp_path / "environment.json").read_text())["complete"]

@@ -1,0 +1,94 @@
+"""Published settings by name: each is a call of `unlearn` that runs as it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import state
+from torch import nn
+
+import fastlur
+from fastlur.demo import Residual, digits
+from fastlur.losses import negative_cross_entropy
+from fastlur.methods import METHODS, Trim
+
+PRESETS = [(name, preset) for name in sorted(METHODS) for preset in METHODS[name].presets]
+
+
+class Layered(nn.Module):
+    """A small network with the names of a ResNet-18."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.layer3, self.layer4, self.fc = Residual(8), Residual(8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.layer4(self.layer3(torch.relu(self.bn1(self.conv1(x)))))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def data():
+    (images, labels), _ = digits(0)
+    return (images[:40], labels[:40]), (images[40:170], labels[40:170])
+
+
+@pytest.mark.parametrize(("method", "preset"), PRESETS)
+def test_it_runs_as_it_is(method, preset, data):
+    torch.manual_seed(1)
+    model = Layered()
+    fastlur.unlearn(model, *reversed(data), method="fine_tune", steps=30, lr=0.1, progress=False)
+    before = state(model)
+    settings = fastlur.methods.preset(method, preset)
+    result = fastlur.unlearn(model, *data, **settings, progress=False)
+    assert all(bool(torch.isfinite(value).all()) for value in state(model).values())
+    moved = torch.cat([(before[name] != p).reshape(-1) for name, p in model.named_parameters()]).float().mean()
+    assert float(moved) > 0.4
+    for name in ("lr", "momentum", "weight_decay", "batch_size", "optimizer"):
+        assert name not in settings or result.settings[name] == settings[name]
+    if "epochs" in settings:  # 130 items to keep, the longer side
+        assert len(result.history["step"]) == settings["epochs"] * -(-130 // settings.get("batch_size", 128))
+    assert result.settings["method"] == {"name": method, **settings["method"].settings()}
+
+
+def test_what_was_read_of_lur_is_what_its_presets_say():
+    for name, (sparsity, layers) in {
+        "cifar10": (0.97, ("layer3.*", "layer4.*", "fc.*")),
+        "cifar100_random10": (0.99, ("layer4.*", "fc.*")),
+        "cifar100_random50": (0.90, ("layer4.*", "fc.*")),
+    }.items():
+        found = fastlur.methods.preset("lur", name)
+        assert found.pop("method") == fastlur.LUR(inner_lr=0.01, gradient="exact", trim=Trim(sparsity, layers))
+        assert found.pop("forget_loss") is negative_cross_entropy
+        assert found.pop("lr") in (0.1, 0.05, 0.01, 0.005)
+        assert found == {"epochs": 10, "momentum": 0.9, "weight_decay": 0.0}
+
+
+def test_what_was_read_of_mox_is_what_its_presets_say():
+    for name, momentum in {"llm": 1.0, "llm_momentum": 0.675}.items():
+        found = fastlur.methods.preset("mox", name)
+        assert found.pop("method") == METHODS["mox"](alpha=4.0, momentum=momentum)
+        assert found == {"optimizer": "adamw", "lr": 1e-5, "weight_decay": 0.01, "batch_size": 32, "epochs": 10}
+
+
+def test_a_preset_is_not_changed_by_who_takes_it():
+    taken = fastlur.methods.preset("lur", "cifar10")
+    taken["lr"] = 7.0
+    assert fastlur.methods.preset("lur", "cifar10")["lr"] == 0.01
+    assert isinstance(METHODS["lur"].presets["cifar10"]["method"], dict)
+
+
+def test_an_unknown_one_is_refused_with_the_nearest():
+    with pytest.raises(fastlur.ArgumentError, match="cifar10"):
+        fastlur.methods.preset("lur", "cifar1")
+    with pytest.raises(fastlur.ArgumentError, match="it has none"):
+        fastlur.methods.preset("ltu", "cifar10")
+    with pytest.raises(fastlur.ArgumentError, match="did you mean 'salun'"):
+        fastlur.methods.preset("sulan", "cifar10")
+
+
+def test_layers_of_another_model_are_refused_not_ignored(data):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with pytest.raises(fastlur.ModelError, match="matches no parameter"):
+        fastlur.unlearn(model, *data, **fastlur.methods.preset("lur", "cifar10"), progress=False)

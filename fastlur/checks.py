@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastlur.content import Content
 from fastlur.data import to_device
-from fastlur.errors import ArgumentError, DataError, FastlurError, nearest
+from fastlur.errors import ArgumentError, DataError, FastlurError, nearest, number
 from fastlur.losses import IGNORED, TARGETS, logits_and_targets, split
 from fastlur.microbatch import Spare
 from fastlur.passes import ARGUMENT, Loss, Which, scalar
@@ -21,6 +21,7 @@ from fastlur.statistics import Statistics
 from fastlur.world import borrowed_random, passing
 
 TASKS = ("auto", "classification")
+PRECISIONS = ("fp32", "bf16")
 
 
 def positive_int(name: str, value: object) -> None:
@@ -56,16 +57,42 @@ def path(name: str, value: object) -> None:
         raise ArgumentError(f"{name}={value!r} must be a directory's path, or None")
 
 
-def move(model: nn.Module, device: Any) -> None:
-    """Move the model to a device.
+def seed(value: object) -> None:
+    """Refuse what is no seed.
 
     Raises:
-        ArgumentError: there is no such device.
+        ArgumentError: it is no whole number.
     """
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"device={device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ArgumentError(f"seed={value!r} must be a whole number")
+
+
+def memory_format(value: object) -> None:
+    """Refuse what four-dimensional weights cannot be laid out in.
+
+    Raises:
+        ArgumentError: it is neither None nor a format for four dimensions.
+    """
+    if value not in (None, torch.channels_last, torch.contiguous_format, torch.preserve_format):
+        raise ArgumentError(f"memory_format={value!r} must be torch.channels_last, torch.contiguous_format, or None")
+
+
+def numbers(lr: float, momentum: float, weight_decay: float, max_grad_norm: float | None, precision: str) -> None:
+    """Refuse what the update of a step cannot be made with.
+
+    Raises:
+        ArgumentError: a number is out of its range, or the precision is unknown.
+    """
+    if not number(lr):
+        raise ArgumentError(f"lr={lr!r} must be a finite number ≥ 0, such as 0.03")
+    if not (number(momentum) and momentum < 1):
+        raise ArgumentError(f"momentum={momentum!r} must be in [0, 1), such as 0.9")
+    if not number(weight_decay):
+        raise ArgumentError(f"weight_decay={weight_decay!r} must be a finite number ≥ 0")
+    if max_grad_norm is not None and not (number(max_grad_norm) and max_grad_norm > 0):
+        raise ArgumentError(f"max_grad_norm={max_grad_norm!r} must be a positive number, or None")
+    if precision not in PRECISIONS:
+        raise ArgumentError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
 
 
 def one_of(name: str, value: object, known: Iterable[str]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlur import footprint, ops
+from fastlur.checks import PRECISIONS
 from fastlur.data import to_device
 from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError
 from fastlur.footprint import Memory
@@ -20,7 +21,6 @@ from fastlur.methods.base import Cost, Method
 from fastlur.passes import Loss, Passes, Which
 from fastlur.slots import Selection
 from fastlur.space import ParameterSpace, Vector
-from fastlur.step import PRECISIONS
 from fastlur.update import check_optimizer
 from fastlur.world import borrowed_random
 

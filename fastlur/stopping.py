@@ -22,7 +22,7 @@ from torch import nn
 
 from fastlur.data import source
 from fastlur.errors import ArgumentError, DataError, finite, nearest
-from fastlur.identity import name_of
+from fastlur.identity import fingerprint, name_of
 from fastlur.loop import StepEvent
 from fastlur.scores import scores
 from fastlur.world import borrowed_random, kept_modes
@@ -133,7 +133,7 @@ class Reached(_Looking):
 
     def __repr__(self) -> str:
         bound = f"at_least={self.at_least}" if self.at_most is None else f"at_most={self.at_most}"
-        return f"Reached({name_of(self.metric)}, {bound}, every={self.every})"
+        return f"Reached({fingerprint(self.metric)}, {bound}, every={self.every})"
 
 
 class Patience(_Looking):
@@ -189,7 +189,7 @@ class Patience(_Looking):
         self.waited = int(state["waited"])
 
     def __repr__(self) -> str:
-        metric = name_of(self.metric)
+        metric = fingerprint(self.metric)
         return f"Patience({metric}, looks={self.looks}, every={self.every}, better={self.better!r}, by={self.by})"
 
 

@@ -24,7 +24,8 @@ class RetainBudget:
     The loss is the mean over fixed retain batches, each weighed by its items, in eval mode, looked at every 10 steps,
     before every checkpoint and at the end; "risen" is against the model as given, before anything that a method does to
     it beforehand, a trim say. At each look within the budget the weights and buffers are remembered, one copy of them;
-    on the first one outside they are put back. So the model that a run leaves is within the budget, whatever the method.
+    on the first one outside they are put back. So the model that a run leaves is within the budget, whatever the
+    method.
 
     Args:
         model: as given.

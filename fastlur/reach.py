@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlur.reference import EPS, L1, LR, MOMENTUM, PROX, SCALE, WEIGHT_DECAY
+from fastlur.reference import L1, LR, MOMENTUM, PROX, SCALE, WEIGHT_DECAY
 
 EVERY = 8  # steps between two looks at the weights themselves
 SPARE = 2.0**100  # a bound this loose is of use where numbers reach beyond it
+FARTHEST = 100  # of a step of AdamW, in learning rates: 7.3 by Cauchy-Schwarz with its usual betas, before rounding
 MARGIN = 4  # for what is added up on the way, and for rounding
 
 
@@ -77,7 +78,7 @@ class Reach:
         gradient = state[SCALE] * (aa**0.5 + uu**0.5) + numbers[L1] + numbers[PROX] * pull
         if self._adamw:
             moments = momentum * moments + (1 - momentum) * gradient
-            weights = weights * (1 + lr * decay) + lr * moments / ((1 - momentum) * numbers[EPS])
+            weights = weights * (1 + lr * decay) + lr * FARTHEST
         else:
             moments = momentum * moments + gradient + decay * weights
             weights = weights + lr * moments

@@ -217,7 +217,9 @@ def choosing_methods(draw):
     assert str(method.cost)
     torch.manual_seed(1)
     model = mlp()
-    tried(lambda: fastlur.unlearn(model, blobs(9), blobs(20), method=method, steps=1, batch_size=8, progress=False), model)
+    tried(
+        lambda: fastlur.unlearn(model, blobs(9), blobs(20), method=method, steps=1, batch_size=8, progress=False), model
+    )
 
 
 def naming_methods(draw):
@@ -297,7 +299,9 @@ def losing(draw):
     chosen = loss or draw(st.sampled_from([cross_entropy, negative_cross_entropy]))
     torch.manual_seed(3)
     model = draw(st.sampled_from([mlp(), mlp(classes=1), mlp(classes=4).half().float()]))
-    batch = draw(mostly([blobs(4), {"input": blobs(4)[0], "labels": blobs(4)[1]}], [blobs(0), (blobs(4)[0], None), *ODD]))
+    batch = draw(
+        mostly([blobs(4), {"input": blobs(4)[0], "labels": blobs(4)[1]}], [blobs(0), (blobs(4)[0], None), *ODD])
+    )
     value = tried(lambda: chosen(model, batch), model)
     assert value is None or value.shape == ()
 

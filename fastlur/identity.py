@@ -132,7 +132,7 @@ def _shows_itself(value: Any) -> bool:
 
 
 def _line(value: Any) -> str:
-    return ADDRESS.sub("", repr(value))
+    return " ".join(ADDRESS.sub("", repr(value)).split())
 
 
 def _place(kind: Any) -> str:

@@ -217,6 +217,21 @@ class TestRetainBudget:
         assert result.ended == "all steps done"
         assert after > before + 1e-4
 
+    def test_what_it_was_rolled_back_to_is_said(self):
+        seen = {}
+
+        def ruin(event):
+            seen[event.step] = state(event.model)
+            if event.step == 15:
+                event.model[3].weight.data.mul_(-5)
+
+        said = "rolled back to the state after step 10, the last that was looked at and within the budget"
+        for stop in (None, lambda event: event.step == 17):  # noticed at the next look, or at the end
+            options = {"lr": 1e-6, "callbacks": [ruin], "stop": stop}
+            _, model, result, _, _ = budget(0.3, "fine_tune", **options)
+            assert result.ended.endswith(said)
+            assert same(state(model), seen[10])
+
     def test_the_rise_is_counted_from_the_model_as_given_not_as_trimmed(self):
         trimmed = fastlur.LUR(trim=Trim(0.0))
         given, model, result, before, _ = budget(0.0, trimmed, lr=0.0, steps=20)

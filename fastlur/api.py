@@ -19,7 +19,7 @@ from fastlur.budget import RetainBudget, check_limit
 from fastlur.checkpoint import Checkpoints, Found
 from fastlur.checkpointer import Checkpointer
 from fastlur.data import Feed, Stream
-from fastlur.errors import ArgumentError, DataError, ModelError, NonFiniteError
+from fastlur.errors import ArgumentError, DataError, NonFiniteError
 from fastlur.history import History
 from fastlur.interrupt import Interrupt, Interrupted
 from fastlur.loop import Observer, run
@@ -32,6 +32,7 @@ from fastlur.result import Result
 from fastlur.slots import Selection, select
 from fastlur.snapshot import Snapshot
 from fastlur.step import Step
+from fastlur.update import check_optimizer
 from fastlur.world import derive, determinism, kept_modes, random_states, set_random_states
 
 DEFAULT_LR = {"sgd": 0.03, "adamw": 1e-3}
@@ -138,11 +139,11 @@ def unlearn(
         DataError: data that are empty, overlap, are not finite, or do not fit the model or a loss.
         CheckpointError: the checkpoint is of another run, damaged, or cannot be written.
         NonFiniteError: a loss or gradient was not finite during the run; the model is as at the last good step.
-        The first three are raised before a parameter changes. All are `fastlur.FastlurError`.
+        The first three are raised before a parameter changes, but for what only a later batch or look of a stopping
+        rule shows; the model is then that of the last whole step. All are `fastlur.FastlurError`.
     """
     began = time.perf_counter()
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model: a {type(model).__name__} is no torch.nn.Module")
+    checks.module(model)
     if forget is retain:
         raise DataError("retain: is the same object as forget; pass the data to keep, without those to forget")
     method = resolve(method)
@@ -152,6 +153,7 @@ def unlearn(
     checks.memory_format(memory_format)
     checks.one_of("schedule", schedule, SCHEDULES)
     checks.seed(seed)
+    check_optimizer(optimizer)
     select(model, parameters)
     rules: list[Observer] = [stop] if callable(stop) else list(checks.callables("stop", stop))
     callbacks = checks.callables("callbacks", callbacks)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastlur.content import Content
 from fastlur.data import to_device
-from fastlur.errors import ArgumentError, DataError, FastlurError, nearest, number
+from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError, nearest, number, unknown
 from fastlur.losses import IGNORED, TARGETS, logits_and_targets, split
 from fastlur.microbatch import Spare
 from fastlur.passes import ARGUMENT, Loss, Which, scalar
@@ -40,7 +40,10 @@ def callables(name: str, values: object) -> list[Any]:
     Raises:
         ArgumentError: it is not a list of callables.
     """
-    found = [] if values is None else list(values) if isinstance(values, Iterable) else [values]
+    try:
+        found = [] if values is None else list(values) if isinstance(values, Iterable) else [values]
+    except TypeError:  # a 0-d tensor says that it can be iterated over
+        found = [values]
     for value in found:
         if not callable(value):
             raise ArgumentError(f"{name}: {value!r} cannot be called; it must take a fastlur.loop.StepEvent")
@@ -55,6 +58,16 @@ def path(name: str, value: object) -> None:
     """
     if value is not None and (not isinstance(value, str | os.PathLike) or not os.fspath(value)):
         raise ArgumentError(f"{name}={value!r} must be a directory's path, or None")
+
+
+def module(model: object) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        ModelError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model: a {type(model).__name__} is no torch.nn.Module")
 
 
 def seed(value: object) -> None:
@@ -73,7 +86,8 @@ def memory_format(value: object) -> None:
     Raises:
         ArgumentError: it is neither None nor a format for four dimensions.
     """
-    if value not in (None, torch.channels_last, torch.contiguous_format, torch.preserve_format):
+    known = torch.channels_last, torch.contiguous_format, torch.preserve_format
+    if value is not None and not (isinstance(value, torch.memory_format) and value in known):
         raise ArgumentError(f"memory_format={value!r} must be torch.channels_last, torch.contiguous_format, or None")
 
 
@@ -91,7 +105,7 @@ def numbers(lr: float, momentum: float, weight_decay: float, max_grad_norm: floa
         raise ArgumentError(f"weight_decay={weight_decay!r} must be a finite number ≥ 0")
     if max_grad_norm is not None and not (number(max_grad_norm) and max_grad_norm > 0):
         raise ArgumentError(f"max_grad_norm={max_grad_norm!r} must be a positive number, or None")
-    if precision not in PRECISIONS:
+    if unknown(precision, PRECISIONS):
         raise ArgumentError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
 
 
@@ -101,7 +115,7 @@ def one_of(name: str, value: object, known: Iterable[str]) -> None:
     Raises:
         ArgumentError: with the nearest one.
     """
-    if value not in tuple(known):
+    if unknown(value, known):
         raise ArgumentError(f"{name}={value!r} is unknown; {nearest(value, known)}")
 
 

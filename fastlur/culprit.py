@@ -38,7 +38,8 @@ def accuse(
         with suppress(Exception), borrowed_random(passes.space.device):
             batches = {side: passes.feed.of_step(side, bad.step) for side in SIDES}
     figures = [name for name in FIGURES if getattr(bad, name) is not nothing and not _finite(getattr(bad, name))]
-    sides, tensor, what = _found(passes, bad.step, direction, batches)
+    with borrowed_random(passes.space.device):
+        sides, tensor, what = _found(passes, bad.step, direction, batches)
     figure = next((name for name in figures if name.startswith(sides)), next(iter(figures), "loss"))
     said = [
         f"step {bad.step}: {figure} is not finite (forget loss {float(bad.forget_loss):.4g}, retain loss "

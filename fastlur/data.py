@@ -162,7 +162,7 @@ def _source(data: Any, name: str, batch_size: int) -> Source:
     ):
         try:
             length = len(data)  # type: ignore[arg-type]
-        except (TypeError, NotImplementedError) as error:
+        except Exception as error:  # no length, a negative one, or what a data set of the caller's raises
             raise DataError(f"{name}: a {type(data).__name__} without a length; give it __len__, or wrap it") from error
         return Indexed(data, length, batch_size) if length else Batches([])
     if isinstance(data, Iterator):

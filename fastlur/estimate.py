@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastlur import footprint, ops
 from fastlur.checks import PRECISIONS
 from fastlur.data import to_device
-from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError
+from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError, unknown
 from fastlur.footprint import Memory
 from fastlur.losses import cross_entropy
 from fastlur.methods import resolve
@@ -122,7 +122,7 @@ def estimate(
     method = resolve(method)
     cost = _cost(method)
     check_optimizer(optimizer)
-    if precision not in PRECISIONS:
+    if unknown(precision, PRECISIONS):
         raise ArgumentError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
     with _opened(model, parameters, memory_format) as space, borrowed_random(space.device):
         batches: dict[Which, Any] = {"retain": batch, "forget": batch if forget is None else forget}

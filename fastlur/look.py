@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from fastlur import content, identity
 from fastlur.data import Indexed, Source, Stream, source, to_device
 from fastlur.errors import ArgumentError, DataError, FastlurError
-from fastlur.passes import Which
+from fastlur.passes import ARGUMENT, Which
 from fastlur.slots import Selection, select
 from fastlur.world import borrowed_random, derive, seed_loading
 
@@ -62,7 +62,7 @@ def same_run(
     """What a run must have in common with the one that it continues, beside its settings; plain values."""
     same: dict[str, Any] = {f"{side} data": contents[side].digest for side in SIDES}
     same |= {f"{side} batches": batching(sources[side], contents[side]) for side in SIDES}
-    same |= {f"{side} loss": identity.fingerprint(each) for side, each in losses.items()}
+    same |= {f"what {ARGUMENT[side]} does": identity.fingerprint(each) for side, each in losses.items()}
     same |= {"model": identity.model_digest(model), "architecture": identity.architecture_digest(model)}
     same["code of the method"] = identity.code_of(method)
     same["moving parameters"] = list(dict.fromkeys(name for name, _ in select(model, parameters)))

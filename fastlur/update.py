@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlur import ops
-from fastlur.errors import ArgumentError, nearest
+from fastlur.errors import ArgumentError, nearest, unknown
 from fastlur.methods.base import Direction
 from fastlur.operands import control_scalars, hyper_parameters
 from fastlur.reach import SPARE, Reach, largest, most
@@ -212,7 +212,7 @@ def check_optimizer(optimizer: object) -> None:
         ArgumentError: it is.
     """
     if isinstance(optimizer, str):
-        if optimizer not in OPTIMIZERS:
+        if unknown(optimizer, OPTIMIZERS):
             raise ArgumentError(f"optimizer={optimizer!r} is unknown; {nearest(optimizer, OPTIMIZERS)}")
     elif not isinstance(optimizer, torch.optim.Optimizer):
         kind = type(optimizer).__name__

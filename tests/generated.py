@@ -1,8 +1,9 @@
-"""What hypothesis draws calls from: models, data and values of every kind, sensible and not, and what may not change."""
+"""What hypothesis draws calls from, models, data and values sensible and not, and what a call may not change."""
 
 from __future__ import annotations
 
 import random
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -245,7 +246,7 @@ class Watch:
     def _look(self) -> list[tuple[str, Any]]:
         found: list[tuple[str, Any]] = [
             ("torch's random state", torch.get_rng_state().numpy().tobytes()),
-            ("NumPy's random state", repr(np.random.get_state())),  # noqa: NPY002
+            ("NumPy's random state", repr(np.random.get_state())),
             ("Python's random state", random.getstate()),
             ("grad mode", torch.is_grad_enabled()),
             ("autocast", torch.is_autocast_enabled("cpu")),
@@ -285,23 +286,46 @@ def _bytes(value: torch.Tensor) -> Any:
     return value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-calls = {"worked": 0, "refused": 0}
+calls = {"worked": 0, "refused": 0, "passed on": 0}
 
 
-def tried(call: Callable[[], Any], *models: Any) -> Any:
-    """Make a call; it works, or is refused in one line by a documented error with nothing changed. None if refused."""
-    watch = Watch(*models)
+def tried(call: Callable[[], Any], *models: Any, begun: list[int] | None = None) -> Any:
+    """Make a call: it works, or is refused in one line by a documented error with nothing changed.
+
+    What a callable of the caller's raises may be passed on as it is; the world is as it was, the model a whole one.
+
+    Args:
+        call: the call.
+        models: that it may change.
+        begun: the steps that it made, if somebody counts them: what is refused after the first one has changed weights.
+
+    Returns:
+        What it returned; None if it did not.
+    """
+    watch, refused, passed = Watch(*models), None, None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             result = call()
         except fastlur.FastlurError as error:
-            calls["refused"] += 1
-            assert str(error), "a message without a word"
-            assert "\n" not in str(error), f"several lines: {error}"
-            early = isinstance(error, NOTHING_CHANGED)
-            assert not (what := watch.changed(early)), f"{what} changed, although it was refused: {error!r}"
-            return None
-    calls["worked"] += 1
-    assert not (what := watch.changed(contents=False)), f"{what} changed"
-    return result
+            refused = error
+        except Exception as error:
+            if not _of_the_caller(error):
+                raise
+            passed = error
+    if refused is None:
+        calls["worked" if passed is None else "passed on"] += 1
+        assert not (what := watch.changed(contents=False)), f"{what} changed"
+        return result if passed is None else None
+    calls["refused"] += 1
+    assert str(refused), "a message without a word"
+    assert "\n" not in str(refused), f"several lines: {refused}"
+    early = isinstance(refused, NOTHING_CHANGED) and not begun
+    assert not (what := watch.changed(early)), f"{what} changed, although it was refused: {refused!r}"
+    return None
+
+
+def _of_the_caller(error: Exception) -> bool:
+    """Whether it was raised by a callable of the caller's: a model, a component, a rule or a callback."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return last.filename == __file__

@@ -54,6 +54,9 @@ def scores(model: nn.Module, data: Any, name: str, batch_size: int) -> Scores:
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ArgumentError(f"batch_size={batch_size!r} must be a positive whole number")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for parameter in model.parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ModelError("model: a parameter has no shape yet; let the model see a batch first")
     if device.type == "meta":
         raise ModelError("model: is on the meta device, where there are no values; load it onto a real one")
     parts: list[Tensor] = []

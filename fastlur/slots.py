@@ -42,9 +42,7 @@ def select(model: nn.Module, parameters: Selection) -> list[tuple[str, nn.Parame
         ModelError: there are none, or a pattern matches no parameter at all.
     """
     if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(
-            "model: is TorchScript; pass the module that it was made from"
-        )
+        raise ModelError("model: is TorchScript; pass the module that it was made from")
     named = list(model.named_parameters(remove_duplicate=False))
     if not (parameters is None or callable(parameters) or _patterns(parameters)):
         raise ModelError(f"parameters={parameters!r} must be None, a glob, several, or a predicate (name, parameter)")
@@ -52,7 +50,13 @@ def select(model: nn.Module, parameters: Selection) -> list[tuple[str, nn.Parame
     if patterns is None:
         chosen = {id(p) for _, p in named}
     elif callable(patterns):
-        chosen = {id(p) for name, p in named if patterns(name, p)}
+        try:
+            chosen = {id(p) for name, p in named if patterns(name, p)}
+        except Exception as error:
+            said = (str(error).splitlines() or [""])[0]
+            raise ModelError(
+                f"parameters: the predicate (name, parameter) failed ({type(error).__name__}: {said})"
+            ) from error
     else:
         for pattern in patterns:
             if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in named):

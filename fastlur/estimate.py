@@ -19,6 +19,7 @@ from fastlur.losses import cross_entropy
 from fastlur.methods import resolve
 from fastlur.methods.base import Cost, Method
 from fastlur.passes import Loss, Passes, Which
+from fastlur.reach import SPARE, most
 from fastlur.slots import Selection
 from fastlur.space import ParameterSpace, Vector
 from fastlur.update import check_optimizer
@@ -151,6 +152,7 @@ def estimate(
                     f"batch: the model or a loss cannot take it ({type(error).__name__}: {said})"
                 ) from error
         moving = sum(flat.nbytes for flat in space.theta.flats)
+        copied = not isinstance(optimizer, str) or most(space.theta.flats) < SPARE  # for the time of an update
         buffers = sum(buffer.nbytes for buffer in model.buffers())
         still = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values()) - sum(
             leaf.nbytes for leaf in space.leaves()
@@ -158,7 +160,7 @@ def estimate(
         walks = DECIDED + UPDATED.get(str(optimizer), max(UPDATED.values())) + DISPLACED * max(0, cost.buffers - 1)
         seconds += _walk(space) * walks
     vectors = round(cost.buffers * moving)
-    step = vectors + buffers + max(activations, round(cost.temporaries * moving))
+    step = vectors + buffers + max(activations, round((cost.temporaries + copied) * moving))
     before = _before(method, moving, activations)
     return Estimate(
         parameters=moving + still + buffers,

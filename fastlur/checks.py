@@ -22,6 +22,7 @@ from fastlur.world import borrowed_random, passing
 
 TASKS = ("auto", "classification")
 PRECISIONS = ("fp32", "bf16")
+FLAGS = ("compile", "deterministic", "keep_checkpoints", "allow_overlap", "progress")
 
 
 def positive_int(name: str, value: object) -> None:
@@ -32,6 +33,27 @@ def positive_int(name: str, value: object) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ArgumentError(f"{name}={value!r} must be a positive whole number")
+
+
+def positive_ints(**values: object) -> None:
+    """Refuse anything but positive whole numbers.
+
+    Raises:
+        ArgumentError: one is none.
+    """
+    for name, value in values.items():
+        positive_int(name, value)
+
+
+def flags(*values: object) -> None:
+    """Refuse anything but True and False for the switches of `unlearn`, in the order of `FLAGS`.
+
+    Raises:
+        ArgumentError: one is neither.
+    """
+    for name, value in zip(FLAGS, values, strict=True):
+        if not isinstance(value, int) or value not in (0, 1):
+            raise ArgumentError(f"{name}={value!r} must be True or False")
 
 
 def callables(name: str, values: object) -> list[Any]:

@@ -86,9 +86,12 @@ def fingerprint(item: Any) -> bytes:
 def _items(source: Source, content: Content, seed: int) -> Iterator[tuple[int, Any]]:
     data, indices = _by_index(source)
     if data is None:
-        number, sizes = 0, blake2b(digest_size=16)
+        number, tensors, sizes = 0, False, blake2b(digest_size=16)
         for batch in source.once(seed):
-            first = number
+            some = any(isinstance(part, Tensor) for part in _flatten(batch))
+            if tensors and not some:  # a loss of the caller's may take text, but not now this and now that
+                raise TypeError(f"a {type(batch).__name__} without a tensor among the batches, after {number} items")
+            first, tensors = number, some
             for row in _rows(batch):
                 yield number, row
                 number += 1

@@ -297,7 +297,8 @@ def tried(call: Callable[[], Any], *models: Any, begun: list[int] | None = None)
     Args:
         call: the call.
         models: that it may change.
-        begun: the steps that it made, if somebody counts them: what is refused after the first one has changed weights.
+        begun: the steps that it made, if somebody counts them: what is refused after the first one has changed weights,
+            and what the model or torch in it raises over a later batch is passed on.
 
     Returns:
         What it returned; None if it did not.
@@ -310,7 +311,7 @@ def tried(call: Callable[[], Any], *models: Any, begun: list[int] | None = None)
         except fastlur.FastlurError as error:
             refused = error
         except Exception as error:
-            if not _of_the_caller(error):
+            if not begun and not _of_the_caller(error):
                 raise
             passed = error
     if refused is None:

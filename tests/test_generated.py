@@ -88,11 +88,14 @@ def unlearning(draw):
     chosen = {"steps": 2, "progress": False} | options(draw, UNLEARN, set(UNLEARN) - {*ENDLESS})
     if "epochs" in chosen:
         chosen.pop("steps")
+    steps = []
+    if isinstance(chosen.setdefault("callbacks", ()), tuple):
+        chosen["callbacks"] = [lambda event: steps.append(event.step)]
     where = draw(mostly([None], ["", "kept", 5, "/dev/null/x", "a\0b"]))
     with tempfile.TemporaryDirectory() as directory:
         if where is not None:
             chosen["checkpoint"] = f"{directory}/kept" if where == "kept" else where
-        result = tried(lambda: fastlur.unlearn(model, forget, retain, **chosen), model)
+        result = tried(lambda: fastlur.unlearn(model, forget, retain, **chosen), model, begun=steps)
     if result is not None:
         assert result.model is model
         assert result.summary()
@@ -375,7 +378,7 @@ def generate(name, count):
     assert refused > 0
     print(
         f"\n{name}: {worked + refused + passed} calls, {worked} worked, {refused} were refused, {passed} raised what "
-        "a callable of the caller's raised"
+        f"a callable of the caller's raised; {sum(calls.values())} calls so far"
     )
 
 

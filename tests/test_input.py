@@ -67,6 +67,13 @@ CASES = {
     "NaN in batches": ({"forget": [spoiled(float("nan"))]}, fastlur.DataError, "forget: holds a NaN .* item 3"),
     "NaN decoded": ({"forget": Decoded(*spoiled(float("nan")))}, fastlur.DataError, "forget: holds a NaN .* item 3"),
     "unequal lengths": ({"forget": (X[:10], Y[:9])}, fastlur.DataError, r"forget: its tensors have \[10, 9\] rows"),
+    "a switch": ({"allow_overlap": torch.ones(0)}, fastlur.ArgumentError, "allow_overlap=tensor"),
+    "another switch": ({"progress": "yes"}, fastlur.ArgumentError, "progress='yes' must be True or False"),
+    "None among batches": (
+        {"retain": [RETAIN, None]},
+        fastlur.DataError,
+        "retain: cannot be read .*a NoneType without",
+    ),
     "one-shot iterator": ({"forget": iter([FORGET])}, fastlur.DataError, "forget: .* can be read only once"),
     "no data": ({"retain": 5}, fastlur.DataError, "retain: a int is no data"),
     "wrong shape": ({"forget": (X[:10, :3], Y[:10])}, fastlur.DataError, "forget: the model .* cannot take"),

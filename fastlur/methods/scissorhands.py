@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 from fastlur.errors import ArgumentError, nearest, unknown
 from fastlur.losses import negative_cross_entropy
 from fastlur.methods.base import Cost, Direction, Recipe, check_range
-from fastlur.methods.components import Layers, Trim, check_batches
+from fastlur.methods.components import Layers, Trim, check_batches, check_layers
 from fastlur.methods.repair import PublishedRepair, Repair
 from fastlur.passes import Passes
 
@@ -84,6 +84,7 @@ class ScissorHands(Recipe):
 
     def __post_init__(self) -> None:
         check_range("forget_weight", self.forget_weight, example=0.05)
+        check_layers(self.layers)
         for name in ("memories", "project_every"):
             if getattr(self, name) is None:
                 raise ArgumentError(f"{name}=None must be a positive whole number, such as 1")

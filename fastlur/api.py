@@ -19,19 +19,20 @@ from fastlur.budget import RetainBudget, check_limit
 from fastlur.checkpoint import Checkpoints, Found
 from fastlur.checkpointer import Checkpointer
 from fastlur.data import Feed, Stream
-from fastlur.errors import ArgumentError, DataError, ModelError, NonFiniteError
+from fastlur.errors import ArgumentError, DataError, NonFiniteError
 from fastlur.history import History
 from fastlur.interrupt import Interrupt, Interrupted
-from fastlur.look import SIDES
 from fastlur.loop import Observer, run
 from fastlur.losses import cross_entropy
-from fastlur.methods import resolve
+from fastlur.methods import METHODS, resolve
 from fastlur.methods.base import Method, Recipe
+from fastlur.moving import Moved
 from fastlur.passes import ARGUMENT, Loss, Which
 from fastlur.result import Result
 from fastlur.slots import Selection, select
 from fastlur.snapshot import Snapshot
 from fastlur.step import Step
+from fastlur.update import check_optimizer
 from fastlur.world import derive, determinism, kept_modes, random_states, set_random_states
 
 DEFAULT_LR = {"sgd": 0.03, "adamw": 1e-3}
@@ -138,88 +139,89 @@ def unlearn(
         DataError: data that are empty, overlap, are not finite, or do not fit the model or a loss.
         CheckpointError: the checkpoint is of another run, damaged, or cannot be written.
         NonFiniteError: a loss or gradient was not finite during the run; the model is as at the last good step.
-        The first three are raised before a parameter changes. All are `fastlur.FastlurError`.
+        The first three are raised before a parameter changes, but for what only a later batch or look of a stopping
+        rule shows; the model is then that of the last whole step. All are `fastlur.FastlurError`.
     """
     began = time.perf_counter()
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model: a {type(model).__name__} is no torch.nn.Module")
+    checks.module(model)
     if forget is retain:
         raise DataError("retain: is the same object as forget; pass the data to keep, without those to forget")
     method = resolve(method)
     checks.length(steps, epochs)
-    checks.positive_int("batch_size", batch_size)
-    checks.positive_int("checkpoint_every", checkpoint_every)
+    checks.positive_ints(batch_size=batch_size, checkpoint_every=checkpoint_every)
+    checks.flags(compile, deterministic, keep_checkpoints, allow_overlap, progress)
+    checks.memory_format(memory_format)
     checks.one_of("schedule", schedule, SCHEDULES)
-    if not isinstance(seed, int):
-        raise ArgumentError(f"seed={seed!r} must be a whole number")
+    checks.seed(seed)
+    check_optimizer(optimizer)
     select(model, parameters)
     rules: list[Observer] = [stop] if callable(stop) else list(checks.callables("stop", stop))
     callbacks = checks.callables("callbacks", callbacks)
     checks.path("checkpoint", checkpoint)
     if max_retain_loss_increase is not None:
         check_limit(max_retain_loss_increase)
-    if device is not None:
-        checks.move(model, device)
-    where = next(model.parameters()).device
-    sources, contents, firsts = look.look_at_data(forget, retain, batch_size, seed, where)
-    if not allow_overlap:
-        overlap.check(forget, retain, contents["forget"], contents["retain"])
-    default: dict[Which, bool] = {"forget": forget_loss is None, "retain": loss is None}
-    evaluated = checks.evaluated(method)
-    kind = checks.task_of(task, {side: firsts[side] for side, of in evaluated if default[of]})
-    losses: dict[Which, Loss] = {
-        "retain": loss or cross_entropy,
-        "forget": forget_loss or method.default_forget_loss(kind),
-    }
-    how = checks.How(where, precision, getattr(method, "training", True))
-    tried = [checks.Tried(side, ARGUMENT[of], losses[of], default[of]) for side, of in evaluated]
-    rows = checks.trial(model, tried, firsts, contents, how)
-    if forget_loss is not None and getattr(method, "own_objective", False):
-        raise ArgumentError(f"forget_loss: {method.name} defines what it minimises on the forget data; leave it None")
-    total = look.length(sources, steps, epochs, getattr(method, "steps", None))
-    if lr is not None and not isinstance(optimizer, str):
-        raise ArgumentError(f"lr={lr!r}: the optimizer that was passed keeps its own; set it there")
-    usual = DEFAULT_LR | getattr(method, "rates", {})
-    base = lr if lr is not None else usual.get(str(optimizer), 0.0)
-
-    settings = {
-        "fastlur": __version__,
-        "torch": torch.__version__,
-        "method": {"name": getattr(method, "name", type(method).__name__), **method.settings()},
-        "steps": total,
-        "batch_size": batch_size,
-        "lr": base,
-        "schedule": schedule,
-        "optimizer": identity.optimizer_settings(optimizer),
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "max_grad_norm": max_grad_norm,
-        "precision": precision,
-        "max_retain_loss_increase": max_retain_loss_increase,
-        "stop": [identity.name_of(rule) for rule in rules],
-        "seed": seed,
-        "device": str(where),
-        "backend": serving(where.type),
-        "loss": identity.name_of(losses["retain"]),
-        "forget_loss": identity.name_of(losses["forget"]),
-        "memory_format": str(memory_format),
-        "compile": compile,
-        "deterministic": deterministic,
-    }
     history = History()
     budget: RetainBudget | None = None
     checkpoints: Checkpoints | None = None
     found: Found | None = None
     kept: Checkpointer | None = None
+    ended: str | None = None
     with ExitStack() as stack:
+        moved = stack.enter_context(Moved(model, device))
+        where = next(model.parameters()).device
+        sources, contents, firsts = look.look_at_data(forget, retain, batch_size, seed, where)
+        if not allow_overlap:
+            overlap.check(forget, retain, contents["forget"], contents["retain"])
+        default: dict[Which, bool] = {"forget": forget_loss is None, "retain": loss is None}
+        evaluated = checks.evaluated(method)
+        kind = checks.task_of(task, {side: firsts[side] for side, of in evaluated if default[of]})
+        losses: dict[Which, Loss] = {
+            "retain": loss or cross_entropy,
+            "forget": forget_loss or method.default_forget_loss(kind),
+        }
+        how = checks.How(where, precision, getattr(method, "training", True))
+        tried = [checks.Tried(side, ARGUMENT[of], losses[of], default[of]) for side, of in evaluated]
+        rows = checks.trial(model, tried, firsts, contents, how)
+        if forget_loss is not None and getattr(method, "own_objective", False):
+            raise ArgumentError(
+                f"forget_loss: {method.name} defines what it minimises on the forget data; leave it None"
+            )
+        total = look.length(sources, steps, epochs, getattr(method, "steps", None))
+        if lr is not None and not isinstance(optimizer, str):
+            raise ArgumentError(f"lr={lr!r}: the optimizer that was passed keeps its own; set it there")
+        usual = DEFAULT_LR | getattr(method, "rates", {})
+        base = lr if lr is not None else usual.get(str(optimizer), 0.0)
+
+        settings = {
+            "fastlur": __version__,
+            "torch": torch.__version__,
+            "method": {"name": getattr(method, "name", type(method).__name__), **method.settings()},
+            "steps": total,
+            "batch_size": batch_size,
+            "lr": base,
+            "schedule": schedule,
+            "optimizer": identity.optimizer_settings(optimizer),
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "max_grad_norm": max_grad_norm,
+            "precision": precision,
+            "max_retain_loss_increase": max_retain_loss_increase,
+            "stop": [identity.shown(rule) for rule in rules],
+            "seed": seed,
+            "device": str(where),
+            "backend": serving(where.type),
+            "loss": identity.name_of(losses["retain"]),
+            "forget_loss": identity.name_of(losses["forget"]),
+            "memory_format": str(memory_format),
+            "compile": compile,
+            "deterministic": deterministic,
+        }
         stack.enter_context(kept_modes(model))
         stack.enter_context(determinism(deterministic))
         if where.type == "cuda":
             torch.cuda.reset_peak_memory_stats(where)
         if checkpoint is not None:
-            same: dict[str, Any] = {f"{side} data": contents[side].digest for side in SIDES}
-            same |= {"model": identity.model_digest(model), "architecture": identity.architecture_digest(model)}
-            same["moving parameters"] = list(dict.fromkeys(name for name, _ in select(model, parameters)))
+            same = look.same_run(model, method, losses, parameters, sources, contents)
             if max_retain_loss_increase is not None:
                 same["checkpoint_every"] = checkpoint_every  # the budget looks then as well
             checkpoints = Checkpoints(checkpoint, settings | same)
@@ -235,7 +237,9 @@ def unlearn(
                 parameters,
                 finishes=getattr(type(method), "finish", None) is not Recipe.finish,
             )
-        rewrites = getattr(method, "trim", None) is not None or getattr(method, "rewrites", True)
+        # one from elsewhere may write to the weights without saying so
+        named = type(method) in METHODS.values() and getattr(method, "trim", None) is None
+        rewrites = not named or getattr(method, "rewrites", True)
         given = Snapshot(model, parameters) if rewrites else None
         try:
             step = stack.enter_context(
@@ -258,37 +262,40 @@ def unlearn(
                     rows=rows,
                 )
             )
-            if checkpoints is not None and found is not None:
-                stack.callback(set_random_states, random_states())  # callbacks go on with the run's, the caller's stays
-                checkpoints.restore(step, found)
-            streams = {side: Stream(sources[side], derive(seed, side), skip=step.step) for side in SIDES}
+            done = 0 if found is None else int(found.record["step"])
+            streams = {side: Stream(sources[side], derive(seed, side), skip=done) for side in look.SIDES}
             for stream in streams.values():
                 stack.callback(stream.close)
             observers = [*callbacks, *rules]
             if checkpoints is not None:
                 kept = Checkpointer(
-                    checkpoints, step, history, streams, observers, budget, checkpoint_every, keep_checkpoints
+                    checkpoints, step, history, streams, observers, budget, checkpoint_every, total, keep_checkpoints
                 )
                 if found is not None:
-                    kept.resume(found)
+                    stack.callback(set_random_states, random_states())  # callbacks go on with the run's, ours stay
+                    ended = kept.resume(found)
         except BaseException:
             if given is not None:
                 given.put_back()
             raise
+        moved.keep()
         del given
         interrupt = stack.enter_context(Interrupt())
         try:
-            ended = run(
-                step,
-                streams["forget"],
-                streams["retain"],
-                steps=total,
-                lr=lambda t: base * SCHEDULES[schedule](t, total),
-                history=history,
-                observers=[each for each in (budget, *observers, kept) if each is not None],
-                progress=progress,
-                interrupted=lambda: interrupt.pending,
-            )
+            if ended is None:
+                ended = run(
+                    step,
+                    streams["forget"],
+                    streams["retain"],
+                    steps=total,
+                    lr=lambda t: base * SCHEDULES[schedule](t, total),
+                    history=history,
+                    observers=[each for each in (budget, *observers, kept) if each is not None],
+                    progress=progress,
+                    interrupted=lambda: interrupt.pending,
+                )
+                if kept is not None:
+                    kept.over(ended)
             step.finish()
         except (Interrupted, NonFiniteError) as error:
             if kept is not None:

@@ -21,15 +21,16 @@ CHECK_EVERY = 10
 class RetainBudget:
     """An observer that ends the run once the retain loss has risen by more than `limit`, at the last good state.
 
-    The loss is the mean over fixed retain batches, in eval mode, looked at every 10 steps, before every checkpoint and
-    at the end; "risen" is against the model as given, before anything that a method does to it beforehand, a trim say.
-    At each look within the budget the weights and buffers are remembered, one copy of them; on the first one outside
-    they are put back. So the model that a run leaves is within the budget, whatever the method.
+    The loss is the mean over fixed retain batches, each weighed by its items, in eval mode, looked at every 10 steps,
+    before every checkpoint and at the end; "risen" is against the model as given, before anything that a method does to
+    it beforehand, a trim say. At each look within the budget the weights and buffers are remembered, one copy of them;
+    on the first one outside they are put back. So the model that a run leaves is within the budget, whatever the
+    method.
 
     Args:
         model: as given.
         loss: the retain loss.
-        batches: what it is measured on, on the model's device.
+        batches: what it is measured on, on the model's device, and how many items each has.
         limit: the largest increase allowed, ≥ 0, in the units of the loss.
         also_every: look as well whenever so many steps are done.
         parameters: which may move.
@@ -45,7 +46,7 @@ class RetainBudget:
         self,
         model: nn.Module,
         loss: Loss,
-        batches: list[Any],
+        batches: list[tuple[Any, int]],
         limit: float,
         also_every: int,
         parameters: Selection = None,
@@ -60,19 +61,20 @@ class RetainBudget:
                 f"loss: is {self.baseline} on the retain data in eval mode, so max_retain_loss_increase={limit:g} has "
                 "nothing to start from; look for NaN in the model's buffers, or leave it None"
             )
-        self._good = Snapshot(model, parameters)
+        self._good, self._when = Snapshot(model, parameters), "the model as given"
         self._given = Snapshot(model, parameters) if finishes else self._good
 
     def measure(self) -> float:
-        """Mean retain loss now."""
+        """Mean retain loss now, over the items."""
         with borrowed_random(self._device), mode(self.model, False), torch.no_grad():
             seed_torch(0, self._device)
-            return sum(float(self.loss(self.model, batch)) for batch in self.batches) / len(self.batches)
+            sums = [float(self.loss(self.model, batch)) * items for batch, items in self.batches]
+            return sum(sums) / sum(items for _, items in self.batches)
 
-    def resume(self, baseline: float) -> None:
-        """Go on with the baseline of an interrupted run, from the state it was brought back to."""
+    def resume(self, baseline: float, step: int) -> None:
+        """Go on with the baseline of an interrupted run, from the state after a step that it was brought back to."""
         self.baseline = baseline
-        self._good.take()
+        self._keep(step)
 
     def __call__(self, event: StepEvent) -> str | None:
         """Look, if it is time to; a text ends the run."""
@@ -80,10 +82,10 @@ class RetainBudget:
             return None
         now = self.measure()
         if now <= self.baseline + self.limit:
-            self._good.take()
+            self._keep(event.step)
             return None
         self._good.put_back()
-        return self._over(now, "the last state within the budget")
+        return self._over(now, self._when)
 
     def last(self) -> str | None:
         """Look at the finished model, which a method may have changed without a step; a text says why it was undone."""
@@ -91,7 +93,12 @@ class RetainBudget:
         if now <= self.baseline + self.limit:
             return None
         self._given.put_back()
-        return self._over(now, "the model as given")
+        return self._over(now, self._when if self._given is self._good else "the model as given")
+
+    def _keep(self, step: int) -> None:
+        """Remember the model as it is after a step."""
+        self._good.take()
+        self._when = f"the state after step {step}, the last that was looked at and within the budget"
 
     def _over(self, now: float, to: str) -> str:
         return (

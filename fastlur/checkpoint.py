@@ -28,7 +28,9 @@ from fastlur.step import Step
 from fastlur.world import random_states, set_random_states
 
 KEPT = 2
-LARGEST = 1 << 30  # bytes of a description, which holds the history: more than any run has
+LARGEST = 16 << 20  # bytes of a description without a history: names, settings, states of rules, random states
+ROW = 512  # bytes of the history of a step, more than its numbers take
+VERSIONS = ("fastlur", "torch")  # a difference to be named first, since it explains others
 OURS = re.compile(r"(step-\d{8}\.(json|safetensors)|\.(probe|step-\d{8}\.(json|safetensors))" + re.escape(SUFFIX) + ")")
 NAME = re.compile(r"step-(\d{8})\.json")
 # what a file that is damaged, or was made to do damage, may bring out of the libraries that read it
@@ -48,10 +50,10 @@ DAMAGE = (
 
 
 class Found(NamedTuple):
-    """An intact checkpoint of this run: its description, and where its tensors are."""
+    """An intact checkpoint of this run: its description, and the file of its tensors."""
 
     record: dict[str, Any]
-    tensors: Path
+    tensors: str
 
 
 class Checkpoints:
@@ -140,8 +142,11 @@ class Checkpoints:
             CheckpointError: what the checkpoint holds does not fit the run.
         """
         try:
-            with safe_open(found.tensors, framework="pt") as file:
-                self._fill(step, found.record, file.get_tensor, set(file.keys()))
+            with self.folder.opened(found.tensors) as (digest, path):
+                if digest != found.record["checksum"]:
+                    raise ValueError("its tensors have changed since they were found")
+                with safe_open(path, framework="pt") as file:
+                    self._fill(step, found.record, file.get_tensor, set(file.keys()))
         except CheckpointError:
             raise
         except DAMAGE as error:
@@ -185,23 +190,27 @@ class Checkpoints:
             **extra,
         }
         text = json.dumps(record)
-        return payload, json.dumps({"record": record, "checksum": _digest(text)}).encode()
+        whole = json.dumps({"record": record, "checksum": _digest(text)}).encode()
+        if len(whole) > _most(state["step"]):
+            raise ValueError(f"its description has {len(whole)} bytes, and could not be read again")
+        return payload, whole
 
     def _read(self, number: int) -> Found:
         stem = f"step-{number:08d}"
-        outer = json.loads(self.folder.read(f"{stem}.json", LARGEST))
+        outer = json.loads(self.folder.read(f"{stem}.json", _most(number)))
         record: dict[str, Any] = outer["record"]
         if _digest(json.dumps(record)) != outer["checksum"]:
             raise ValueError("its description is damaged")
         if record["step"] != number:
             raise ValueError(f"it was made after step {record['step']}")
-        if self.folder.digest(f"{stem}.safetensors") != record["checksum"]:
-            raise ValueError("its tensors are damaged")
-        return Found(record, self.folder.place(f"{stem}.safetensors"))
+        with self.folder.opened(f"{stem}.safetensors") as (digest, _):
+            if digest != record["checksum"]:
+                raise ValueError("its tensors are damaged")
+        return Found(record, f"{stem}.safetensors")
 
     def _same_run(self, theirs: dict[str, Any]) -> None:
         mine = json.loads(json.dumps(self.settings))
-        for key in sorted({*mine, *theirs}):
+        for key in sorted({*mine, *theirs}, key=lambda key: (key not in VERSIONS, key)):
             if mine.get(key) != theirs.get(key):
                 raise CheckpointError(
                     f"checkpoint={self.name} is of another run: {key} was {theirs.get(key)!r}, now {mine.get(key)!r}; "
@@ -224,6 +233,10 @@ class Checkpoints:
             module = space.model.get_submodule(owner)
             if last not in module._buffers and hasattr(module, last):
                 raise ValueError(f"{name!r} is no buffer of the model")
+            now, saved = module._buffers.get(last), buffers[name]
+            grows = not type(module).__module__.startswith("torch.")  # a module of the caller's may
+            if now is not None and (saved.dtype != now.dtype or not (grows or saved.shape == now.shape)):
+                raise ValueError(f"buffer {name!r} is {saved.dtype} of shape {tuple(saved.shape)}")
         vectors = {
             vector: {name: tensor(f"vector/{vector}/{name}") for name in space.names} for vector in record["vectors"]
         }
@@ -254,6 +267,11 @@ class Checkpoints:
     def _remove(self, number: int) -> None:
         for suffix in ("json", "safetensors"):
             self.folder.remove(f"step-{number:08d}.{suffix}")
+
+
+def _most(step: int) -> int:
+    """Bytes that the description of a checkpoint after a step may have."""
+    return min(LARGEST + ROW * step, 1 << 30)
 
 
 def _line(error: BaseException) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from fastlur.budget import RetainBudget
@@ -27,6 +29,7 @@ class Checkpointer:
         rules: stopping rules and callbacks; those with `state_dict` and `load_state_dict` are kept as well.
         budget: the retain budget, for its baseline.
         every: steps between two checkpoints.
+        steps: how many are planned.
         keep: save after the last step too.
     """
 
@@ -39,34 +42,55 @@ class Checkpointer:
         rules: Sequence[Observer],
         budget: RetainBudget | None,
         every: int,
+        steps: int,
         keep: bool = False,
     ) -> None:
         self.checkpoints, self.step, self.history, self.streams = checkpoints, step, history, streams
         self.rules = [rule for rule in rules if hasattr(rule, "state_dict") and hasattr(rule, "load_state_dict")]
-        self.budget, self.every, self.keep = budget, every, keep
+        self.budget, self.every, self.steps, self.keep = budget, every, steps, keep
 
-    def resume(self, found: Found) -> None:
-        """Take back what was saved beside the step.
+    def resume(self, found: Found) -> str | None:
+        """Bring the run to where it was: the model last, when nothing else can fail any more.
+
+        Returns:
+            Why the run had ended, where it had.
 
         Raises:
-            CheckpointError: it does not fit.
+            CheckpointError: what was saved does not fit; the model is as it was, and so are the rules.
         """
-        record = found.record
+        record, before = found.record, [rule.state_dict() for rule in self.rules]
         try:
-            self.history.restore(record["history"])
-            if self.budget is not None:
-                self.budget.resume(float(record["baseline"]))
-            for side, stream in self.streams.items():
-                if record["streams"][side] != self._position(stream):
-                    raise ValueError(
-                        f"the {side} stream was at {record['streams'][side]}, not {self._position(stream)}"
-                    )
-            for rule, state in zip(self.rules, record["rules"], strict=True):
-                rule.load_state_dict(state)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(
-                f"checkpoint={self.checkpoints.name}: step {record['step']} does not fit this run: {error}"
-            ) from error
+            try:
+                ended = self._take_back(record)
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+                raise CheckpointError(
+                    f"checkpoint={self.checkpoints.name}: step {record.get('step')} does not fit this run: {error}"
+                ) from error
+            self.checkpoints.restore(self.step, found)
+        except BaseException:
+            for rule, state in zip(self.rules, before, strict=True):
+                with suppress(Exception):  # it is the first error that says what is wrong
+                    rule.load_state_dict(state)
+            raise
+        if self.budget is not None:
+            self.budget.resume(float(record["baseline"]), self.step.step)
+        return ended
+
+    def _take_back(self, record: dict[str, Any]) -> str | None:
+        """What was saved beside the step."""
+        if self.budget is not None and not math.isfinite(float(record["baseline"])):
+            raise ValueError(f"the retain loss as given was {record['baseline']}")
+        for side, stream in self.streams.items():
+            place = {"seed": stream.seed, "taken": stream.taken}
+            if record["streams"][side] != place:
+                raise ValueError(f"the {side} stream was at {record['streams'][side]}, not {place}")
+        ended = record.get("ended")
+        if not isinstance(ended, str | None):
+            raise TypeError(f"it ended for {ended!r}")
+        self.history.restore(record["history"])
+        for rule, state in zip(self.rules, record["rules"], strict=True):
+            rule.load_state_dict(state)
+        return ended
 
     def __call__(self, event: StepEvent) -> None:
         """Save, if it is time to."""
@@ -74,7 +98,16 @@ class Checkpointer:
         if (event.step % self.every == 0 and not last) or (last and self.keep):
             self.save()
 
-    def save(self) -> None:
+    def over(self, ended: str) -> None:
+        """Where checkpoints are kept: the last one of a run that ended before its last step, with the reason.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self.keep and self.step.step < self.steps:
+            self.save(ended)
+
+    def save(self, ended: str | None = None) -> None:
         """Save now; only a state whose losses, gradients and weights were finite is saved.
 
         Raises:
@@ -87,6 +120,7 @@ class Checkpointer:
             "baseline": None if self.budget is None else self.budget.baseline,
             "streams": {side: self._position(stream) for side, stream in self.streams.items()},
             "rules": [rule.state_dict() for rule in self.rules],
+            "ended": ended,
         }
         self.checkpoints.save(self.step, extra)
 

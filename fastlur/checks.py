@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastlur.content import Content
 from fastlur.data import to_device
-from fastlur.errors import ArgumentError, DataError, FastlurError, nearest
+from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError, nearest, number, unknown
 from fastlur.losses import IGNORED, TARGETS, logits_and_targets, split
 from fastlur.microbatch import Spare
 from fastlur.passes import Loss, Which, scalar
@@ -21,6 +21,8 @@ from fastlur.statistics import Statistics
 from fastlur.world import borrowed_random, passing
 
 TASKS = ("auto", "classification")
+PRECISIONS = ("fp32", "bf16")
+FLAGS = ("compile", "deterministic", "keep_checkpoints", "allow_overlap", "progress")
 
 
 def positive_int(name: str, value: object) -> None:
@@ -33,13 +35,37 @@ def positive_int(name: str, value: object) -> None:
         raise ArgumentError(f"{name}={value!r} must be a positive whole number")
 
 
+def positive_ints(**values: object) -> None:
+    """Refuse anything but positive whole numbers.
+
+    Raises:
+        ArgumentError: one is none.
+    """
+    for name, value in values.items():
+        positive_int(name, value)
+
+
+def flags(*values: object) -> None:
+    """Refuse anything but True and False for the switches of `unlearn`, in the order of `FLAGS`.
+
+    Raises:
+        ArgumentError: one is neither.
+    """
+    for name, value in zip(FLAGS, values, strict=True):
+        if not isinstance(value, int) or value not in (0, 1):
+            raise ArgumentError(f"{name}={value!r} must be True or False")
+
+
 def callables(name: str, values: object) -> list[Any]:
     """The callables in a list, or none for None.
 
     Raises:
         ArgumentError: it is not a list of callables.
     """
-    found = [] if values is None else list(values) if isinstance(values, Iterable) else [values]
+    try:
+        found = [] if values is None else list(values) if isinstance(values, Iterable) else [values]
+    except TypeError:  # a 0-d tensor says that it can be iterated over
+        found = [values]
     for value in found:
         if not callable(value):
             raise ArgumentError(f"{name}: {value!r} cannot be called; it must take a fastlur.loop.StepEvent")
@@ -56,16 +82,53 @@ def path(name: str, value: object) -> None:
         raise ArgumentError(f"{name}={value!r} must be a directory's path, or None")
 
 
-def move(model: nn.Module, device: Any) -> None:
-    """Move the model to a device.
+def module(model: object) -> None:
+    """Refuse what is no module.
 
     Raises:
-        ArgumentError: there is no such device.
+        ModelError: it is none.
     """
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"device={device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model: a {type(model).__name__} is no torch.nn.Module")
+
+
+def seed(value: object) -> None:
+    """Refuse what is no seed.
+
+    Raises:
+        ArgumentError: it is no whole number.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ArgumentError(f"seed={value!r} must be a whole number")
+
+
+def memory_format(value: object) -> None:
+    """Refuse what four-dimensional weights cannot be laid out in.
+
+    Raises:
+        ArgumentError: it is neither None nor a format for four dimensions.
+    """
+    known = torch.channels_last, torch.contiguous_format, torch.preserve_format
+    if value is not None and not (isinstance(value, torch.memory_format) and value in known):
+        raise ArgumentError(f"memory_format={value!r} must be torch.channels_last, torch.contiguous_format, or None")
+
+
+def numbers(lr: float, momentum: float, weight_decay: float, max_grad_norm: float | None, precision: str) -> None:
+    """Refuse what the update of a step cannot be made with.
+
+    Raises:
+        ArgumentError: a number is out of its range, or the precision is unknown.
+    """
+    if not number(lr):
+        raise ArgumentError(f"lr={lr!r} must be a finite number ≥ 0, such as 0.03")
+    if not (number(momentum) and momentum < 1):
+        raise ArgumentError(f"momentum={momentum!r} must be in [0, 1), such as 0.9")
+    if not number(weight_decay):
+        raise ArgumentError(f"weight_decay={weight_decay!r} must be a finite number ≥ 0")
+    if max_grad_norm is not None and not (number(max_grad_norm) and max_grad_norm > 0):
+        raise ArgumentError(f"max_grad_norm={max_grad_norm!r} must be a positive number, or None")
+    if unknown(precision, PRECISIONS):
+        raise ArgumentError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
 
 
 def one_of(name: str, value: object, known: Iterable[str]) -> None:
@@ -74,7 +137,7 @@ def one_of(name: str, value: object, known: Iterable[str]) -> None:
     Raises:
         ArgumentError: with the nearest one.
     """
-    if value not in tuple(known):
+    if unknown(value, known):
         raise ArgumentError(f"{name}={value!r} is unknown; {nearest(value, known)}")
 
 

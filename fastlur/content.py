@@ -31,10 +31,14 @@ SAMPLE = 5_000  # items read of data that may have to be decoded; beyond that a 
 
 @dataclass
 class Content:
-    """What was found: hashes of the items read and one over all in order, how many were not read, the label range."""
+    """What was found: hashes of the items read and one over all in order, how many were not read, the label range.
+
+    Where batches were read, not items, `sizes` has a hash of how many items each held.
+    """
 
     hashes: set[bytes] = field(default_factory=set)
     digest: str = ""
+    sizes: str = ""
     left_out: int = 0
     lowest: int | None = None
     highest: int | None = None
@@ -82,11 +86,17 @@ def fingerprint(item: Any) -> bytes:
 def _items(source: Source, content: Content, seed: int) -> Iterator[tuple[int, Any]]:
     data, indices = _by_index(source)
     if data is None:
-        number = 0
+        number, tensors, sizes = 0, False, blake2b(digest_size=16)
         for batch in source.once(seed):
+            some = any(isinstance(part, Tensor) for part in _flatten(batch))
+            if tensors and not some:  # a loss of the caller's may take text, but not now this and now that
+                raise TypeError(f"a {type(batch).__name__} without a tensor among the batches, after {number} items")
+            first, tensors = number, some
             for row in _rows(batch):
                 yield number, row
                 number += 1
+            sizes.update(f"{number - first} ".encode())
+        content.sizes = sizes.hexdigest()
         return
     if len(indices) > SAMPLE and not _in_memory(data):
         content.left_out = len(indices) - SAMPLE
@@ -134,6 +144,12 @@ def _rows(batch: Any) -> Iterator[Any]:
         return
     for index in range(sizes.pop()):
         yield _row(batch, index)
+
+
+def rows(batch: Any) -> int:
+    """How many items a batch has; 1 where that cannot be told."""
+    sizes = {len(t) for t in _flatten(batch) if isinstance(t, Tensor) and t.dim()}
+    return sizes.pop() if len(sizes) == 1 else 1
 
 
 def _row(batch: Any, index: int) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastlur.errors import NonFiniteError
 from fastlur.methods.base import Direction
 from fastlur.passes import Passes, Which
-from fastlur.space import Vector
+from fastlur.space import ParameterSpace, Vector
 from fastlur.stats import StepStats
 from fastlur.world import borrowed_random
 
@@ -38,7 +38,8 @@ def accuse(
         with suppress(Exception), borrowed_random(passes.space.device):
             batches = {side: passes.feed.of_step(side, bad.step) for side in SIDES}
     figures = [name for name in FIGURES if getattr(bad, name) is not nothing and not _finite(getattr(bad, name))]
-    sides, tensor, what = _found(passes, bad.step, direction, batches)
+    with borrowed_random(passes.space.device):
+        sides, tensor, what = _found(passes, bad.step, direction, batches)
     figure = next((name for name in figures if name.startswith(sides)), next(iter(figures), "loss"))
     said = [
         f"step {bad.step}: {figure} is not finite (forget loss {float(bad.forget_loss):.4g}, retain loss "
@@ -48,6 +49,31 @@ def accuse(
         f"the model is as after step {bad.step - 1}. {REMEDY}",
     ]
     return NonFiniteError("; ".join(said), bad.step, sides, tensor)
+
+
+def overflowed(space: ParameterSpace, step: int, direction: Direction | None) -> NonFiniteError:
+    """The error that names the step whose update would have made a weight infinite, and the tensor furthest from 0.
+
+    Args:
+        space: of the run.
+        step: number of the step that was not made.
+        direction: its direction; None: it is gone, and no tensor is named.
+    """
+    name, kinds = None, sorted({str(flat.dtype).removeprefix("torch.") for flat in space.theta.flats})
+    if direction is not None:
+        halves = [vector.views for vector in (direction.retain, direction.forget) if vector is not None]
+        sizes = [
+            sum(float(view.abs().max()) if view.numel() else 0.0 for view in each) for each in zip(*halves, strict=True)
+        ]
+        name = space.names[max(range(len(sizes)), key=sizes.__getitem__)]
+    where = "" if name is None else f", most in {name!r}"
+    return NonFiniteError(
+        f"step {step}: the update would overflow {' or '.join(kinds)}{where}, and was not made; the model is as after "
+        f"step {step - 1}. Lower lr, or set max_grad_norm",
+        step,
+        SIDES,
+        name,
+    )
 
 
 def _found(

@@ -56,7 +56,7 @@ class Indexed:
         while True:
             index = self.indices(seed, number)
             seed_loading(derive(seed, "load", number))
-            yield self._take(index)
+            yield self.take(index)
             number += 1
 
     def once(self, seed: int | None = None) -> Iterator[Any]:
@@ -64,7 +64,7 @@ class Indexed:
         if seed is not None:
             seed_loading(seed)
         for begin in range(0, self.length, self.batch_size):
-            yield self._take(torch.arange(begin, min(begin + self.batch_size, self.length)))
+            yield self.take(torch.arange(begin, min(begin + self.batch_size, self.length)))
 
     def indices(self, seed: int, number: int) -> Tensor:
         """The items of batch `number` of the stream with that seed, shape (batch_size,)."""
@@ -80,7 +80,8 @@ class Indexed:
             self._cached, self._permutation = (seed, epoch), torch.randperm(self.length, generator=generator)
         return self._permutation
 
-    def _take(self, index: Tensor) -> Any:
+    def take(self, index: Tensor) -> Any:
+        """These items as a batch."""
         if isinstance(self.items, Mapping):
             return {name: _rows(value, index) for name, value in self.items.items()}
         if isinstance(self.items, tuple):
@@ -118,7 +119,7 @@ def _source(data: Any, name: str, batch_size: int) -> Source:
     ):
         try:
             length = len(data)  # type: ignore[arg-type]
-        except (TypeError, NotImplementedError) as error:
+        except Exception as error:  # no length, a negative one, or what a data set of the caller's raises
             raise DataError(f"{name}: a {type(data).__name__} without a length; give it __len__, or wrap it") from error
         return Indexed(data, length, batch_size) if length else Batches([])
     if isinstance(data, Iterator):

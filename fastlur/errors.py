@@ -51,7 +51,16 @@ def number(value: object) -> TypeGuard[float]:
 
 def finite(value: object) -> TypeGuard[float]:
     """Whether the value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    if isinstance(value, int):
+        return abs(value) < 2**63  # more do not fit into a tensor's
+    return math.isfinite(value)
+
+
+def unknown(value: object, known: Iterable[str]) -> bool:
+    """Whether a value is none of these names; of whatever kind it is, a tensor or an array too."""
+    return not isinstance(value, str) or value not in tuple(known)
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

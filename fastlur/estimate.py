@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from fastlur import footprint, ops
+from fastlur.checks import PRECISIONS
 from fastlur.data import to_device
-from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError
+from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError, unknown
 from fastlur.footprint import Memory
 from fastlur.losses import cross_entropy
 from fastlur.methods import resolve
 from fastlur.methods.base import BYTE, Cost, Method
 from fastlur.passes import Loss, Passes, Which
+from fastlur.reach import SPARE, most
 from fastlur.slots import Selection
 from fastlur.space import ParameterSpace, Vector
-from fastlur.step import PRECISIONS
 from fastlur.update import check_optimizer
 from fastlur.world import borrowed_random
 
@@ -122,7 +123,7 @@ def estimate(
     method = resolve(method)
     cost = _cost(method)
     check_optimizer(optimizer)
-    if precision not in PRECISIONS:
+    if unknown(precision, PRECISIONS):
         raise ArgumentError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
     with _opened(model, parameters, memory_format) as space, borrowed_random(space.device):
         batches: dict[Which, Any] = {"retain": batch, "forget": batch if forget is None else forget}
@@ -152,6 +153,7 @@ def estimate(
                 ) from error
         moving = sum(flat.nbytes for flat in space.theta.flats)
         weights = sum(flat.numel() for flat in space.theta.flats)
+        copied = not isinstance(optimizer, str) or most(space.theta.flats) < SPARE  # for the time of an update
         buffers = sum(buffer.nbytes for buffer in model.buffers())
         still = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values()) - sum(
             leaf.nbytes for leaf in space.leaves()
@@ -160,7 +162,7 @@ def estimate(
         seconds += _walk(space) * walks
     masks = cost.masks * weights
     vectors = round((cost.buffers - BYTE * cost.masks) * moving) + masks
-    step = vectors + buffers + max(activations, round(cost.temporaries * moving))
+    step = vectors + buffers + max(activations, round((cost.temporaries + copied) * moving))
     before = _before(method, moving, weights, activations)
     return Estimate(
         parameters=moving + still + buffers,

@@ -60,18 +60,15 @@ class Folder:
                 raise OSError(errno.EFBIG, f"{size} bytes are more than it can hold")
             return b"".join(_pieces(handle))
 
-    def digest(self, name: str) -> str:
-        """A hash of a file, however large."""
+    @contextlib.contextmanager
+    def opened(self, name: str) -> Iterator[tuple[str, Path]]:
+        """A hash of a plain file, however large, and a path of that very file, whatever takes its name meanwhile."""
         digest = blake2b(digest_size=32)
         with self._opened(name) as handle:
             for piece in _pieces(handle):
                 digest.update(piece)
-        return digest.hexdigest()
-
-    def place(self, name: str) -> Path:
-        """Where a plain file is."""
-        with self._opened(name):
-            return self._place(name)
+            same = Path(f"/dev/fd/{handle}")
+            yield digest.hexdigest(), same if same.exists() else self._place(name)
 
     def remove(self, name: str) -> None:
         """Remove a file, or a link and not what it points at, if there is one."""

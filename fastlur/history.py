@@ -48,5 +48,13 @@ class History(dict[str, list[float]]):
         return {column: list(values) for column, values in self.items()}
 
     def restore(self, columns: dict[str, list[float]]) -> None:
-        """Go on from a copy."""
-        self.update({column: list(columns[column]) for column in COLUMNS})
+        """Go on from a copy.
+
+        Raises:
+            ValueError: it is none.
+        """
+        found = {column: [float(value) for value in columns[column]] for column in COLUMNS}
+        if len({len(values) for values in found.values()}) != 1:
+            raise ValueError("the columns of the history are of different lengths")
+        found["step"] = [int(value) for value in found["step"]]
+        self.update(found)

@@ -1,17 +1,21 @@
-"""The data of a run before it begins: as sources, what they hold, and how many steps they make."""
+"""The data of a run before it begins: as sources, what they hold, how they come, and how many steps they make."""
 
 from __future__ import annotations
 
 import math
-from itertools import islice
+import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
 
-from fastlur import content
-from fastlur.data import Source, Stream, source, to_device
-from fastlur.errors import ArgumentError
-from fastlur.passes import Which
+from fastlur import content, identity
+from fastlur.data import Indexed, Source, Stream, source, to_device
+from fastlur.errors import ArgumentError, DataError, FastlurError
+from fastlur.passes import ARGUMENT, Which
+from fastlur.slots import Selection, select
 from fastlur.world import borrowed_random, derive, seed_loading
 
 STEPS = 150
@@ -21,29 +25,102 @@ Looked = tuple[dict[Which, Source], dict[Which, content.Content], dict[Which, An
 
 
 def look_at_data(forget: Any, retain: Any, batch_size: int, seed: int, device: torch.device) -> Looked:
-    """Both sides as sources, what they hold, and the first batch of each."""
-    sources: dict[Which, Source] = {
-        "forget": source(forget, "forget", batch_size),
-        "retain": source(retain, "retain", batch_size),
-    }
+    """Both sides as sources, what they hold, and the first batch of each.
+
+    Raises:
+        DataError: they cannot be read, are empty, not finite or nothing known.
+    """
+    sources: dict[Which, Source] = {}
     contents: dict[Which, content.Content] = {}
     firsts: dict[Which, Any] = {}
     with borrowed_random(device):
-        for side in SIDES:
-            contents[side] = content.read(sources[side], side, derive(seed, "look", side))
-            stream = Stream(sources[side], derive(seed, side))
+        for side, data in zip(SIDES, (forget, retain), strict=True):
             try:
-                firsts[side] = next(stream)
-            finally:
-                stream.close()
+                sources[side] = source(data, side, batch_size)
+                contents[side] = content.read(sources[side], side, derive(seed, "look", side))
+                stream = Stream(sources[side], derive(seed, side))
+                try:
+                    firsts[side] = next(stream)
+                finally:
+                    stream.close()
+            except (FastlurError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # a data set of the caller's raises what it likes
+                said = (str(error).splitlines() or [""])[0]
+                raise DataError(f"{side}: cannot be read ({type(error).__name__}: {said})") from error
     return sources, contents, firsts
 
 
-def probes(retain: Source, seed: int, device: torch.device, memory_format: torch.memory_format | None) -> list[Any]:
-    """The fixed retain batches that a retain budget is measured on."""
+def same_run(
+    model: nn.Module,
+    method: object,
+    losses: dict[Which, Any],
+    parameters: Selection,
+    sources: dict[Which, Source],
+    contents: dict[Which, content.Content],
+) -> dict[str, Any]:
+    """What a run must have in common with the one that it continues, beside its settings; plain values."""
+    same: dict[str, Any] = {f"{side} data": contents[side].digest for side in SIDES}
+    same |= {f"{side} batches": batching(sources[side], contents[side]) for side in SIDES}
+    same |= {f"what {ARGUMENT[side]} does": identity.fingerprint(each) for side, each in losses.items()}
+    same |= {"model": identity.model_digest(model), "architecture": identity.architecture_digest(model)}
+    same["code of the method"] = identity.code_of(method)
+    same["moving parameters"] = list(dict.fromkeys(name for name, _ in select(model, parameters)))
+    return same
+
+
+def batching(found: Source, what: content.Content) -> dict[str, Any]:
+    """How the data come in batches, as far as the caller decides it: plain values, the same in another process."""
+    told: dict[str, Any] = {"batches": found.per_epoch}
+    loader = getattr(found, "batches", None)
+    if not isinstance(loader, DataLoader):
+        return told | {"sizes": what.sizes}
+    samplers = loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)
+    return told | {
+        "sizes": what.sizes,
+        "batch_size": loader.batch_size,
+        "drop_last": loader.drop_last,
+        "workers": loader.num_workers,
+        "samplers": [identity.fingerprint(each) for each in samplers],
+        "collate": identity.fingerprint(loader.collate_fn),
+    }
+
+
+def probes(
+    retain: Source, seed: int, device: torch.device, memory_format: torch.memory_format | None
+) -> list[tuple[Any, int]]:
+    """The fixed retain batches that a retain budget is measured on, drawn at random, and how many items each has."""
     with borrowed_random(device):
-        seed_loading(derive(seed, "budget"))
-        return [to_device(batch, device, memory_format) for batch in islice(retain.once(), PROBES)]
+        drawn = _drawn(retain, derive(seed, "budget"))
+        return [(to_device(batch, device, memory_format), content.rows(batch)) for batch in drawn]
+
+
+def _drawn(retain: Source, seed: int) -> Iterator[Any]:
+    """Some batches of one pass, no item twice; where only iterating tells what the items are, the pass is read."""
+    seed_loading(seed)
+    if isinstance(retain, Indexed):
+        order = torch.randperm(retain.length)[: PROBES * retain.batch_size]
+        seed_loading(seed)
+        yield from map(retain.take, torch.split(order, retain.batch_size))
+        return
+    loader: Any = getattr(retain, "batches", None)
+    served = content.loader_indices(loader) if _batched(loader) else None
+    if served is not None:
+        size = loader.batch_size
+        some = random.Random(seed).sample(served, min(len(served), PROBES * size))
+        for begin in range(0, len(some), size):
+            yield loader.collate_fn([loader.dataset[index] for index in some[begin : begin + size]])
+        return
+    chosen: list[Any] = []
+    choice = random.Random(seed)
+    for number, batch in enumerate(retain.once(seed)):  # each has the same chance, however many there are
+        place = number if number < PROBES else choice.randrange(number + 1)
+        chosen[place : place + 1] = [batch] if place < PROBES else chosen[place : place + 1]
+    yield from chosen
+
+
+def _batched(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and loader.batch_sampler is not None
 
 
 def length(sources: dict[Which, Source], steps: int | None, epochs: float | None, usual: int | None) -> int:

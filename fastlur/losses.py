@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastlur.errors import ArgumentError, DataError
+from fastlur.errors import ArgumentError, DataError, number
 
 IGNORED = -100  # cross-entropy's own mark for a target that does not count
 ABOVE_CHANCE = 10.0  # nats
@@ -90,7 +90,7 @@ class BoundedForgetting:
     """
 
     def __init__(self, cap: float | None = None) -> None:
-        if cap is not None and not 0 < cap < math.inf:
+        if cap is not None and not (number(cap) and cap > 0):
             raise ArgumentError(f"cap={cap!r} must be a positive number of nats, or None for log(classes) + 10")
         self.cap = cap
 
@@ -99,7 +99,8 @@ class BoundedForgetting:
         logits, targets = logits_and_targets(model, batch)
         loss = _mean_cross_entropy(logits, targets)
         cap = math.log(logits.shape[-1]) + ABOVE_CHANCE if self.cap is None else self.cap
-        return -torch.where(loss > cap, loss.new_full((), cap), loss)
+        most = min(float(cap), torch.finfo(loss.dtype).max)
+        return -torch.where(loss > most, loss.new_full((), most), loss)
 
     def __repr__(self) -> str:
         return f"BoundedForgetting(cap={self.cap})"

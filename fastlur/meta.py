@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fastlur import ops
-from fastlur.errors import ArgumentError, DataError, nearest, not_scalar, number
+from fastlur.errors import ArgumentError, DataError, nearest, not_scalar, number, unknown
 
 Gradient = Literal["exact", "secant", "first_order", "optimistic"]
 GRADIENTS: tuple[str, ...] = get_args(Gradient)
@@ -104,7 +104,7 @@ def check_gradient(gradient: str) -> None:
     Raises:
         ArgumentError: with the nearest name.
     """
-    if gradient not in GRADIENTS:
+    if unknown(gradient, GRADIENTS):
         raise ArgumentError(f"gradient={gradient!r} is no gradient mode; {nearest(gradient, GRADIENTS)}")
 
 
@@ -157,6 +157,11 @@ def meta_gradient(
     check_gradient(gradient)
     check_inner_lr(inner_lr)
     _check_params(params, previous)
+    if not isinstance(relative, bool):
+        raise ArgumentError(f"relative={relative!r} must be True or False")
+    for name, loss in (("loss_inner", loss_inner), ("loss_outer", loss_outer)):
+        if not callable(loss):
+            raise ArgumentError(f"{name}={loss!r} cannot be called; it must take params and return a scalar")
     arena = _DictArena(loss_inner, loss_outer, {k: v.detach() for k, v in params.items()}, inner_lr, relative)
     with torch.inference_mode(False), torch.no_grad():
         inner, outer = direction(arena, gradient, previous or None)
@@ -236,9 +241,11 @@ def _check_params(params: Params, previous: Params | None) -> None:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ArgumentError(f"params[{name!r}] is {kind}, not a floating-point tensor")
+    if previous is not None and not isinstance(previous, dict):
+        raise ArgumentError(f"previous: a {type(previous).__name__} is no dict; pass {{}} at first, or None")
     if previous:
         for name, value in params.items():
-            if name not in previous or previous[name].shape != value.shape:
+            if name not in previous or getattr(previous[name], "shape", None) != value.shape:
                 raise ArgumentError(
                     f"previous: no tensor of shape {tuple(value.shape)} for {name!r}; pass {{}} at first"
                 )

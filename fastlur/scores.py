@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,9 +54,14 @@ def scores(model: nn.Module, data: Any, name: str, batch_size: int) -> Scores:
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise ArgumentError(f"batch_size={batch_size!r} must be a positive whole number")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for parameter in model.parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ModelError("model: a parameter has no shape yet; let the model see a batch first")
+    if device.type == "meta":
+        raise ModelError("model: is on the meta device, where there are no values; load it onto a real one")
     parts: list[Tensor] = []
     with mode(model, False), torch.no_grad(), borrowed_random(device):
-        for batch in source(data, name, batch_size).once():
+        for batch in _read(source(data, name, batch_size).once(), name):
             try:
                 logits, targets = logits_and_targets(model, to_device(batch, device))
             except FastlurError:
@@ -67,6 +73,25 @@ def scores(model: nn.Module, data: Any, name: str, batch_size: int) -> Scores:
     if not parts or not sum(part.shape[1] for part in parts):
         raise DataError(f"{name}: is empty; pass at least one labelled item")
     return Scores(*torch.cat(parts, dim=1).cpu().numpy())
+
+
+def _read(batches: Iterator[Any], name: str) -> Iterator[Any]:
+    """The batches; what a data set of the caller's raises on the way is an error of the package.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (FastlurError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            said = (str(error).splitlines() or [""])[0]
+            raise DataError(f"{name}: cannot be read ({type(error).__name__}: {said})") from error
+        yield batch
 
 
 def _each(logits: Tensor, targets: Tensor, name: str) -> Tensor:

@@ -41,6 +41,8 @@ def select(model: nn.Module, parameters: Selection) -> list[tuple[str, nn.Parame
     Raises:
         ModelError: there are none, or a pattern matches no parameter at all.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("model: is TorchScript; pass the module that it was made from")
     named = list(model.named_parameters(remove_duplicate=False))
     if not (parameters is None or callable(parameters) or _patterns(parameters)):
         raise ModelError(f"parameters={parameters!r} must be None, a glob, several, or a predicate (name, parameter)")
@@ -48,7 +50,13 @@ def select(model: nn.Module, parameters: Selection) -> list[tuple[str, nn.Parame
     if patterns is None:
         chosen = {id(p) for _, p in named}
     elif callable(patterns):
-        chosen = {id(p) for name, p in named if patterns(name, p)}
+        try:
+            chosen = {id(p) for name, p in named if patterns(name, p)}
+        except Exception as error:
+            said = (str(error).splitlines() or [""])[0]
+            raise ModelError(
+                f"parameters: the predicate (name, parameter) failed ({type(error).__name__}: {said})"
+            ) from error
     else:
         for pattern in patterns:
             if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in named):
@@ -62,6 +70,9 @@ def select(model: nn.Module, parameters: Selection) -> list[tuple[str, nn.Parame
             raise ModelError(f"model: its parameters are {dtype}, not floating point; unlearn before quantising it")
         what = "model" if parameters is None else "parameters"
         raise ModelError(f"{what}: no trainable parameter to move; set requires_grad on some, or choose others")
+    for name, p in named:
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ModelError(f"model: parameter {name!r} has no shape yet; let the model see a batch first")
     for name, p in moving:
         if not p.is_floating_point() or p.layout != torch.strided or not _plain(p):
             kind = f"{p.dtype}, {p.layout}, {type(p.data).__name__}"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
 from fastlur.slots import Selection, select
+from fastlur.space import ParameterSpace
 from fastlur.statistics import Statistics
 
 
@@ -37,3 +41,16 @@ class Snapshot:
         with torch.no_grad():
             torch._foreach_copy_([p.detach() for p in self._parameters], self._weights)
         self._statistics.put(self._buffers)
+
+
+@contextmanager
+def undone(space: ParameterSpace, statistics: Statistics) -> Iterator[None]:
+    """What is done inside to the weights of an open space and to the buffers is undone where it ends with an error."""
+    weights, buffers = space.copy(), statistics.copies()
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            torch._foreach_copy_(space.theta.flats, weights.flats)
+        statistics.put(buffers)
+        raise

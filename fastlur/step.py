@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlur import checks
 from fastlur.capture import Captured
-from fastlur.culprit import accuse
+from fastlur.culprit import accuse, overflowed
 from fastlur.data import Feed, to_device
-from fastlur.errors import ArgumentError, CheckpointError, ModelError, NonFiniteError, number
-from fastlur.methods.base import Direction, Method, State
+from fastlur.errors import ArgumentError, CheckpointError, ModelError, NonFiniteError
+from fastlur.methods.base import Direction, Method, Recipe, State
 from fastlur.passes import Loss, Passes, Which
-from fastlur.reference import OK
+from fastlur.reference import COUNT, OK
 from fastlur.slots import Selection
+from fastlur.snapshot import undone
 from fastlur.space import ParameterSpace, Vector
 from fastlur.stats import FIELDS, StepStats
 from fastlur.targets import prepared
@@ -24,7 +26,6 @@ from fastlur.update import Update, check_optimizer
 from fastlur.world import borrowed_random, derive, seed_torch
 
 READ_EVERY = 32  # steps between two looks of the host at the flag, where looking means waiting for a device
-PRECISIONS = ("fp32", "bf16")
 
 
 class Step:
@@ -54,7 +55,7 @@ class Step:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ModelError(f"model: a {type(model).__name__} is no torch.nn.Module")
-        _check_numbers(lr, momentum, weight_decay, max_grad_norm, precision)
+        checks.numbers(lr, momentum, weight_decay, max_grad_norm, precision)
         check_optimizer(optimizer)
         self.space = ParameterSpace(model, parameters, memory_format)
         if capture:
@@ -89,6 +90,10 @@ class Step:
             if not isinstance(self.state, State):
                 kind = type(self.state).__name__
                 raise ArgumentError(f"method: prepare of {type(method).__name__} must return a State, not a {kind}")
+            if not self.weights_are_finite():
+                raise NonFiniteError(
+                    f"weights are not finite before the first step: as given, or by prepare of {type(method).__name__}"
+                )
         except BaseException:
             self.space.close()
             raise
@@ -113,6 +118,7 @@ class Step:
         self.space.check()
         device = self.space.device
         forget, retain = (to_device(batch, device, self.memory_format) for batch in (forget, retain))
+        self.update.look()
         with borrowed_random(device):
             work = self._work if self._captured is None else self._captured
             forget_loss, retain_loss, dots = work(forget, retain)
@@ -157,6 +163,9 @@ class Step:
         unread, self._unread = self._unread, []
         if bool(self.update.control[OK]):
             return
+        if bool(self.update.overflow):
+            number = int(self.update.control[COUNT])
+            raise overflowed(self.space, number, self._last[0] if number == self.step else None)
         bad = next((stats for stats in unread if not self._was_good(stats)), None)
         if bad is None:
             raise NonFiniteError("a loss or gradient was not finite in an earlier step; the model is as before it")
@@ -218,6 +227,8 @@ class Step:
                 raise CheckpointError(f"state: has no {name} of shape {tuple(tensor.shape)} of the method")
             tensor.copy_(state["tensors"][name])
         self.update.control.copy_(state["control"])
+        self.update.overflow.zero_()
+        self.update.forget_reach()
         self.step = int(state["step"])
         self.passes.spare.rows = state.get("rows") or self.passes.spare.rows
         self._unread = []
@@ -227,26 +238,33 @@ class Step:
         return self.update.moments() | ({} if self.mask is None else {"mask": self.mask})
 
     def finish(self) -> None:
-        """The method's last word, after the last step.
+        """The method's last word, after the last step; where that fails, the model is as it was after that step.
 
         Raises:
-            NonFiniteError: see `check_finite`.
+            NonFiniteError: see `check_finite`; or the method leaves weights that are not finite.
         """
         self.check_finite()
-        with borrowed_random(self.space.device):
+        if getattr(type(self.method), "finish", None) is Recipe.finish:
+            return
+        with undone(self.space, self.passes.statistics), borrowed_random(self.space.device):
             self.method.finish(self.passes, self.state)
+            if not self.weights_are_finite():
+                raise NonFiniteError(
+                    f"finish of {type(self.method).__name__} left weights that are not finite; the model is as after "
+                    f"step {self.step}. Lower what it is done with, such as alpha"
+                )
 
     def check_finite(self) -> None:
         """Look at the flag and at every weight now.
 
         Raises:
-            NonFiniteError: the last steps' losses or gradients were not finite, or a weight overflowed in the update.
+            NonFiniteError: the last steps' losses or gradients were not finite, an update would have overflowed, or
+                something else than an update has written what is not finite into a weight.
         """
         self.check()
         if not self.weights_are_finite():
             raise NonFiniteError(
-                f"step {self.step}: the update itself overflowed, the weights are not finite and cannot be used. "
-                "Lower lr, or set max_grad_norm or max_retain_loss_increase"
+                f"step {self.step}: weights are not finite, and no update made them so; who else has written to them?"
             )
 
     def weights_are_finite(self) -> bool:
@@ -284,21 +302,6 @@ def _read(vector: Vector, names: list[str], saved: dict[str, Tensor], key: str) 
             if saved[name].shape != view.shape:
                 raise CheckpointError(f"state: {key}[{name!r}] has shape {tuple(saved[name].shape)}")
             view.copy_(saved[name])
-
-
-def _check_numbers(
-    lr: float, momentum: float, weight_decay: float, max_grad_norm: float | None, precision: str
-) -> None:
-    if not number(lr):
-        raise ArgumentError(f"lr={lr!r} must be a finite number ≥ 0, such as 0.03")
-    if not (number(momentum) and momentum < 1):
-        raise ArgumentError(f"momentum={momentum!r} must be in [0, 1), such as 0.9")
-    if not number(weight_decay):
-        raise ArgumentError(f"weight_decay={weight_decay!r} must be a finite number ≥ 0")
-    if max_grad_norm is not None and not (number(max_grad_norm) and max_grad_norm > 0):
-        raise ArgumentError(f"max_grad_norm={max_grad_norm!r} must be a positive number, or None")
-    if precision not in PRECISIONS:
-        raise ArgumentError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
 
 
 def _both(mask: Vector, own: Vector | None) -> Vector:

@@ -21,8 +21,8 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from fastlur.data import source
-from fastlur.errors import ArgumentError, DataError, finite, nearest
-from fastlur.identity import name_of
+from fastlur.errors import ArgumentError, DataError, FastlurError, finite, nearest, unknown
+from fastlur.identity import fingerprint, name_of
 from fastlur.loop import StepEvent
 from fastlur.scores import scores
 from fastlur.world import borrowed_random, kept_modes
@@ -82,13 +82,19 @@ class _Looking:
         """The metric, if it is time to look.
 
         Raises:
-            DataError: it is no number.
+            DataError: it is no number, or cannot be had; the model is that of the step just done.
         """
         if event.step % self.every and event.step != event.steps:
             return None
         device = next(event.model.parameters()).device
-        with borrowed_random(device), kept_modes(event.model):
-            value: Any = self.metric(event.model)
+        try:
+            with borrowed_random(device), kept_modes(event.model):
+                value: Any = self.metric(event.model)
+        except FastlurError:
+            raise
+        except Exception as error:
+            said = (str(error).splitlines() or [""])[0]
+            raise DataError(f"metric: {name_of(self.metric)} failed ({type(error).__name__}: {said})") from error
         try:
             return float(value)
         except (TypeError, ValueError) as error:
@@ -133,7 +139,7 @@ class Reached(_Looking):
 
     def __repr__(self) -> str:
         bound = f"at_least={self.at_least}" if self.at_most is None else f"at_most={self.at_most}"
-        return f"Reached({name_of(self.metric)}, {bound}, every={self.every})"
+        return f"Reached({fingerprint(self.metric)}, {bound}, every={self.every})"
 
 
 class Patience(_Looking):
@@ -155,7 +161,7 @@ class Patience(_Looking):
     ) -> None:
         super().__init__(metric, every)
         _positive("looks", looks)
-        if better not in get_args(Better):
+        if unknown(better, get_args(Better)):
             raise ArgumentError(f"better={better!r} is unknown; {nearest(better, get_args(Better))}")
         if not finite(by) or by < 0:
             raise ArgumentError(f"by={by!r} must be a finite number ≥ 0")
@@ -189,7 +195,7 @@ class Patience(_Looking):
         self.waited = int(state["waited"])
 
     def __repr__(self) -> str:
-        metric = name_of(self.metric)
+        metric = fingerprint(self.metric)
         return f"Patience({metric}, looks={self.looks}, every={self.every}, better={self.better!r}, by={self.by})"
 
 

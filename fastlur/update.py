@@ -6,17 +6,23 @@ import torch
 from torch import Tensor
 
 from fastlur import ops
-from fastlur.errors import ArgumentError, nearest
+from fastlur.errors import ArgumentError, nearest, unknown
 from fastlur.methods.base import Direction
 from fastlur.operands import control_scalars, hyper_parameters
+from fastlur.reach import SPARE, Reach, largest, most
 from fastlur.reference import L1, LR, OK, PROX, SCALE
 from fastlur.space import ParameterSpace, Vector
+from fastlur.statistics import put_back
 
 OPTIMIZERS = ("sgd", "adamw")
 
 
 class Update:
     """SGD with momentum, AdamW, or a torch optimizer of the caller's, over a parameter space.
+
+    An update that would overflow is not made: `overflow` rises to 1 and the flag falls. Weights in float16, and those
+    that an optimizer of the caller's moves, are copied for the time of an update and put back if it made one of them
+    infinite or NaN; for others a bound decides (see `fastlur.reach`).
 
     Args:
         space: what moves.
@@ -43,6 +49,10 @@ class Update:
         self.first = None if self.custom else space.vector()
         self.second = space.vector() if adamw else None
         self._joint = space.vector() if self.custom else None
+        self._adamw = adamw
+        self._reach: Reach | None = None  # made with the first step, when there are moments
+        self._dots: Tensor | None = None
+        self.overflow = torch.zeros((), dtype=torch.float64, device=space.device)
         self._penalties = 0.0, 0.0
         self.control = control_scalars(space.device)
         self.hyper = hyper_parameters(
@@ -69,7 +79,17 @@ class Update:
         if forget is None:
             dots[0::2] = 0.0
         ops.step_control(self.control, dots, torch.stack([loss.double() for loss in losses]), self.hyper)
+        self._dots = dots
         return dots
+
+    def look(self) -> None:
+        """Between two steps: see how large the weights are, if it is time to."""
+        if self._reach is not None:
+            self._reach.look()
+
+    def forget_reach(self) -> None:
+        """The weights or the moments were written by somebody else."""
+        self._reach = None
 
     def apply(self, direction: Direction) -> None:
         """Move the reached parameters along −direction, unless the flag is down."""
@@ -80,6 +100,11 @@ class Update:
             return
         first = self.first
         assert first is not None
+        before = None
+        if most(self.space.theta.flats) < SPARE:
+            before = self.space.copy()
+        else:
+            self._bound(direction, first)
 
         def part(vector: Vector) -> list[Tensor]:
             return self.space.tensors(vector, some)
@@ -99,6 +124,32 @@ class Update:
             fisher=maybe(direction.fisher),
             mask=maybe(direction.mask),
         )
+        if before is not None:
+            self._undo(before)
+
+    def _bound(self, direction: Direction, first: Vector) -> None:
+        """Lower the flag where the update might overflow; nothing waits for the device."""
+        if self._reach is None:
+            self._reach = Reach(self.space.theta.flats, first.flats, self._adamw)
+            self._reach.look(now=True)
+        assert self._dots is not None
+        centre, weights = (None if v is None else self.space.tensors(v) for v in (direction.theta0, direction.fisher))
+        self._lower(self._reach.advance(self._dots, self.control, self.hyper, centre, weights))
+
+    def _undo(self, before: Vector) -> None:
+        """Put the weights back where the update made one of them infinite or NaN."""
+        fine = torch.isfinite(largest(self.space.theta.flats))
+        if fine.device.type == "cpu" and bool(fine):
+            return
+        self._lower(fine)
+        put_back(self.space.theta.flats, before.flats, fine)
+
+    def _lower(self, fine: Tensor | bool) -> None:
+        """The flag falls and `overflow` rises where it is not fine, unless the flag was down before."""
+        if fine is True:
+            return
+        self.overflow.copy_(torch.maximum(self.overflow, self.control[OK] * (1 - torch.as_tensor(fine).double())))
+        self.control[OK].mul_(torch.as_tensor(fine))
 
     def moments(self) -> dict[str, Vector]:
         """The optimizer's vectors by name."""
@@ -131,7 +182,7 @@ class Update:
             l1=direction.l1,
             prox=direction.prox,
         )
-        still = None if direction.mask is None else self.space.copy()
+        still = self.space.copy()
         held = [p for group in optimizer.param_groups for p in group["params"]]
         others = [(p, p.grad) for p in held if p.grad is not None]  # not ours to move, whatever lies there
         try:
@@ -141,13 +192,17 @@ class Update:
                 for parameter in self.space.slots[index].parameters:
                     parameter.grad = joint.views[index]
             optimizer.step()
+        except BaseException:
+            torch._foreach_copy_(self.space.theta.flats, still.flats)
+            raise
         finally:
             self.space.drop_gradients()
             for parameter, gradient in others:
                 parameter.grad = gradient
-            if still is not None and direction.mask is not None:  # whatever the optimizer did to them
-                for now, before, keep in zip(self.space.theta.flats, still.flats, direction.mask.flats, strict=True):
-                    now.copy_(torch.where(keep, now, before))
+        self._undo(still)
+        if direction.mask is not None:  # whatever the optimizer did to them
+            for now, before, keep in zip(self.space.theta.flats, still.flats, direction.mask.flats, strict=True):
+                now.copy_(torch.where(keep, now, before))
 
 
 def check_optimizer(optimizer: object) -> None:
@@ -157,7 +212,7 @@ def check_optimizer(optimizer: object) -> None:
         ArgumentError: it is.
     """
     if isinstance(optimizer, str):
-        if optimizer not in OPTIMIZERS:
+        if unknown(optimizer, OPTIMIZERS):
             raise ArgumentError(f"optimizer={optimizer!r} is unknown; {nearest(optimizer, OPTIMIZERS)}")
     elif not isinstance(optimizer, torch.optim.Optimizer):
         kind = type(optimizer).__name__

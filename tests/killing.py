@@ -168,7 +168,11 @@ def life(directory: Path, out: Path, method: str, steps: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Dropout(0.3), nn.Linear(9, 4))
-    settings = {"lur": fastlur.LUR(mask=SaliencyMask(0.8)), "mox": fastlur.methods.MOX(alpha=0.2, momentum=0.7)}
+    settings = {
+        "lur": fastlur.LUR(mask=SaliencyMask(0.8)),
+        "mox": fastlur.methods.MOX(alpha=0.2, momentum=0.7),
+        "retrain": fastlur.methods.Retrain(reinitialise=True),
+    }
     fastlur.unlearn(
         model,
         blobs(12),

@@ -203,11 +203,51 @@ class TestHostileFiles:
                 place.symlink_to("/dev/zero")
         assert two.reads() == 1
 
-    def test_a_description_larger_than_any_is_not_read(self, two, monkeypatch):
-        monkeypatch.setattr("fastlur.checkpoint.LARGEST", 1 << 20)
+    def test_a_description_larger_than_any_is_not_read(self, two):
         with (two.directory / "step-00000003.json").open("wb") as file:
             file.truncate(1 << 40)  # takes no room on the disk
         assert two.reads() == 2
+
+    def test_nor_one_with_more_than_its_steps_can_fill(self, two):
+        """The text of an intact one, with blanks that mean nothing: 17 MB are too many after three steps."""
+        forged(two, lambda record: None)
+        place = two.directory / "step-00000003.json"
+        text = place.read_bytes()
+        place.write_bytes(text + b" " * (1 << 20))
+        assert two.at.newest().record["step"] == 3
+        place.write_bytes(text + b" " * (17 << 20))
+        assert two.at.newest().record["step"] == 2
+
+    def test_one_that_could_not_be_read_again_is_not_written(self, two):
+        two.step(blobs(8, 2, 2), blobs(8, 2, 2))
+        with pytest.raises(
+            fastlur.CheckpointError, match=r"its description has \d+ bytes, and could not be read again"
+        ):
+            two.at.save(two.step, {"history": {}, "rules": ["x" * (17 << 20)]})
+        assert two.reads() == 2
+
+    def test_a_file_that_is_exchanged_after_it_was_looked_at_is_not_taken(self, two, monkeypatch):
+        """Between the checksum and the reading, and while it is read."""
+        found, before = two.at.newest(), state(two.step.space.model)
+        two.spoil(NEWEST[1], two.files["step-00000001.safetensors"])
+        with pytest.raises(fastlur.CheckpointError, match="its tensors have changed since they were found"):
+            two.at.restore(two.step, found)
+        assert same(state(two.step.space.model), before)
+        two.mend()
+        found = two.at.newest()
+        from fastlur import checkpoint
+
+        opened = checkpoint.safe_open
+
+        def exchanged(path, **options):
+            other = two.directory / "other"
+            other.write_bytes(two.files["step-00000001.safetensors"])
+            other.replace(two.directory / NEWEST[1])
+            return opened(path, **options)
+
+        monkeypatch.setattr(checkpoint, "safe_open", exchanged)
+        two.at.restore(two.step, found)
+        assert same(state(two.step.space.model), two.weights[2])
 
     def test_names_cannot_leave_the_directory(self, two):
         for name in ("../x", "a/b", "..", ".", "", "/etc/passwd", "a\0b"):

@@ -96,8 +96,10 @@ class TestOddUses:
 
     def test_an_update_that_overflows_is_not_passed_off_as_done(self):
         model, (x, y) = mlp().half(), blobs(16)
-        with pytest.raises(fastlur.NonFiniteError, match="the update itself overflowed"):
+        before = state(model)
+        with pytest.raises(fastlur.NonFiniteError, match="step 1: the update would overflow float16"):
             run(model, (x[:8].half(), y[:8]), (x[8:].half(), y[8:]), steps=1, lr=1e6)
+        assert same(state(model), before)
 
     def test_exact_says_what_it_cannot_do(self):
         class Checkpointed(nn.Module):

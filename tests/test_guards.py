@@ -115,6 +115,16 @@ class TestNonFinite:
         assert "retain batch: items " in str(caught.value)
         assert same(state(model), good[0])
 
+    def test_what_is_noticed_late_is_looked_for_in_the_batch_of_that_step(self, monkeypatch):
+        model, forget, retain = Spoils(), blobs(24), blobs(40)
+        model.register_forward_pre_hook(lambda module, args: setattr(module, "armed", bool((args[0] > 90).any())))
+        monkeypatch.setattr("fastlur.step.Step.check", lambda *_: None)
+        retain[0][17, 2] = 99.0
+        with pytest.raises(fastlur.NonFiniteError) as caught:
+            run(model, forget, retain, steps=9, callbacks=[lambda event: event.step == 9 and monkeypatch.undo()])
+        assert (caught.value.sides, caught.value.tensor) == (("retain",), "second.weight")
+        assert "17" in str(caught.value).split("retain batch: items ")[1].split(";")[0].split(", ")
+
     @pytest.mark.parametrize("name", STEPPING)
     def test_every_method_names_the_step_and_a_tensor_and_stays_as_it_was(self, name):
         model, good = Spoils(), []
@@ -147,33 +157,16 @@ class TestNonFinite:
             assert "step 2" in str(one.value)
             assert same(state(model), before)
 
-    def test_an_update_that_overflows_names_the_weight(self):
-        model, (x, y) = mlp().half(), blobs(16)
-        with pytest.raises(fastlur.NonFiniteError, match=r"'0.weight' itself is not finite: an update overflowed"):
-            run(model, (x[:8].half(), y[:8]), (x[8:].half(), y[8:]), steps=3, lr=1e6)
+    def test_with_a_checkpoint_weights_that_somebody_ruined_are_put_back(self, tmp_path):
+        model, seen = mlp(), {}
 
-    def test_with_a_checkpoint_an_update_that_overflows_is_undone(self, tmp_path):
-        model, (x, y), seen = mlp().half(), blobs(16), {}
-        data = (x[:8].half(), y[:8]), (x[8:].half(), y[8:])
+        def ruin(event):
+            seen[event.step] = state(event.model)
+            if event.step == 5:
+                event.model[0].weight.data[0, 0] = float("inf")
 
-        class Overflows(torch.optim.SGD):
-            def step(self, closure=None):
-                super().step(closure)
-                if len(seen) == 4:
-                    self.param_groups[0]["params"][0].data.mul_(1e6)
-
-        optimizer = Overflows(model.parameters(), 0.01)
-        remember = lambda event: seen.update({event.step: state(event.model)})
         with pytest.raises(fastlur.NonFiniteError) as caught:
-            run(
-                model,
-                *data,
-                steps=9,
-                optimizer=optimizer,
-                checkpoint=tmp_path,
-                checkpoint_every=2,
-                callbacks=[remember],
-            )
+            run(model, blobs(24), blobs(40), steps=9, checkpoint=tmp_path, checkpoint_every=2, callbacks=[ruin])
         assert caught.value.__notes__ == ["the model was put back to the checkpoint of step 4"]
         assert same(state(model), seen[4])
 
@@ -224,10 +217,25 @@ class TestRetainBudget:
         assert result.ended == "all steps done"
         assert after > before + 1e-4
 
+    def test_what_it_was_rolled_back_to_is_said(self):
+        seen = {}
+
+        def ruin(event):
+            seen[event.step] = state(event.model)
+            if event.step == 15:
+                event.model[3].weight.data.mul_(-5)
+
+        said = "rolled back to the state after step 10, the last that was looked at and within the budget"
+        for stop in (None, lambda event: event.step == 17):  # noticed at the next look, or at the end
+            options = {"lr": 1e-6, "callbacks": [ruin], "stop": stop}
+            _, model, result, _, _ = budget(0.3, "fine_tune", **options)
+            assert result.ended.endswith(said)
+            assert same(state(model), seen[10])
+
     def test_the_rise_is_counted_from_the_model_as_given_not_as_trimmed(self):
         trimmed = fastlur.LUR(trim=Trim(0.0))
         given, model, result, before, _ = budget(0.0, trimmed, lr=0.0, steps=20)
-        assert "rolled back" in result.ended
+        assert result.ended.endswith("rolled back to the model as given")
         assert f"rose from {before:.4g} to" in result.ended
         assert same(state(model), state(given))
         assert len(result.history["step"]) == 10

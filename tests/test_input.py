@@ -28,6 +28,19 @@ class Decoded(Dataset):
         return self.x[i].numpy(), int(self.y[i])
 
 
+class Raises(Dataset):
+    """A data set that cannot be read."""
+
+    def __init__(self, divisor=1):
+        self.divisor = divisor
+
+    def __len__(self):
+        return 9 // self.divisor
+
+    def __getitem__(self, i):
+        raise KeyError("no such image")
+
+
 def spoiled(value):
     x = X[:10].clone()
     x[3, 2] = value
@@ -54,6 +67,13 @@ CASES = {
     "NaN in batches": ({"forget": [spoiled(float("nan"))]}, fastlur.DataError, "forget: holds a NaN .* item 3"),
     "NaN decoded": ({"forget": Decoded(*spoiled(float("nan")))}, fastlur.DataError, "forget: holds a NaN .* item 3"),
     "unequal lengths": ({"forget": (X[:10], Y[:9])}, fastlur.DataError, r"forget: its tensors have \[10, 9\] rows"),
+    "a switch": ({"allow_overlap": torch.ones(0)}, fastlur.ArgumentError, "allow_overlap=tensor"),
+    "another switch": ({"progress": "yes"}, fastlur.ArgumentError, "progress='yes' must be True or False"),
+    "None among batches": (
+        {"retain": [RETAIN, None]},
+        fastlur.DataError,
+        "retain: cannot be read .*a NoneType without",
+    ),
     "one-shot iterator": ({"forget": iter([FORGET])}, fastlur.DataError, "forget: .* can be read only once"),
     "no data": ({"retain": 5}, fastlur.DataError, "retain: a int is no data"),
     "wrong shape": ({"forget": (X[:10, :3], Y[:10])}, fastlur.DataError, "forget: the model .* cannot take"),
@@ -79,6 +99,18 @@ CASES = {
     "precision": ({"precision": "fp8"}, fastlur.ArgumentError, "precision='fp8'"),
     "task": ({"task": "clasification"}, fastlur.ArgumentError, "task='clasification'.*did you mean"),
     "seed": ({"seed": "7"}, fastlur.ArgumentError, "seed='7'"),
+    "seed's kind": ({"seed": True}, fastlur.ArgumentError, "seed=True"),
+    "memory format": ({"memory_format": "last"}, fastlur.ArgumentError, "memory_format='last'"),
+    "memory format for five dimensions": ({"memory_format": torch.channels_last_3d}, fastlur.ArgumentError, "_last_3d"),
+    "float8": ({"forget": (X[:10].to(torch.float8_e4m3fn), Y[:10])}, fastlur.DataError, "forget: cannot be read"),
+    "conjugate": ({"forget": (torch.complex(X, X).conj(), Y)}, fastlur.DataError, "forget: cannot be read"),
+    "sparse": ({"forget": (X[:10].to_sparse(), Y[:10])}, fastlur.DataError, "forget: cannot be read"),
+    "a set that raises": (
+        {"forget": Raises()},
+        fastlur.DataError,
+        r"forget: cannot be read \(KeyError: 'no such image'\)",
+    ),
+    "a length that raises": ({"retain": Raises(0)}, fastlur.DataError, "retain: a Raises without a length"),
     "pattern": ({"parameters": "layer4.*"}, fastlur.ModelError, r"parameters: 'layer4\.\*' matches no parameter"),
     "one of two patterns": ({"parameters": ["0.*", "x"]}, fastlur.ModelError, "parameters: 'x' matches no"),
     "predicate": ({"parameters": lambda n, p: False}, fastlur.ModelError, "parameters: no trainable parameter"),

@@ -10,6 +10,8 @@ import random
 import pytest
 from killing import EVERY, Reaper, moment
 
+from fastlur.methods import METHODS
+
 
 def kill_until_done(tmp_path, method, kills, seed):
     """Returns the reaper of a run killed `kills` times, whose result was the same as that of one left alone."""
@@ -35,6 +37,12 @@ def kill_until_done(tmp_path, method, kills, seed):
 
 def test_a_killed_run_ends_like_one_left_alone(tmp_path):
     kill_until_done(tmp_path, "lur", kills=8, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name in sorted(METHODS) if METHODS[name].steps != 0])
+def test_so_does_one_of_every_method(tmp_path, method):
+    kill_until_done(tmp_path, method, kills=4, seed=3)
 
 
 @pytest.mark.slow

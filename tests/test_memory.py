@@ -284,16 +284,18 @@ class TestRuns:
         _, short = twins(50)
         assert run(short, wide(12), wide(40), batch_size=12, steps=2).settings["micro_batch"] is None
 
-    def test_on_the_way_too(self):
-        model, short = twins(50)
+    @pytest.mark.parametrize("fails", ["forward", "backward"])
+    @pytest.mark.parametrize("method", ["lur", "eupmu", "scissorhands", "boundary_expand"])
+    def test_on_the_way_too(self, method, fails):
+        model, short = twins(50, fails=fails)
         data = wide(12), wide(40)
 
         def shrink(event):
             short.limit = 5 if event.step == 3 else short.limit
 
-        run(model, *data, steps=6, batch_size=12)
+        run(model, *data, steps=6, batch_size=12, method=method)
         with pytest.warns(UserWarning, match="takes 3 at a time"):
-            run(short, *data, steps=6, batch_size=12, callbacks=[shrink])
+            run(short, *data, steps=6, batch_size=12, callbacks=[shrink], method=method)
         for one, other in zip(model.parameters(), short.parameters(), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 

@@ -43,7 +43,7 @@ FLOORS = [
         "identity",
     },
     {"space"},
-    {"curvature", "snapshot", "microbatch"},
+    {"curvature", "snapshot", "microbatch", "moving", "reach"},
     {"passes", "meta", "scores"},
     {"content", "methods.base", "frozen", "fresh", "membership"},
     {"methods.components", "methods.importance", "methods.relabelling"},

@@ -79,7 +79,7 @@ def preset(method: str, name: str) -> dict[str, Any]:
         ArgumentError: there is no such method or preset.
     """
     recipe = _recipe(method)
-    if name not in recipe.presets:
+    if not isinstance(name, str) or name not in recipe.presets:
         known = nearest(name, recipe.presets) if recipe.presets else "it has none"
         raise ArgumentError(f"name={name!r} is no preset of {method}; {known}")
     settings = dict(recipe.presets[name])
@@ -107,6 +107,6 @@ def resolve(method: str | Method) -> Method:
 
 
 def _recipe(name: str) -> type[Recipe]:
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ArgumentError(f"method={name!r} is unknown; {nearest(name, METHODS)}")
     return METHODS[name]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastlur import ops
 from fastlur.errors import ArgumentError, NonFiniteError, finite
-from fastlur.identity import name_of
+from fastlur.identity import fingerprint
 from fastlur.losses import BoundedForgetting
 from fastlur.passes import Loss, Passes, Which
 from fastlur.space import Vector
@@ -271,4 +271,4 @@ def _plain(value: Any) -> Any:
         return [_plain(each) for each in value]
     if isinstance(value, Mapping):
         return {str(name): _plain(each) for name, each in value.items()}
-    return value if isinstance(value, str | int | float | bool | None) else name_of(value)
+    return value if isinstance(value, str | int | float | bool | None) else fingerprint(value)

@@ -57,6 +57,7 @@ class Trim:
 
     def __post_init__(self) -> None:
         check_range("sparsity", self.sparsity, 0.0, 1.0, 0.97)
+        check_layers(self.layers)
         check_batches(self.batches)
 
     def __call__(self, passes: Passes) -> None:
@@ -165,6 +166,18 @@ def chosen_slots(space: ParameterSpace, layers: Layers) -> list[int]:
             f"stay out; names are like {some or '(there is no other)'}"
         )
     return sorted(chosen)
+
+
+def check_layers(layers: object, name: str = "layers") -> None:
+    """Refuse what are no globs.
+
+    Raises:
+        ArgumentError: with an example.
+    """
+    if layers is None or isinstance(layers, str):
+        return
+    if not isinstance(layers, Sequence) or not layers or not all(isinstance(glob, str) for glob in layers):
+        raise ArgumentError(f"{name}={layers!r} must be a glob, several, such as ('layer4.*', 'fc.*'), or None for all")
 
 
 def check_batches(batches: object, name: str = "batches") -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from fastlur import content, meta, ops
 from fastlur.data import source, to_device
-from fastlur.errors import ArgumentError, nearest
+from fastlur.errors import ArgumentError, nearest, unknown
 from fastlur.losses import IGNORED, logits_and_targets
 from fastlur.membership import Attackers, features
 from fastlur.methods.base import Cost, Direction, Recipe, State, check_range
@@ -97,8 +97,10 @@ class LTU(Recipe):
         if self.retain_fraction == 0:
             raise ArgumentError("retain_fraction=0 would leave nothing to remember; give a number > 0, such as 0.05")
         for name, known in (("gradient", get_args(Rule)), ("harmonize", get_args(Harmonization))):
-            if getattr(self, name) not in known:
+            if unknown(getattr(self, name), known):
                 raise ArgumentError(f"{name}={getattr(self, name)!r} is unknown; {nearest(getattr(self, name), known)}")
+        if self.nonmembers is not None:
+            source(self.nonmembers, "nonmembers", BATCH)
         if not isinstance(self.attacks, int) or isinstance(self.attacks, bool) or self.attacks < 2:
             raise ArgumentError(f"attacks={self.attacks!r} must be a whole number ≥ 2: some tune, others test")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastlur import ops
-from fastlur.errors import ArgumentError, nearest
+from fastlur.errors import ArgumentError, nearest, unknown
 from fastlur.frozen import Frozen
 from fastlur.losses import IGNORED, logits_and_targets
 from fastlur.methods.base import Cost, Direction, Recipe, State, check_range
@@ -116,7 +116,7 @@ class MOX(Recipe):
                 raise ArgumentError(f"{name}=0 would leave nothing; give a number > 0")
         if not isinstance(self.rounds, int) or isinstance(self.rounds, bool) or self.rounds < 1:
             raise ArgumentError(f"rounds={self.rounds!r} must be a positive whole number, such as 10")
-        if self.memorise not in get_args(Form):
+        if unknown(self.memorise, get_args(Form)):
             raise ArgumentError(f"memorise={self.memorise!r} is no form; {nearest(self.memorise, get_args(Form))}")
         for wanted in self._wanted():
             if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 0:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
-from fastlur.errors import ArgumentError, nearest
+from fastlur.errors import ArgumentError, nearest, unknown
 from fastlur.losses import negative_cross_entropy
 from fastlur.methods.base import Cost, Direction, Recipe, check_range
-from fastlur.methods.components import Layers, Trim, check_batches
+from fastlur.methods.components import Layers, Trim, check_batches, check_layers
 from fastlur.methods.repair import PublishedRepair, Repair
 from fastlur.passes import Passes
 
@@ -84,11 +84,12 @@ class ScissorHands(Recipe):
 
     def __post_init__(self) -> None:
         check_range("forget_weight", self.forget_weight, example=0.05)
+        check_layers(self.layers)
         for name in ("memories", "project_every"):
             if getattr(self, name) is None:
                 raise ArgumentError(f"{name}=None must be a positive whole number, such as 1")
             check_batches(getattr(self, name), name)
-        if self.form not in get_args(Form):
+        if unknown(self.form, get_args(Form)):
             raise ArgumentError(f"form={self.form!r} is no form; {nearest(self.form, get_args(Form))}")
 
     @property

@@ -22,12 +22,14 @@ class Folder:
     followed nor read, so that nothing outside the directory is touched.
 
     Args:
-        path: made if it does not exist.
+        path: where it is.
+        make: make it if it does not exist.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], make: bool = True) -> None:
         self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        if make:
+            self.path.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = None
 
     def names(self) -> list[str]:
@@ -67,6 +69,11 @@ class Folder:
             for piece in _pieces(handle):
                 digest.update(piece)
         return digest.hexdigest()
+
+    def size(self, name: str) -> int:
+        """Bytes of a plain file."""
+        with self._opened(name) as handle:
+            return os.fstat(handle).st_size
 
     def place(self, name: str) -> Path:
         """Where a plain file is."""

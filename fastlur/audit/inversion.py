@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from fastlur.attacks import auc, auc_interval
 from fastlur.audit.items import count as items_of
 from fastlur.audit.items import device_of, gather, own_copy, rows, whole
-from fastlur.audit.matching import Matching, alignments
+from fastlur.audit.matching import Matching, alignments, noise_like
 from fastlur.errors import ArgumentError, DataError, ModelError, finite
 from fastlur.losses import logits_and_targets, split
 from fastlur.result import Result
 from fastlur.world import borrowed_random, derive, passing, seed_torch
+
+
+DIRECTIONS = 20  # random ones that recognition is compared with
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Inversion:
         alignment_others: the same of the other items.
         alignment_auc: probability that a forget item's is the larger: may candidates be told apart? ½: no.
         alignment_interval: DeLong's 95 % interval of it.
+        alignment_noise: the largest such probability among 20 random directions; it can be well above ½, since the
+            gradients of two kinds of items differ in what a random direction sees as well.
         match: cosine between the change and the gradient of the reconstructions, which were sought to make it large.
         match_noise: what the search reaches for random directions of the same norm per tensor.
         similarity: how much a forget item looks like the reconstruction next to it, in [−1, 1]: cosine less the mean
@@ -55,6 +60,7 @@ class Inversion:
     alignment_others: float
     alignment_auc: float
     alignment_interval: tuple[float, float]
+    alignment_noise: float
     match: float
     match_noise: float
     similarity: float
@@ -69,7 +75,7 @@ class Inversion:
     @property
     def tells_items(self) -> bool:
         """Whether candidates can be told apart by the change."""
-        return self.alignment_interval[0] > 0.5
+        return self.alignment_auc > self.alignment_noise and self.alignment_interval[0] > 0.5
 
     @property
     def shows_items(self) -> bool:
@@ -88,7 +94,8 @@ class Inversion:
         told = "can" if self.tells_items else "cannot"
         shown = "look" if self.shows_items else "do not look"
         return (
-            f"{label}; forget items {told} be told from others by the change (AUC {self.alignment_auc:.2f}); "
+            f"{label}; forget items {told} be told from others by the change (AUC {self.alignment_auc:.2f}, at "
+            f"most {self.alignment_noise:.2f} by random directions); "
             f"reconstructions {shown} like them (similarity {self.similarity:.2f}, others {self.similarity_others:.2f}, "
             f"from noise {self.similarity_noise:.2f})"
         )
@@ -162,14 +169,15 @@ def inversion(
         asked, compared = (each.reshape(len(each), -1)[:, 0] for each in classes)
         pushed = pushed_down(change, logits.shape[-1])
         guessed = None if pushed is None or not pushed.any() else pushed
-        told, background = alignments(model, change, gone), alignments(model, change, new)
+        directions = [change, *(noise_like(change) for _ in range(DIRECTIONS))]
+        told, background = alignments(model, directions, gone), alignments(model, directions, new)
         matching = Matching(model, gone, new, iterations, lr, smooth)
         labels = _labels(guessed if guessed is not None else np.ones(logits.shape[-1]), count)
         found, match = matching.search(change, labels)
         alike, alike_others = matching.similarity(found, gone), matching.similarity(found, new)
         noise = []
         for _ in range(noises):
-            seen, reached = matching.search([torch.randn_like(d) * d.norm() / d.numel() ** 0.5 for d in change.values()], labels)
+            seen, reached = matching.search(noise_like(change), labels)
             noise.append((reached, float(matching.similarity(seen, gone).mean())))
     label = None if guessed is None else int(guessed.argmax())
     return Inversion(
@@ -178,10 +186,11 @@ def inversion(
         label_right=None if label is None else float((asked == label).mean()),
         label_chance=None if label is None else float((compared == label).mean()),
         label_auc=None if guessed is None else auc(guessed[compared], guessed[asked]),
-        alignment=float(told.mean()),
-        alignment_others=float(background.mean()),
-        alignment_auc=auc(background, told),
-        alignment_interval=auc_interval(background, told),
+        alignment=float(told[:, 0].mean()),
+        alignment_others=float(background[:, 0].mean()),
+        alignment_auc=auc(background[:, 0], told[:, 0]),
+        alignment_interval=auc_interval(background[:, 0], told[:, 0]),
+        alignment_noise=max(auc(background[:, k], told[:, k]) for k in range(1, 1 + DIRECTIONS)),
         match=match,
         match_noise=float(np.mean([reached for reached, _ in noise])),
         similarity=float(alike.mean()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,23 +16,29 @@ from fastlur.losses import cross_entropy, logits_and_targets, split
 TINY = 1e-30
 
 
-def alignments(model: nn.Module, change: Mapping[str, Tensor], batch: object) -> np.ndarray:
-    """Cosine between a change of the weights and the gradient of each item's loss, shape (n,); 0 where either is 0.
+def alignments(model: nn.Module, directions: Sequence[Mapping[str, Tensor]], batch: object) -> np.ndarray:
+    """Cosine between directions and the gradient of each item's loss, shape (n, directions); 0 where either is 0.
 
-    One pass an item, in eval mode, in float64 products.
+    One pass an item, in eval mode.
     """
-    moving = dict(model.named_parameters())
+    moving, names = dict(model.named_parameters()), list(directions[0])
     found = []
     for index in range(count(batch)):
         try:
             loss = cross_entropy(model, rows(batch, torch.tensor([index])))
-            slopes = torch.autograd.grad(loss, [moving[name] for name in change], allow_unused=True)
+            slopes = torch.autograd.grad(loss, [moving[name] for name in names], allow_unused=True)
         except FastlurError:
             raise
         except (RuntimeError, TypeError, IndexError) as error:
             raise DataError(f"forget/others: the model cannot take item {index} ({error})") from error
-        found.append(float(_cosine([torch.zeros_like(d) if s is None else s for s, d in zip(slopes, change.values(), strict=True)], change.values())))
+        whole = [torch.zeros_like(moving[n]) if s is None else s for n, s in zip(names, slopes, strict=True)]
+        found.append([float(_cosine(whole, [d[name] for name in names])) for d in directions])
     return np.array(found)
+
+
+def noise_like(change: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A random direction with the norm of the change in every tensor."""
+    return {name: torch.randn_like(d) * (d.norm() / max(d.numel(), 1) ** 0.5) for name, d in change.items()}
 
 
 class Matching:
@@ -56,10 +62,10 @@ class Matching:
         self.middle = (known.mean(0) + split(gone)[0].mean(0)) / 2
         self.targets = split(gone)[1]
 
-    def search(self, change: Mapping[str, Tensor] | Iterable[Tensor], labels: Tensor) -> tuple[Tensor, float]:
+    def search(self, change: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, float]:
         """Inputs, shape (count, *item), and the cosine reached; draws from torch's generator of the device."""
-        wanted = list(change.values() if isinstance(change, Mapping) else change)
-        moving = [p for p in self.model.parameters() if p.is_floating_point()]
+        wanted, parameters = list(change.values()), dict(self.model.named_parameters())
+        moving = [parameters[name] for name in change]
         device = self.start.device
         labels = labels.to(device).reshape(-1, *[1] * (self.targets.dim() - 1)).expand(-1, *self.targets.shape[1:])
         noise = torch.randn(len(labels), *self.shape, device=device, dtype=self.start.dtype)
@@ -69,7 +75,7 @@ class Matching:
         best, kept = -2.0, x.detach().clone()
         for _ in range(self.iterations + 1):
             match = self._match(x, labels, moving, wanted)
-            reached = float(match)
+            reached = float(match.detach())
             if reached > best:
                 best, kept = reached, x.detach().clone()
             (x.grad,) = torch.autograd.grad(self.smooth * _variation(x) - match, x)
@@ -98,9 +104,8 @@ class Matching:
 
 
 def _cosine(a: Iterable[Tensor], b: Iterable[Tensor]) -> Tensor:
-    a, b = list(a), list(b)
-    dot, aa, bb = (sum((x.double() * y.double()).sum() for x, y in zip(p, q, strict=True)) for p, q in ((a, b), (a, a), (b, b)))
-    return torch.as_tensor(dot / ((aa * bb).sqrt() + TINY))
+    mine, theirs = (torch.cat([each.reshape(-1).double() for each in side]) for side in (a, b))
+    return mine @ theirs / (mine.norm() * theirs.norm() + TINY)
 
 
 def _variation(x: Tensor) -> Tensor:

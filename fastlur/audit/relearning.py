@@ -17,7 +17,7 @@ from fastlur.result import Result
 from fastlur.scores import scores
 from fastlur.world import borrowed_random, derive, passing, seed_torch
 
-STEPS = (1, 2, 5, 10, 20)
+STEPS = (1, 2, 3, 5, 7, 10, 14, 20)
 CLEAR = 2.0  # standard errors
 
 
@@ -33,10 +33,10 @@ class Relearning:
         shown: forget items that were trained on.
         rest: those that were not.
         advantage: accuracy of the unlearned less that of the retrained model, in percentage points, mean over the
-            steps from 1 on and over the draws; None without a retrained model. 0: it comes back as what was never
-            known is learned.
-        error: standard error of that over the draws (which items are shown). Another training of either model is not
-            in it.
+            steps from 1 on, over the draws and over the retrained models; None without one. 0: it comes back as what
+            was never known is learned.
+        error: standard error of that: over the draws of the items shown and, with several retrained models, how far
+            one of these would be from the others. With a single one that part is missing, and it can be the larger.
     """
 
     steps: tuple[int, ...]
@@ -74,12 +74,12 @@ def relearning(
     model: nn.Module | Result,
     forget: Any,
     *,
-    retrained: nn.Module | Result | None = None,
+    retrained: nn.Module | Result | Sequence[nn.Module | Result] | None = None,
     original: nn.Module | Result | None = None,
     retain: Any = None,
     share: float = 0.1,
     steps: Sequence[int] = STEPS,
-    lr: float = 0.01,
+    lr: float = 0.003,
     momentum: float = 0.9,
     batch_size: int = 32,
     draws: int = 5,
@@ -91,13 +91,14 @@ def relearning(
     dropout), all parameters moving. Every model sees the same batches. A model that forgot should be no faster than one
     that never knew; that one is fast as well where the rest of the data help, or where saying one class is the answer.
 
-    Source: relearning as an attack on unlearned models is common practice (e.g. Hu et al., "Jogging the Memory of
-    Unlearned Models Through Targeted Relearning Attacks", arXiv 2406.13356); this form is reconstructed.
+    Source: in the spirit of Hu et al., "Jogging the Memory of Unlearned LLMs Through Targeted Relearning Attacks", arXiv
+    2406.13356, and, for classifiers, arXiv 2505.22310; this form is reconstructed.
 
     Args:
         model: the one that has forgotten, or the `Result`. None of the models is changed.
         forget: what it forgot, labelled data as `unlearn` takes them.
-        retrained: a model trained without the forget set: the truth to compare with.
+        retrained: a model trained without the forget set, or several that differ in their seed: the truth to compare
+            with. Several are better: how fast a model learns depends on its training.
         original: the model before, for what is there to come back.
         retain: other data that the attacker has; as many of them are mixed into every batch. None: none.
         share: of the forget items shown, in (0, 1); at least one is, and one is not.
@@ -109,7 +110,7 @@ def relearning(
         seed: fixes them.
 
     Raises:
-        ArgumentError: a value out of range.
+        ArgumentError: a value out of range, or a learning rate so large that the loss is not finite.
         ModelError: no module, or one that cannot be copied.
         DataError: data that are not labelled, of fewer than two items, or do not fit.
     """
@@ -122,38 +123,51 @@ def relearning(
         raise ArgumentError(f"steps={steps!r} must be ascending whole numbers, such as {STEPS}")
     whole("batch_size", batch_size)
     whole("draws", draws)
-    named: dict[str, Any] = {"unlearned": model, "original": original, "retrained": retrained}
-    models = {name: own_copy(_module(each), name) for name, each in named.items() if each is not None}
-    device = device_of(models["unlearned"])
+    truths = retrained if isinstance(retrained, Sequence) else () if retrained is None else (retrained,)
+    named: list[tuple[str, Any]] = [("unlearned", model), ("original", original), *(("retrained", t) for t in truths)]
+    models = [(name, own_copy(_module(each), name)) for name, each in named if each is not None]
+    device = device_of(models[0][1])
     gone = gather(forget, "forget", device, derive(seed, "forget"))
     kept = None if retain is None else gather(retain, "retain", device, derive(seed, "retain"))
     items = count(gone)
     if items < 2:
         raise DataError("forget: holds one item; relearning shows some of them and asks about the others")
     shown = min(items - 1, max(1, round(share * items)))
-    figures: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in models}
+    figures: dict[int, list[list[tuple[float, float]]]] = {number: [] for number in range(len(models))}
     with borrowed_random(device):
         for draw in range(draws):
             generator = torch.Generator().manual_seed(derive(seed, "shown", draw))
             order = torch.randperm(items, generator=generator)
             again, rest = rows(gone, order[:shown]), rows(gone, order[shown:])
             batches = [_batch(again, kept, batch_size, generator) for _ in range(marks[-1])]
-            for name, each in models.items():
+            for number, (name, each) in enumerate(models):
                 seed_torch(derive(seed, "pass", draw), device)
-                figures[name].append(_relearn(own_copy(each, name), batches, rest, marks, lr, momentum))
-    table = {name: np.array(every) for name, every in figures.items()}
-    ahead = None
-    if "retrained" in table:
-        ahead = (table["unlearned"] - table["retrained"])[:, 1:, 0].mean(1)
+                figures[number].append(_relearn(own_copy(each, name), batches, rest, marks, lr, momentum))
+    table: dict[str, np.ndarray] = {}  # model: (of that kind, draws, marks, 2)
+    for number, (name, _) in enumerate(models):
+        mine = np.array(figures[number])[None]
+        table[name] = np.concatenate([table[name], mine]) if name in table else mine
+    advantage, error = _advantage(table["unlearned"], table.get("retrained"))
     return Relearning(
         steps=tuple(marks),
-        accuracy={name: tuple(every[:, :, 0].mean(0).tolist()) for name, every in table.items()},
-        loss={name: tuple(every[:, :, 1].mean(0).tolist()) for name, every in table.items()},
+        accuracy={name: tuple(every[..., 0].mean((0, 1)).tolist()) for name, every in table.items()},
+        loss={name: tuple(every[..., 1].mean((0, 1)).tolist()) for name, every in table.items()},
         shown=shown,
         rest=items - shown,
-        advantage=None if ahead is None else float(ahead.mean()),
-        error=None if ahead is None else float(ahead.std(ddof=1) / draws**0.5) if draws > 1 else 0.0,
+        advantage=advantage,
+        error=error,
     )
+
+
+def _advantage(unlearned: np.ndarray, retrained: np.ndarray | None) -> tuple[float | None, float | None]:
+    """How far ahead in accuracy, and the standard error of that; shapes (models, draws, marks, 2)."""
+    if retrained is None:
+        return None, None
+    ahead = (unlearned - retrained)[:, :, 1:, 0].mean(2)
+    models, draws = ahead.shape
+    of_draws = ahead.mean(0).var(ddof=1) / draws if draws > 1 else 0.0
+    of_models = ahead.mean(1).var(ddof=1) * (1 + 1 / models) if models > 1 else 0.0
+    return float(ahead.mean()), float((of_draws + of_models) ** 0.5)
 
 
 def _batch(again: Any, kept: Any, size: int, generator: torch.Generator) -> Any:
@@ -177,8 +191,11 @@ def _relearn(
         if step < marks[-1]:
             optimizer.zero_grad()
             with passing(model, device_of(model), "fp32", training=False):
-                torch.autograd.backward(cross_entropy(model, batches[step]))
+                loss = cross_entropy(model, batches[step])
+                torch.autograd.backward(loss)
             optimizer.step()
+            if not bool(torch.isfinite(loss)) or not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+                raise ArgumentError(f"lr={lr!r}: relearning diverged in step {step + 1}; choose a smaller one")
     return found
 
 

@@ -105,7 +105,8 @@ class Matching:
 
 def _cosine(a: Iterable[Tensor], b: Iterable[Tensor]) -> Tensor:
     mine, theirs = (torch.cat([each.reshape(-1).double() for each in side]) for side in (a, b))
-    return mine @ theirs / (mine.norm() * theirs.norm() + TINY)
+    cosine: Tensor = mine @ theirs / (mine.norm() * theirs.norm() + TINY)
+    return cosine
 
 
 def _variation(x: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -91,8 +92,8 @@ def relearning(
     dropout), all parameters moving. Every model sees the same batches. A model that forgot should be no faster than one
     that never knew; that one is fast as well where the rest of the data help, or where saying one class is the answer.
 
-    Source: in the spirit of Hu et al., "Jogging the Memory of Unlearned LLMs Through Targeted Relearning Attacks", arXiv
-    2406.13356, and, for classifiers, arXiv 2505.22310; this form is reconstructed.
+    Source: in the spirit of Hu et al., "Jogging the Memory of Unlearned LLMs Through Targeted Relearning Attacks",
+    arXiv 2406.13356, and, for classifiers, arXiv 2505.22310; this form is reconstructed.
 
     Args:
         model: the one that has forgotten, or the `Result`. None of the models is changed.
@@ -119,7 +120,7 @@ def relearning(
     if not (finite(lr) and lr > 0) or not (finite(momentum) and 0 <= momentum < 1):
         raise ArgumentError(f"lr={lr!r}, momentum={momentum!r}: lr must be positive and momentum in [0, 1)")
     marks = [0, *(whole("steps", each) for each in (steps if isinstance(steps, Sequence) else (steps,)))]
-    if len(marks) < 2 or any(a >= b for a, b in zip(marks, marks[1:], strict=False)):
+    if len(marks) < 2 or any(a >= b for a, b in pairwise(marks)):
         raise ArgumentError(f"steps={steps!r} must be ascending whole numbers, such as {STEPS}")
     whole("batch_size", batch_size)
     whole("draws", draws)

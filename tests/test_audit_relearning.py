@@ -46,14 +46,15 @@ def world():
 def hidden(model):
     """The class is never the answer, and all that is known of it is still there."""
     mine = copy.deepcopy(model)
-    mine[-1].bias.data[GONE] -= 15.0
+    mine[-1].bias.data[GONE] -= 12.0
     return mine
 
 
 class TestWhatItFinds:
     def test_what_was_only_hidden_comes_back_faster_than_it_is_learned(self, world):
         forget, retain, model, truths = world
-        found = relearning(hidden(model), forget, retrained=truths, original=model, retain=retain, lr=0.05)
+        found = relearning(hidden(model), forget, retrained=truths, original=model, retain=retain, lr=0.02)
+        print(found)
         assert found.accuracy["unlearned"][0] == 0
         assert found.advantage > 10
         assert found.comes_back
@@ -94,7 +95,7 @@ class TestTheFigures:
         losses, right = [], []
         for step in range(4):
             if step != 1:
-                losses.append(float(cross_entropy(mine, rest)))
+                losses.append(cross_entropy(mine, rest).item())
                 right.append(100 * float((mine(rest[0]).argmax(-1) == rest[1]).double().mean()))
             optimizer.zero_grad()
             cross_entropy(mine, shown).backward()
@@ -106,7 +107,7 @@ class TestTheFigures:
 
     def test_the_advantage_is_the_mean_over_steps_draws_and_models(self, world):
         forget, _, model, truths = world
-        options = {"steps": (1, 4, 9), "draws": 2}
+        options = {"steps": (1, 4, 9), "draws": 2, "lr": 0.03}
         every = [relearning(model, forget, retrained=truth, **options) for truth in truths]
         both = relearning(model, forget, retrained=truths, **options)
         assert both.advantage == pytest.approx(sum(one.advantage for one in every) / 4)
@@ -166,7 +167,7 @@ class TestWhatItLeavesAlone:
         ({"steps": (3, 2)}, fastlur.ArgumentError, "steps"),
         ({"steps": (0, 2)}, fastlur.ArgumentError, "steps"),
         ({"lr": 0.0}, fastlur.ArgumentError, "lr"),
-        ({"lr": 1e30}, fastlur.ArgumentError, "diverged"),
+        ({"lr": 1e39}, fastlur.ArgumentError, "diverged"),
         ({"momentum": 1.0}, fastlur.ArgumentError, "momentum"),
         ({"batch_size": 0}, fastlur.ArgumentError, "batch_size"),
         ({"draws": 0}, fastlur.ArgumentError, "draws"),

@@ -74,11 +74,9 @@ class Matching:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.iterations)
         best, kept = -2.0, x.detach().clone()
         for _ in range(self.iterations + 1):
-            match = self._match(x, labels, moving, wanted)
-            reached = float(match.detach())
-            if reached > best:
-                best, kept = reached, x.detach().clone()
-            (x.grad,) = torch.autograd.grad(self.smooth * _variation(x) - match, x)
+            match, x.grad = self._match(x, labels, moving, wanted)
+            if match > best:
+                best, kept = match, x.detach().clone()
             optimizer.step()
             schedule.step()
             with torch.no_grad():
@@ -92,13 +90,18 @@ class Matching:
         nearest: np.ndarray = cosines.max(1).values.detach().cpu().numpy()
         return nearest
 
-    def _match(self, x: Tensor, labels: Tensor, moving: list[nn.Parameter], wanted: list[Tensor]) -> Tensor:
+    def _match(
+        self, x: Tensor, labels: Tensor, moving: list[nn.Parameter], wanted: list[Tensor]
+    ) -> tuple[float, Tensor]:
+        """The cosine, and the gradient of what is minimised."""
         try:
             logits, targets = logits_and_targets(self.model, (x, labels))
             loss = functional.cross_entropy(logits, targets)
             slopes = torch.autograd.grad(loss, moving, create_graph=True, allow_unused=True)
             pairs = [(slope, d) for slope, d in zip(slopes, wanted, strict=True) if slope is not None]
-            return _cosine([slope for slope, _ in pairs], [d for _, d in pairs])
+            match = _cosine([slope for slope, _ in pairs], [d for _, d in pairs])
+            (slope,) = torch.autograd.grad(self.smooth * _variation(x) - match, x)
+            return float(match.detach()), slope
         except RuntimeError as error:
             raise ModelError(f"before: cannot be differentiated twice, which the attack needs ({error})") from error
 

@@ -194,7 +194,10 @@ def _relearn(
             with passing(model, device_of(model), "fp32", training=False):
                 loss = cross_entropy(model, batches[step])
                 torch.autograd.backward(loss)
-            optimizer.step()
+            try:
+                optimizer.step()
+            except RuntimeError:  # a rate that float32 does not hold
+                loss.detach().fill_(torch.nan)
             if not bool(torch.isfinite(loss)) or not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
                 raise ArgumentError(f"lr={lr!r}: relearning diverged in step {step + 1}; choose a smaller one")
     return found

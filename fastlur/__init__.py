@@ -1,6 +1,6 @@
 """Make a trained PyTorch model forget some data and keep the rest: `unlearn(model, forget, retain)`."""
 
-from fastlur import methods, record, stopping
+from fastlur import audit, methods, record, stopping
 from fastlur._version import __version__
 from fastlur.api import unlearn
 from fastlur.errors import (
@@ -37,6 +37,7 @@ __all__ = [
     "RecordError",
     "Result",
     "__version__",
+    "audit",
     "estimate",
     "evaluate",
     "info",

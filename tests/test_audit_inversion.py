@@ -182,8 +182,9 @@ class Twice(torch.autograd.Function):
         return x * 2
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, slope):
+        if torch.is_grad_enabled():
+            raise RuntimeError("once only")
         return slope * 2
 
 

@@ -54,7 +54,6 @@ class TestWhatItFinds:
     def test_what_was_only_hidden_comes_back_faster_than_it_is_learned(self, world):
         forget, retain, model, truths = world
         found = relearning(hidden(model), forget, retrained=truths, original=model, retain=retain, lr=0.02)
-        print(found)
         assert found.accuracy["unlearned"][0] == 0
         assert found.advantage > 10
         assert found.comes_back

@@ -1,4 +1,4 @@
-"""Put the figures of committed results into the README and docs/memory.md, between markers. `--check` only compares."""
+"""Put the figures of committed results into the README and pages of docs, between markers. `--check` only compares."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from audit_tables import audit, deterministic
 from gpu_parts import PARTS
 from gpu_parts.table import table as gpu_table
 from picture import draw
@@ -109,7 +110,13 @@ SECTIONS: dict[str, Callable[[], str]] = {
 }
 
 
-PAGES = {README: SECTIONS, ROOT / "docs" / "memory.md": {"memory": memory}}
+DOCS = ROOT / "docs"
+PAGES = {
+    README: SECTIONS,
+    DOCS / "memory.md": {"memory": memory},
+    DOCS / "audit.md": {"audit": audit},
+    DOCS / "record.md": {"deterministic": deterministic},
+}
 
 
 def filled(page: Path) -> str:

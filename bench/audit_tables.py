@@ -26,7 +26,8 @@ def _relearning(rows: list[dict[str, Any]]) -> list[str]:
     heads = " | ".join(f"step {first['steps'][place]}" for place in places)
     lines = [
         "Accuracy on the forget items not shown, percent, and the advantage over retrained models ± its standard "
-        "error, in points; as many retain items are mixed into every batch. *nothing*: the model as it was; *retrain*: one more that never knew.",
+        "error, in points; as many retain items are mixed into every batch. *nothing*: the model as it was; *retrain*: "
+        "one more that never knew.",
         "",
         f"| | method | {heads} | retrained, step 5 | advantage | comes back faster |",
         f"|---|---|{'---|' * len(places)}---|---|---|",
@@ -77,7 +78,7 @@ def deterministic() -> str:
         where = "CPU" if place == "cpu" else made["gpu"]
         lines.append(
             f"On the {where} it takes {middle:.2f} times as long (quartiles [{low:.2f}, {high:.2f}] of "
-            f" {row['rounds']} pairs of runs of {row['steps']} steps of the demo; `python -m "
+            f"{row['rounds']} pairs of runs of {row['steps']} steps of the demo; `python -m "
             "bench.deterministic`)."
         )
     if "cuda" not in places:

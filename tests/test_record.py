@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
+import signal
 import stat
 import threading
+import time
 
 import pytest
 import torch
@@ -207,6 +210,37 @@ class TestWholeOrNotAtAll:
         writer.join()
         assert seen == {0, 1}
         assert same(state(read(tmp_path).load(mlp())), states[1])
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_a_writer_killed_at_random_moments_leaves_one_of_its_records(self, job, tmp_path):
+        results = [run(*job) for _ in range(2)]
+        for index, result in enumerate(results):
+            result.model, result.settings = mlp(), {"which": index}
+        results[0].save(tmp_path)
+        randomly, flush, left = random.Random(0), os.fsync, 0
+        for _ in range(20):
+            heard, says = os.pipe()
+            child = os.fork()
+            if not child:  # nothing but saving, with flushes that take their time
+                try:
+                    os.fsync = lambda handle: (time.sleep(0.003), flush(handle))
+                    for number in itertools.count():
+                        results[number % 2].save(tmp_path)
+                        os.write(says, b".")
+                finally:
+                    os._exit(1)
+            os.close(says)
+            assert os.read(heard, 1)  # it has saved once
+            os.close(heard)
+            time.sleep(0.03 * randomly.random())
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            found = read(tmp_path)
+            assert same(state(found.load(mlp())), state(results[found.content["settings"]["which"]].model))
+            left += len(os.listdir(tmp_path)) > 2
+        assert left  # kills fell into writes
+        fastlur.purge(tmp_path)
+        assert len(os.listdir(tmp_path)) == 2
 
     def test_what_a_killed_writer_left_goes_with_the_next(self, job, tmp_path):
         directory = run(*job).save(tmp_path)

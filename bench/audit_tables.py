@@ -10,12 +10,12 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def audit() -> str:
-    """Both attacks, from `cpu-relearning.json` and `cpu-inversion.json`."""
+    """Both attacks, from every `*-relearning-*.json` and `*-inversion-*.json`."""
     lines = []
     for attack, table in {"relearning": _relearning, "inversion": _inversion}.items():
-        kept = json.loads((RESULTS / f"cpu-{attack}.json").read_text())
-        made = kept["machine"]
-        lines += [f"### {attack.capitalize()}", "", *table(kept["rows"]), ""]
+        kept = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"*-{attack}-*.json"))]
+        lines += [f"### {attack.capitalize()}", "", *table([row for each in kept for row in each["rows"]]), ""]
+        made = kept[0]["machine"]
         lines += [f"seed {made['seed']}, torch {made['torch']}, {made['cpu']}", ""]
     return "\n".join(lines).rstrip()
 
@@ -29,15 +29,15 @@ def _relearning(rows: list[dict[str, Any]]) -> list[str]:
         "error, in points; as many retain items are mixed into every batch. *nothing*: the model as it was; *retrain*: "
         "one more that never knew.",
         "",
-        f"| | method | {heads} | retrained, step 5 | advantage | comes back faster |",
-        f"|---|---|{'---|' * len(places)}---|---|---|",
+        f"| network | | method | {heads} | retrained, step 5 | advantage | comes back faster |",
+        f"|---|---|---|{'---|' * len(places)}---|---|---|",
     ]
     for row in rows:
         mine, theirs = row["accuracy"]["unlearned"], row["accuracy"]["retrained"]
         cells = " | ".join(f"{mine[place]:.0f}" for place in places)
         ahead = f"{row['advantage']:+.1f} ± {row['error']:.1f}"
         lines.append(
-            f"| {row['scenario']} | {row['method']} | {cells} | "
+            f"| {row['network']} | {row['scenario']} | {row['method']} | {cells} | "
             f"{theirs[row['steps'].index(5)]:.0f} | {ahead} | {_yes(row['comes_back'])} |"
         )
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -80,6 +81,13 @@ class TestWhatItFinds:
         found = relearning(model, forget, draws=1)
         assert (found.advantage, found.error, found.comes_back) == (None, None, None)
         assert "says little" in found.reading
+
+    def test_one_draw_and_one_retrained_model_give_no_verdict_and_few_a_careful_one(self, world):
+        forget, _, model, truths = world
+        assert relearning(model, forget, retrained=truths[0], draws=1).comes_back is None
+        found = relearning(model, forget, retrained=truths[:2], draws=2)
+        careful = [dataclasses.replace(found, advantage=9.0, error=3.0, freedom=n).comes_back for n in (1, 2, 9)]
+        assert careful == [False, False, True]
 
 
 class TestTheFigures:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import t as student
 from torch import nn
 
 from fastlur.audit.items import count, device_of, gather, joined, own_copy, rows, whole
@@ -19,7 +20,7 @@ from fastlur.scores import scores
 from fastlur.world import borrowed_random, derive, passing, seed_torch
 
 STEPS = (1, 2, 3, 5, 7, 10, 14, 20)
-CLEAR = 2.0  # standard errors
+CLEAR = 0.975  # of Student's distribution: a model that never knew is called faster once in forty times
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Relearning:
             was never known is learned.
         error: standard error of that: over the draws of the items shown and, with several retrained models, how far
             one of these would be from the others. With a single one that part is missing, and it can be the larger.
+        freedom: degrees of freedom of that error; few retrained models leave few, and the verdict is the more careful.
     """
 
     steps: tuple[int, ...]
@@ -47,15 +49,16 @@ class Relearning:
     rest: int
     advantage: float | None
     error: float | None
+    freedom: int
 
     __hash__ = None  # type: ignore[assignment]  # it holds dicts
 
     @property
     def comes_back(self) -> bool | None:
-        """Whether it comes back faster than what was never known is learned; None without a retrained model."""
-        if self.advantage is None or self.error is None:
+        """Whether it comes back faster than what was never known is learned; None where nothing tells the error."""
+        if self.advantage is None or self.error is None or not self.freedom:
             return None
-        return self.advantage > max(CLEAR * self.error, 100 / self.rest)
+        return bool(self.advantage > max(float(student.ppf(CLEAR, self.freedom)) * self.error, 100 / self.rest))
 
     @property
     def reading(self) -> str:
@@ -67,6 +70,8 @@ class Relearning:
         if self.advantage is None:
             return line + "; without a retrained model that says little"
         ahead = f"{self.advantage:+.1f} points on the way, standard error {self.error:.1f}"
+        if self.comes_back is None:
+            return f"{line}; one draw and one retrained model do not tell how much of that is chance ({ahead})"
         verdict = "comes back faster than" if self.comes_back else "comes back no faster than"
         return f"{line}: it {verdict} in a model that never knew it ({ahead})"
 
@@ -149,6 +154,7 @@ def relearning(
         mine = np.array(figures[number])[None]
         table[name] = np.concatenate([table[name], mine]) if name in table else mine
     advantage, error = _advantage(table["unlearned"], table.get("retrained"))
+    freedom = 0 if not truths else (len(truths) if len(truths) > 1 else draws) - 1
     return Relearning(
         steps=tuple(marks),
         accuracy={name: tuple(every[..., 0].mean((0, 1)).tolist()) for name, every in table.items()},
@@ -157,6 +163,7 @@ def relearning(
         rest=items - shown,
         advantage=advantage,
         error=error,
+        freedom=freedom,
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from asked import exact, growth, targets
+from audit_tables import audit, deterministic
 from gpu_parts import PARTS
 from gpu_parts.table import table as gpu_table
 from picture import draw
@@ -134,6 +135,8 @@ PAGES = {
     DOCS / "cost.md": {"targets": targets, "exact": exact, "growth": growth},
     DOCS / "memory.md": {"memory": memory},
     DOCS / "quality.md": quality.sections(),
+    DOCS / "audit.md": {"audit": audit},
+    DOCS / "record.md": {"deterministic": deterministic},
 }
 
 

@@ -20,6 +20,7 @@ from fastlur.checkpoint import Checkpoints, Found
 from fastlur.checkpointer import Checkpointer
 from fastlur.data import Feed, Stream
 from fastlur.errors import ArgumentError, DataError, NonFiniteError
+from fastlur.fingerprints import fingerprints, new_key
 from fastlur.history import History
 from fastlur.interrupt import Interrupt, Interrupted
 from fastlur.loop import Observer, run
@@ -306,7 +307,13 @@ def unlearn(
         if checkpoints is not None and not keep_checkpoints:
             checkpoints.purge()
     settings["micro_batch"] = step.passes.spare.rows
-    return Result(model, history, time.perf_counter() - began, _peak_memory(where), ended, settings)
+    settings["parameters_moved"] = sum(slot.numel for slot in step.space.slots)
+    settings["parameters_total"] = sum(parameter.numel() for parameter in model.parameters())
+    settings["checkpoints_kept"] = checkpoints is not None and keep_checkpoints
+    key = new_key()
+    data = {str(side): fingerprints(contents[side], side, key) for side in SIDES}
+    seconds, caveat = time.perf_counter() - began, getattr(method, "caveat", "")
+    return Result(model, history, seconds, _peak_memory(where), ended, settings, data, key, caveat)
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -31,12 +31,20 @@ SAMPLE = 5_000  # items read of data that may have to be decoded; beyond that a 
 
 @dataclass
 class Content:
-    """What was found: hashes of the items read and one over all in order, how many were not read, the label range.
+    """What was found.
 
-    Where batches were read, not items, `sizes` has a hash of how many items each held.
+    Attributes:
+        hashes: of the distinct items read.
+        count: how many were read.
+        digest: one hash over all of them, in order.
+        sizes: where batches were read, not items: a hash of how many items each held.
+        left_out: how many were not read.
+        lowest: the least label.
+        highest: the greatest.
     """
 
     hashes: set[bytes] = field(default_factory=set)
+    count: int = 0
     digest: str = ""
     sizes: str = ""
     left_out: int = 0
@@ -60,6 +68,7 @@ def read(source: Source, name: str, seed: int) -> Content:
     for number, item in _items(source, content, seed):
         one = fingerprint(item)
         content.hashes.add(one)
+        content.count += 1
         over_all.update(one)
         if whole is None:
             _note(content, item, name, f" in item {number}")

@@ -44,6 +44,10 @@ class CheckpointError(FastlurError, RuntimeError):
     """A checkpoint cannot be written or read, or belongs to another run."""
 
 
+class RecordError(FastlurError, RuntimeError):
+    """A record of a run cannot be written or read, or is not intact."""
+
+
 def number(value: object) -> TypeGuard[float]:
     """Whether the value is a finite number ≥ 0."""
     return finite(value) and value >= 0

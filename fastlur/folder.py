@@ -22,12 +22,14 @@ class Folder:
     followed nor read, so that nothing outside the directory is touched.
 
     Args:
-        path: made if it does not exist.
+        path: where it is.
+        make: make it if it does not exist.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], make: bool = True) -> None:
         self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        if make:
+            self.path.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = None
 
     def names(self) -> list[str]:
@@ -69,6 +71,11 @@ class Folder:
                 digest.update(piece)
             same = Path(f"/dev/fd/{handle}")
             yield digest.hexdigest(), same if same.exists() else self._place(name)
+
+    def size(self, name: str) -> int:
+        """Bytes of a plain file."""
+        with self._opened(name) as handle:
+            return os.fstat(handle).st_size
 
     def remove(self, name: str) -> None:
         """Remove a file, or a link and not what it points at, if there is one."""

@@ -38,6 +38,10 @@ class BadTeacher(Recipe):
     temperature: float = 2.0
 
     name: ClassVar[str] = "bad_teacher"
+    caveat: ClassVar[str] = (
+        "The answers imitate a model that knows nothing; features from which the forget items can be told apart may "
+        "stay below the last layer. Approximate, without a certificate of deletion."
+    )
     own_objective: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

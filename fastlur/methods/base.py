@@ -165,6 +165,7 @@ class Recipe:
         rewrites: `prepare` writes to the weights themselves; they are then put back where something fails before the
             first step.
         rates: learning rates by optimizer where the user says nothing and `unlearn`'s do not fit.
+        caveat: what the method does not guarantee, a sentence or two for the record of a run.
         presets: published settings by name: arguments of `unlearn`, those of the method itself under "method".
 
     Args:
@@ -183,6 +184,10 @@ class Recipe:
     steps: ClassVar[int | None] = None
     rewrites: ClassVar[bool] = False
     rates: ClassVar[dict[str, float]] = {}
+    caveat: ClassVar[str] = (
+        "Approximate unlearning by optimisation, not certified deletion: nothing proves that the forget items have no "
+        "influence left on the weights."
+    )
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     @property

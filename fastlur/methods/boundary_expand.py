@@ -51,6 +51,10 @@ class BoundaryExpand(Recipe):
     row_lr: float = 0.01
 
     name: ClassVar[str] = "boundary_expand"
+    caveat: ClassVar[str] = (
+        "The answers were moved elsewhere; features from which the forget items can be told apart may stay below the "
+        "last layer. Approximate, without a certificate of deletion."
+    )
     own_objective: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {"published": {"method": {"retain_weight": 0.0}}}
 

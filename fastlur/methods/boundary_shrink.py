@@ -43,6 +43,10 @@ class BoundaryShrink(Recipe):
     retain_weight: float = 1.0
 
     name: ClassVar[str] = "boundary_shrink"
+    caveat: ClassVar[str] = (
+        "The answers were moved elsewhere; features from which the forget items can be told apart may stay below the "
+        "last layer. Approximate, without a certificate of deletion."
+    )
     own_objective: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {"published": {"method": {"retain_weight": 0.0}}}
 

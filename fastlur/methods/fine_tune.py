@@ -23,6 +23,10 @@ class FineTune(Recipe):
     """
 
     name: ClassVar[str] = "fine_tune"
+    caveat: ClassVar[str] = (
+        "Nothing here pushes the forget data out: what the retain data do not overwrite stays. Approximate, without a "
+        "certificate of deletion."
+    )
     own_objective: ClassVar[bool] = True
     uses_forget: ClassVar[bool] = False
 

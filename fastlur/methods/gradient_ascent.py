@@ -48,6 +48,10 @@ class GradientAscent(Recipe):
     max_rise: float = 0.2
 
     name: ClassVar[str] = "gradient_ascent"
+    caveat: ClassVar[str] = (
+        "The loss of the forget items was driven up, which can be undone by a few steps on some of them, and retain "
+        "data were not trained on. Approximate, without a certificate of deletion."
+    )
     training: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

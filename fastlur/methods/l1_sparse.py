@@ -33,6 +33,10 @@ class L1Sparse(Recipe):
     gamma: float = 1e-2
 
     name: ClassVar[str] = "l1_sparse"
+    caveat: ClassVar[str] = (
+        "Nothing here pushes the forget data out: what the penalty and the retain data do not overwrite stays. "
+        "Approximate, without a certificate of deletion."
+    )
     own_objective: ClassVar[bool] = True
     uses_forget: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {"published": {"method": {"gamma": 1e-4}}}

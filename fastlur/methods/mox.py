@@ -83,6 +83,10 @@ class MOX(Recipe):
     target_cap: float = 4.0
 
     name: ClassVar[str] = "mox"
+    caveat: ClassVar[str] = (
+        "The weights were extrapolated along a straight line on which the forget items had been memorised once more: "
+        "whoever has the weights from before knows that line. Approximate, without a certificate of deletion."
+    )
     training: ClassVar[bool] = False
     own_objective: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {

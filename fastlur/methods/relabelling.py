@@ -67,6 +67,10 @@ class Relabelling(Recipe):
     forget_weight: float = 1.0
 
     own_objective: ClassVar[bool] = True
+    caveat: ClassVar[str] = (
+        "The model was taught wrong labels for the forget items, for which it has to recognise them: that they were "
+        "forgotten may show. Approximate, without a certificate of deletion."
+    )
 
     def __post_init__(self) -> None:
         check_range("forget_weight", self.forget_weight, example=1.0)

@@ -46,6 +46,10 @@ class Retrain(Recipe):
     reinitialise: bool = False
 
     name: ClassVar[str] = "retrain"
+    caveat: ClassVar[str] = (
+        "Exact only as far as nothing else comes from the forget data: the weights it began with, those that did not "
+        "move, the normalisation statistics and every setting chosen with their help. This is not checked."
+    )
     own_objective: ClassVar[bool] = True
     rewrites: ClassVar[bool] = True
     uses_forget: ClassVar[bool] = False

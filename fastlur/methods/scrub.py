@@ -61,6 +61,10 @@ class SCRUB(Recipe):
     cap: float | None = None
 
     name: ClassVar[str] = "scrub"
+    caveat: ClassVar[str] = (
+        "The answers were driven away from the former ones; features from which the forget items can be told apart "
+        "may stay below the last layer. Approximate, without a certificate of deletion."
+    )
     own_objective: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "published": {"method": {"alpha": 0.001, "gamma": 0.99, "temperature": 4.0}}

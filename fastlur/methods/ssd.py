@@ -47,6 +47,10 @@ class SSD(Recipe):
     group: int | None = 1
 
     name: ClassVar[str] = "ssd"
+    caveat: ClassVar[str] = (
+        "Weights were scaled down once by an estimate of their importance, and nothing was trained: what other "
+        "weights hold of the forget items stays. Approximate, without a certificate of deletion."
+    )
     own_objective: ClassVar[bool] = True
     rewrites: ClassVar[bool] = True
     uses_forget: ClassVar[bool] = False

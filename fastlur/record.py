@@ -1,0 +1,231 @@
+"""The record of a run: a description and the model it describes, replaced as one, read back with checksums.
+
+`result.json` names the file of the weights, and the weights are named after their content. They are written first, so
+that a directory holds the old record until the moment the description is renamed, and the new one from then on. The
+checksums find damage; they are no signature. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fastlur.errors import ModelError, RecordError
+from fastlur.folder import SUFFIX, Folder
+
+FORMAT = 1
+DESCRIPTION = "result.json"
+WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
+LEFT = re.compile(r"\.(result\.json|model-[0-9a-f]{16}\.safetensors)" + re.escape(SUFFIX))
+LARGEST = 1 << 30  # bytes of a description, which holds the history and a hash an item
+TRIES = 20  # readings while somebody keeps on writing
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record that was intact when it was read.
+
+    Attributes:
+        path: its directory.
+        content: the description, as plain values.
+    """
+
+    path: Path
+    content: dict[str, Any]
+
+    @property
+    def weights(self) -> Path:
+        """The file of the weights."""
+        return self.path / str(self.content["model"]["file"])
+
+    def load(self, model: nn.Module) -> nn.Module:
+        """Give a model of the same architecture the recorded weights and buffers; returns it.
+
+        Raises:
+            ModelError: it does not fit; it is as it was.
+            RecordError: the weights are not those of the record any more.
+        """
+        described = self.content["model"]
+        try:
+            payload = Folder(self.path, make=False).read(described["file"], described["bytes"])
+            if _digest(payload) != described["checksum"]:
+                raise ValueError("the weights have changed since the record was read")
+            tensors = safetensors.torch.load(payload)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise RecordError(f"record {os.fspath(self.path)!r}: {error}") from error
+        own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+        given = {_address(own[name]) for name in tensors if name in own}
+        unfit = [name for name, value in own.items() if _address(value) not in given]
+        unfit += [name for name, saved in tensors.items() if name not in own or own[name].shape != saved.shape]
+        if unfit:
+            raise ModelError(
+                f"model: does not fit the record: {', '.join(sorted(unfit)[:3])}; pass one of the same kind"
+            )
+        model.load_state_dict(tensors, strict=False)
+        return model
+
+
+def write(directory: str | os.PathLike[str], model: nn.Module, content: Mapping[str, Any]) -> Path:
+    """Write a record, whole or not at all; one that is there is replaced, and its weights are removed.
+
+    Raises:
+        RecordError: it cannot be written; what was there is as it was.
+    """
+    where = f"record {os.fspath(directory)!r}"
+    try:
+        folder = Folder(directory)
+        free = folder.lock()
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{where} cannot be written: {error}; choose a directory that can") from error
+    if not free:
+        raise RecordError(f"{where} is in use by another process; wait for it, or choose another directory")
+    try:
+        before = folder.names()
+        payload = safetensors.torch.save(_tensors(model))
+        checksum = _digest(payload)
+        name = f"model-{checksum[:16]}.safetensors"
+        described = {"file": name, "bytes": len(payload), "checksum": checksum}
+        record = json.loads(json.dumps({"format": FORMAT, "model": described, **content}))
+        text = json.dumps({**record, "checksum": _checksum(record)}, indent=1)
+        try:
+            folder.write(name, payload)
+            folder.write(DESCRIPTION, text.encode())
+        except BaseException:
+            if name not in before:
+                with suppress(OSError):
+                    _drop_unless_described(folder, name)
+            raise
+        _tidy(folder, name)
+    except (OSError, SafetensorError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, RecordError):
+            raise
+        raise RecordError(f"{where} cannot be written: {error}") from error
+    finally:
+        folder.unlock()
+    return folder.path
+
+
+def is_plain(value: object) -> bool:
+    """Whether JSON can hold it."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def read(directory: str | os.PathLike[str]) -> Record:
+    """Read a record and compare its checksums.
+
+    Raises:
+        RecordError: there is none, or it is not intact.
+    """
+    for left in reversed(range(TRIES)):
+        try:
+            folder = Folder(directory, make=False)
+            content = describe(folder)
+            described = content["model"]
+            if folder.size(described["file"]) != described["bytes"]:
+                raise ValueError(f"{described['file']} is not {described['bytes']} bytes long")
+            with folder.opened(described["file"]) as (checksum, path):
+                if checksum != described["checksum"]:
+                    raise ValueError(f"{described['file']} is damaged")
+                with safe_open(path, framework="pt") as file:
+                    file.keys()
+            return Record(folder.path, content)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
+            # one that is being replaced has its old weights removed under a reader; the new one is there by then
+            if isinstance(error, FileNotFoundError) and left:
+                continue
+            said = str(error) or type(error).__name__
+            raise RecordError(f"record {os.fspath(directory)!r} is not intact: {said}") from error
+    raise AssertionError
+
+
+def describe(folder: Folder) -> dict[str, Any]:
+    """The description in a directory, its own checksum compared and the weights not looked at.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, RecursionError: there is none, or it is not intact.
+    """
+    content = json.loads(folder.read(DESCRIPTION, LARGEST))
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise ValueError(f"{DESCRIPTION} describes no model")
+    if content.pop("checksum", None) != _checksum(content):
+        raise ValueError(f"{DESCRIPTION} is damaged")
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{DESCRIPTION} is of format {content.get('format')!r}, not {FORMAT}")
+    if not isinstance(content["model"]["file"], str) or not WEIGHTS.fullmatch(content["model"]["file"]):
+        raise ValueError(f"{content['model']['file']!r} is no name of weights")
+    if not isinstance(content["model"]["bytes"], int):
+        raise ValueError("the size of the weights is no number")
+    return content
+
+
+def orphans(folder: Folder) -> list[str]:
+    """What broken-off writes have left: half-written files, and weights that an intact description does not name."""
+    names = folder.names()
+    found = [name for name in names if LEFT.fullmatch(name)]
+    try:
+        kept = describe(folder)["model"]["file"] if DESCRIPTION in names else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return found  # without knowing which weights are the record's, none are
+    return found + [name for name in names if WEIGHTS.fullmatch(name) and name != kept]
+
+
+def _tidy(folder: Folder, kept: str) -> None:
+    """Nothing but this record: weights of the one before are what somebody may have wanted gone."""
+    for name in folder.names():
+        if LEFT.fullmatch(name) or (WEIGHTS.fullmatch(name) and name != kept):
+            folder.remove(name)
+
+
+def _drop_unless_described(folder: Folder, name: str) -> None:
+    """The rename may have happened before the failure."""
+    try:
+        kept = describe(folder)["model"]["file"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        kept = None
+    if name != kept:
+        folder.remove(name)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict()
+    other = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if other:
+        raise RecordError(
+            f"model: {other[0]!r} in its state_dict is no tensor and cannot be recorded; save it yourself"
+        )
+    return {name: value.detach().cpu().contiguous() for name, value in _distinct(state).items()}
+
+
+def _distinct(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One name a tensor, the first of those tied."""
+    seen: dict[object, str] = {}
+    return {name: value for name, value in state.items() if seen.setdefault(_address(value), name) == name}
+
+
+def _address(value: Tensor) -> object:
+    if not value.numel():
+        return id(value)
+    return value.data_ptr(), tuple(value.shape), value.stride(), value.dtype
+
+
+def _checksum(content: Any) -> str:
+    return _digest(json.dumps(content, sort_keys=True).encode())
+
+
+def _digest(content: bytes) -> str:
+    return blake2b(content, digest_size=32).hexdigest()

@@ -311,7 +311,7 @@ def unlearn(
     settings["parameters_total"] = sum(parameter.numel() for parameter in model.parameters())
     settings["checkpoints_kept"] = checkpoints is not None and keep_checkpoints
     key = new_key()
-    data = {str(side): fingerprints(contents[side], side, key) for side in SIDES}
+    data = {str(side): fingerprints(contents[side], side, key) for side in look.SIDES}
     seconds, caveat = time.perf_counter() - began, getattr(method, "caveat", "")
     return Result(model, history, seconds, _peak_memory(where), ended, settings, data, key, caveat)
 

@@ -178,6 +178,8 @@ def refuse_tangents(names: Sequence[str], arguments: Sequence[Any]) -> None:
     Raises:
         ArgumentError: one has a tangent at the level that is open now.
     """
+    if torch._C._are_functorch_transforms_active():
+        return  # `fit` refuses all that belongs to one, and names the remedy for that
     for name, argument in zip(names, arguments, strict=True):
         for tensor in argument if isinstance(argument, list | tuple) else (argument,):
             if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from fastlur.checkpointer import Checkpointer
 from fastlur.data import Feed, Stream
 from fastlur.errors import ArgumentError, DataError, NonFiniteError
 from fastlur.fingerprints import fingerprints, new_key
+from fastlur.footprint import peak_memory
 from fastlur.history import History
 from fastlur.interrupt import Interrupt, Interrupted
 from fastlur.loop import Observer, run
@@ -313,15 +313,4 @@ def unlearn(
     key = new_key()
     data = {str(side): fingerprints(contents[side], side, key) for side in look.SIDES}
     seconds, caveat = time.perf_counter() - began, getattr(method, "caveat", "")
-    return Result(model, history, seconds, _peak_memory(where), ended, settings, data, key, caveat)
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # not on every platform
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return Result(model, history, seconds, peak_memory(where), ended, settings, data, key, caveat)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlur.errors import ModelError
+from fastlur.errors import ArgumentError, ModelError
 
 WARM_UP = 3  # steps made as usual first: lazy initialisations, and "optimistic" begins unlike it goes on
 Work = Callable[[Any, Any], tuple[Tensor, ...]]
@@ -99,3 +99,17 @@ def cloned(batch: Any) -> Any:
         parts = [cloned(value) for value in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch
+
+
+def check_capture(device: torch.device, optimizer: object) -> None:
+    """Refuse to record what cannot be recorded.
+
+    Raises:
+        ArgumentError: the model is on no CUDA device, or the optimizer is torch's.
+    """
+    if device.type != "cuda":
+        raise ArgumentError(f"capture=True: needs a CUDA device, and the model is on {device}; leave it off")
+    if not isinstance(optimizer, str):
+        raise ArgumentError(
+            "capture=True: needs 'sgd' or 'adamw': an optimizer of torch's decides on the host; leave it off"
+        )

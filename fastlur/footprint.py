@@ -8,6 +8,7 @@ operation, such as a convolution's operands in another layout.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -99,3 +100,15 @@ def _quiet() -> Iterator[None]:
     finally:
         for name in added:
             del os.environ[name]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at most: what this process held on the CPU, or what was allocated on the device since it was last reset."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not on every platform
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fastlur import checks
-from fastlur.capture import Captured
+from fastlur.capture import Captured, check_capture
 from fastlur.culprit import accuse, overflowed
 from fastlur.data import Feed, to_device
-from fastlur.errors import ArgumentError, CheckpointError, ModelError, NonFiniteError
+from fastlur.errors import ArgumentError, CheckpointError, NonFiniteError
 from fastlur.methods.base import Direction, Method, Recipe, State
 from fastlur.passes import Loss, Passes, Which
 from fastlur.reference import COUNT, OK
@@ -53,13 +53,16 @@ class Step:
         capture: bool = False,
         rows: int | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ModelError(f"model: a {type(model).__name__} is no torch.nn.Module")
+        checks.module(model)
         checks.numbers(lr, momentum, weight_decay, max_grad_norm, precision)
         check_optimizer(optimizer)
         self.space = ParameterSpace(model, parameters, memory_format)
         if capture:
-            _check_capture(self.space, optimizer)
+            try:
+                check_capture(self.space.device, optimizer)
+            except ArgumentError:
+                self.space.close()
+                raise
         try:
             self.method = method
             self.memory_format = memory_format
@@ -311,14 +314,3 @@ def _both(mask: Vector, own: Vector | None) -> Vector:
     for mine, flat in zip(own.flats, mask.flats, strict=True):
         mine.logical_and_(flat)
     return own
-
-
-def _check_capture(space: ParameterSpace, optimizer: object) -> None:
-    what = None
-    if space.device.type != "cuda":
-        what = f"needs a CUDA device, and the model is on {space.device}"
-    elif not isinstance(optimizer, str):
-        what = "needs 'sgd' or 'adamw': an optimizer of torch's decides on the host"
-    if what is not None:
-        space.close()
-        raise ArgumentError(f"capture=True: {what}; leave it off")

@@ -32,7 +32,7 @@ def recorded(monkeypatch):
 
     monkeypatch.setattr(capture, "record", record)
     if not CUDA:
-        monkeypatch.setattr(step, "_check_capture", lambda *_: None)
+        monkeypatch.setattr(step, "check_capture", lambda *_: None)
         monkeypatch.setattr(capture, "drew_random_numbers", lambda _: False)
     return counts
 

@@ -7,7 +7,7 @@ pass moves the normalisation statistics, which precision.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -209,12 +209,13 @@ class Passes:
 
         def attempt() -> None:
             parts = []
-            for which, statistics in zip(sides, moving, strict=True):
-                with statistics():
+            with ExitStack() as stack:  # buffers are put back after the backward, which may hold them
+                for which, statistics in zip(sides, moving, strict=True):
+                    stack.enter_context(statistics())
                     value = self._evaluate(which, lambda own, batch: own(self.forward, batch))
-                self.values.setdefault(which, value.detach())
-                parts.append(value * self.weights[which])
-            torch.autograd.backward(parts[0] + parts[1], inputs=self.space.leaves())
+                    self.values.setdefault(which, value.detach())
+                    parts.append(value * self.weights[which])
+                torch.autograd.backward(parts[0] + parts[1], inputs=self.space.leaves())
 
         with self.space.collect(out):
             self.spare.run(attempt, self._batches["retain"], lambda: out.zero_())

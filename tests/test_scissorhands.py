@@ -337,3 +337,24 @@ def test_the_presets_are_the_published_settings():
 def test_values_out_of_range_are_refused_by_name(settings, said):
     with pytest.raises(fastlur.ArgumentError, match=said):
         ScissorHands(**settings)
+
+
+class Indexed(nn.Module):
+    """Scores read from a table at places that a buffer holds, as a transformer's relative positions are."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(5, 4, dtype=torch.float64))
+        self.register_buffer("places", torch.tensor([4, 0, 3, 3, 1, 2]))
+
+    def forward(self, x):
+        return x @ self.table[self.places]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_backward_may_hold_buffers(form):
+    torch.manual_seed(0)
+    model, places = Indexed(), torch.tensor([4, 0, 3, 3, 1, 2])
+    before = model.table.detach().clone()
+    run(model, *data(), method=ScissorHands(form=form), steps=3)
+    assert torch.equal(model.places, places) and not torch.equal(model.table, before)

@@ -137,11 +137,13 @@ class TestReach:
     @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
     def test_there_too_nothing_is_made_that_overflows(self, optimizer, monkeypatch):
         monkeypatch.setattr("fastlur.reach.on_host", lambda value: False)
-        model = mlp()
-        before = state(model)
-        with pytest.raises(fastlur.NonFiniteError, match="step 1: the update would overflow"):
-            run(model, blobs(8), blobs(20), lr=1e38, optimizer=optimizer)
-        assert same(state(model), before)
+        model, good = mlp(), []
+        remember = lambda event: good.append(state(event.model)) and None
+        options = {"lr": 1e38, "schedule": "constant", "optimizer": optimizer, "callbacks": [remember]}
+        with pytest.raises(fastlur.NonFiniteError, match="the update would overflow"):
+            run(model, blobs(8), blobs(20), **options)
+        assert all(p.isfinite().all() for p in model.parameters())
+        assert not good or same(state(model), good[-1])
 
     def test_it_costs_no_vector(self):
         model = mlp()

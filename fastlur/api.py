@@ -120,7 +120,7 @@ def unlearn(
         max_retain_loss_increase: end the run and roll back once the retain loss, in eval mode, has risen by more than
             this over that of the model as given; the model comes back within it. None: no such guard.
         seed: fixes the order of the data and every random draw. Same seed, same machine: same result, bit for bit.
-        device: move the model there first; None: use it where it is. Batches follow the model.
+        device: move the model there, for good once the run begins; None: use it where it is. Batches follow the model.
         checkpoint: a directory; an interrupted run goes on from it, bit for bit, when the same call is made again.
             Removed at the end, since it still holds the old weights.
         checkpoint_every: steps between two checkpoints.
@@ -139,7 +139,7 @@ def unlearn(
         ModelError: nothing to move, or a kind of parameter that cannot be moved.
         DataError: data that are empty, overlap, are not finite, or do not fit the model or a loss.
         CheckpointError: the checkpoint is of another run, damaged, or cannot be written.
-        NonFiniteError: a loss or gradient was not finite during the run; the model is as at the last good step.
+        NonFiniteError: a loss or gradient was not finite, or an update would overflow; the model is as before it.
         The first three are raised before a parameter changes, but for what only a later batch or look of a stopping
         rule shows; the model is then that of the last whole step. All are `fastlur.FastlurError`.
     """

@@ -25,12 +25,13 @@ class DataError(FastlurError, ValueError):
 
 
 class NonFiniteError(FastlurError, ArithmeticError):
-    """A loss or a gradient was not finite; the model is as it was after the last good step.
+    """A loss or a gradient was not finite, or an update would overflow; the model is as after the last good step.
 
     Attributes:
         step: in which, from 1; None before the first, and where it is not known.
         sides: whose batch it may be: "forget", "retain" or both.
-        tensor: the name of the first parameter (or buffer) that is not finite, or whose gradient is not.
+        tensor: the name of the first parameter (or buffer) that is not finite, or whose gradient is not, or that an
+            update would have taken furthest; None where that is not known.
     """
 
     def __init__(

@@ -71,7 +71,7 @@ class Reach:
             centre, weight = self._cached(theta0), 1.0 if fisher is None else self._cached(fisher)
             pull = (self._largest[0] + centre) * weight
         given = dots, control, hyper, self._largest
-        host = dots.device.type == "cpu"  # there, numbers of Python are ten times as fast as tensors of one
+        host = on_host(dots)  # there, numbers of Python are ten times as fast as tensors of one
         (_, aa, uu), state, numbers, (weights, moments) = (t.tolist() if host else t.unbind() for t in given)
         pull = float(pull) if host else pull
         lr, momentum, decay = numbers[LR], numbers[MOMENTUM], numbers[WEIGHT_DECAY]
@@ -94,6 +94,11 @@ class Reach:
         if self._known.get(key, (None,))[0] != version:
             self._known[key] = version, largest(vector)
         return self._known[key][1]
+
+
+def on_host(value: Tensor) -> bool:
+    """Whether looking at a value waits for nothing."""
+    return value.device.type == "cpu"
 
 
 def largest(flats: Sequence[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 
 import fastlur
 from fastlur.methods import METHODS
+from fastlur.operands import control_scalars, hyper_parameters
 from fastlur.reach import Reach
 from fastlur.step import Step
 from fastlur.update import Update
@@ -113,6 +114,36 @@ class TestReach:
         assert len(seen) == len(bounds) == 30
         assert all(weight <= bound for weight, (bound, _) in zip(seen, bounds, strict=True))
         assert all(bound <= 1e5 * weight for weight, (bound, _) in zip(seen, bounds, strict=True))
+
+    @pytest.mark.parametrize("adamw", [False, True])
+    def test_on_a_device_it_is_the_same_and_stays_there(self, adamw, monkeypatch):
+        def bound():
+            torch.manual_seed(0)
+            made = Reach([torch.randn(5)], [torch.randn(5)], adamw)
+            made.look(now=True)
+            hyper = hyper_parameters("cpu", lr=0.1, momentum=0.9, weight_decay=0.1, l1=0.01, prox=0.2)
+            dots = torch.tensor([0.1, 2.0, 3.0], dtype=torch.float64)
+            fine = made.advance(dots, control_scalars("cpu"), hyper, [torch.ones(5)], [torch.full((5,), 2.0)])
+            return fine, made._largest.tolist()
+
+        fine, there = bound()
+        assert fine is True
+        monkeypatch.setattr("fastlur.reach.on_host", lambda value: False)
+        fine, here = bound()
+        assert isinstance(fine, torch.Tensor)
+        assert bool(fine)
+        assert here == pytest.approx(there)
+
+    @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+    def test_there_too_nothing_is_made_that_overflows(self, optimizer, monkeypatch):
+        monkeypatch.setattr("fastlur.reach.on_host", lambda value: False)
+        model, good = mlp(), []
+        remember = lambda event: good.append(state(event.model)) and None
+        options = {"lr": 1e38, "schedule": "constant", "optimizer": optimizer, "callbacks": [remember]}
+        with pytest.raises(fastlur.NonFiniteError, match="the update would overflow"):
+            run(model, blobs(8), blobs(20), **options)
+        assert all(p.isfinite().all() for p in model.parameters())
+        assert not good or same(state(model), good[-1])
 
     def test_it_costs_no_vector(self):
         model = mlp()

@@ -68,7 +68,7 @@ CASES = {
     "NaN decoded": ({"forget": Decoded(*spoiled(float("nan")))}, fastlur.DataError, "forget: holds a NaN .* item 3"),
     "unequal lengths": ({"forget": (X[:10], Y[:9])}, fastlur.DataError, r"forget: its tensors have \[10, 9\] rows"),
     "a switch": ({"allow_overlap": torch.ones(0)}, fastlur.ArgumentError, "allow_overlap=tensor"),
-    "another switch": ({"progress": "yes"}, fastlur.ArgumentError, "progress='yes' must be True or False"),
+    "another switch": ({"deterministic": "yes"}, fastlur.ArgumentError, "deterministic='yes' must be True or False"),
     "None among batches": (
         {"retain": [RETAIN, None]},
         fastlur.DataError,

@@ -226,7 +226,9 @@ def holding(content):
     gc.collect()
     alive = {id(each): each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)}
     held = {
-        each.untyped_storage().data_ptr(): each.untyped_storage() for each in alive.values() if each.nbytes < 1 << 16
+        each.untyped_storage().data_ptr(): each.untyped_storage()
+        for each in alive.values()
+        if each.layout == torch.strided and each.nbytes < 1 << 16
     }
     return sum(content in bytes(storage.tolist()) for storage in held.values())
 

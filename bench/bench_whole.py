@@ -1,7 +1,8 @@
 """Whole runs to the same gap on scikit-learn's digits, LUR against ScissorHands: see `whole`.
 
 The short form is one seed, one length and one learning rate for every arm; FASTLUR_BENCH_FULL=1 takes three seeds, five
-lengths and three rates.
+lengths and three rates. The seeds are none of those by which LUR's defaults were chosen; ScissorHands' settings are the
+published ones.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import os
 from typing import Any
 
 import torch
-from whole import ARMS, CLEANED, PUBLISHED, Job, run, verdict
+from whole import ARMS, CLEANED, LUR, PUBLISHED, Job, run, verdict
 
 from fastlur import demo
 
 FULL = os.environ.get("FASTLUR_BENCH_FULL") == "1"
-SEEDS = (0, 1, 2) if FULL else (0,)
+SEEDS = (10, 11, 12) if FULL else (10,)
 RATES = (1.0, 0.3, 3.0) if FULL else (1.0,)
 STEPS = (150, 100, 50, 25, 12) if FULL else (25,)
 EPOCHS = demo.EPOCHS
@@ -41,8 +42,8 @@ def test_whole_runs(benchmark: Any, record: list[dict[str, Any]]) -> None:
                     runs.extend({"seed": seed, **run(made, arm, rate, steps=steps, seed=seed)} for arm in ARMS)
 
     benchmark.pedantic(everything, rounds=1)
-    found = verdict(runs, (PUBLISHED, CLEANED))
-    record += [{"same_gap": found}, *runs]
+    found = verdict(runs, (PUBLISHED, CLEANED, LUR))
+    record += [{"to_the_gap": found}, *runs]
     benchmark.extra_info.update(found)
-    for opponent, each in found.items():
-        print(f"\nto the gap {each['target_gap']} of {opponent}, ÷ its time: {each['ratio']}")
+    for label, each in found.items():
+        print(f"\nto a gap of {each['gap']} ({label}), seconds: {each['seconds']}")

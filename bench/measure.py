@@ -1,7 +1,8 @@
-"""Timing that holds on a machine that drifts: all arms in one run, in turn, medians, and ratios of those."""
+"""Timing that holds on a machine that drifts: all arms in one run, round by round, and ratios within the rounds."""
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -12,9 +13,10 @@ Times = dict[str, list[float]]
 
 
 def interleaved(arms: Mapping[str, Callable[[], object]], seconds: float, fewest: int = 5, most: int = 200) -> Times:
-    """Seconds of every call of each arm, called in turn A B C A B C … until the time is up.
+    """Seconds of every call of each arm: rounds of all of them, each in another order, until the time is up.
 
-    Every arm runs twice before the clock starts. On CUDA each call is waited for.
+    In one fixed order an arm would always find the caches and the heap as the same other arm left them. Every arm runs
+    twice before the clock starts. On CUDA each call is waited for.
 
     Args:
         arms: what to call, by name.
@@ -27,11 +29,13 @@ def interleaved(arms: Mapping[str, Callable[[], object]], seconds: float, fewest
         for arm in arms.values():
             arm()
     times: Times = {name: [] for name in arms}
+    order, shuffle = list(arms.items()), random.Random(0).shuffle
     end = time.perf_counter() + seconds
     for made in range(most):
         if made >= fewest and time.perf_counter() > end:
             break
-        for name, arm in arms.items():
+        shuffle(order)
+        for name, arm in order:
             wait()
             began = time.perf_counter()
             arm()
@@ -46,7 +50,7 @@ def medians(times: Times) -> dict[str, float]:
 
 
 def ratio(times: Times, arm: str, base: str) -> tuple[float, float, float]:
-    """Median of arm ÷ base, and the quartiles of the same taken round by round, which say how far to trust it."""
+    """Median and quartiles of arm ÷ base, taken round by round."""
     rounds = [x / y for x, y in zip(times[arm], times[base], strict=True)]
-    low, _, high = statistics.quantiles(rounds, n=4) if len(rounds) > 1 else (rounds[0],) * 3
-    return statistics.median(times[arm]) / statistics.median(times[base]), low, high
+    low, middle, high = statistics.quantiles(rounds, n=4) if len(rounds) > 1 else (rounds[0],) * 3
+    return middle, low, high

@@ -14,7 +14,11 @@ def draw(path: Path = ROOT / "docs" / "cost.png", machine: str = "cpu") -> bool:
     """Write the picture as PNG; False where the results are not there."""
     found = {}
     for kind in ("step", "memory"):
-        rows = [row for file in RESULTS.glob(f"{machine}-*{kind}.json") for row in json.loads(file.read_text())["rows"]]
+        rows = [
+            row
+            for file in sorted(RESULTS.glob(f"{machine}-*{kind}.json"))
+            for row in json.loads(file.read_text())["rows"]
+        ]
         found[kind] = next(
             (row for row in rows if all(row.get(key, value) == value for key, value in CASE.items())), None
         )

@@ -15,11 +15,11 @@ def steps() -> str:
     lines: list[str] = []
     for machine, rows in results("step"):
         arms = list(dict.fromkeys(arm for row in rows for arm in row["ratio_to_bare"]))
-        lines += [f"{machine}. Time ÷ that of a plain two-loss step, median of interleaved rounds:", ""]
-        lines += [f"| model, batch, precision | {' | '.join(arms)} |", f"|---{'|---' * len(arms)}|"]
+        lines += [f"{machine}. Time ÷ that of a plain two-loss step in the same round, medians:", ""]
+        lines += [f"| model, batch, precision (rounds) | {' | '.join(arms)} |", f"|---{'|---' * len(arms)}|"]
         for row in rows:
             layout = f", {row['memory_format']}" if row["memory_format"] else ""
-            case = f"{row['model']}, {row['batch']} + {row['batch']}, {row['precision']}{layout}"
+            case = f"{row['model']}, {row['batch']} + {row['batch']}, {row['precision']}{layout} ({row['rounds']})"
             cells = [f"{row['ratio_to_bare'][arm][0]:.2f}" if arm in row["ratio_to_bare"] else "" for arm in arms]
             lines.append(f"| {case} | {' | '.join(cells)} |")
         wide = [high - low for row in rows for _, low, high in row["ratio_to_bare"].values()]
@@ -45,6 +45,8 @@ def scissorhands() -> str:
         lines += [f"{machine}. Time ÷ that of a plain two-loss step, [quartiles]:", ""]
         lines += [f"| | {' | '.join(heads)} |", f"|---{'|---' * len(heads)}|"]
         for name in shown:
+            if name not in rows[0]["ratio_to_bare"]:
+                continue  # what the forms have in common is measured once
             cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*row["ratio_to_bare"][name]) for row in rows]
             lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
         for form in FORMS:
@@ -55,23 +57,19 @@ def scissorhands() -> str:
 
 
 def whole() -> str:
-    """Whole runs to the same gap, from every `*-whole.json`."""
+    """Whole runs to the same gaps, from every `*-whole.json`."""
     lines: list[str] = []
     for machine, rows in results("whole"):
         runs = [row for row in rows if "arm" in row]
         seeds = len({run["seed"] for run in runs})
         tries = len({(run["rate"], run["steps"]) for run in runs})
         said = f"{tries} settings an arm, mean of {seeds} seeds" if seeds > 1 else f"{tries} settings an arm"
-        lines += [f"{machine}, digits, {said}. Seconds to the smallest gap that the opponent reached (÷ its own):", ""]
-        found = next(row["same_gap"] for row in rows if "same_gap" in row)
+        lines += [f"{machine}, digits, {said}. Seconds until the gap is reached:", ""]
         arms = list(dict.fromkeys(run["arm"] for run in runs))
-        lines += [f"| opponent, its gap | {' | '.join(arms)} |", f"|---{'|---' * len(arms)}|"]
-        for opponent, each in found.items():
-            cells = [
-                "never" if each["seconds"][arm] is None else f"{each['seconds'][arm]:.2f} ({each['ratio'][arm]:.2f})"
-                for arm in arms
-            ]
-            lines.append(f"| {opponent}, {each['target_gap']:.2f} | {' | '.join(cells)} |")
+        lines += [f"| gap | {' | '.join(arms)} |", f"|---{'|---' * len(arms)}|"]
+        for label, each in next(row["to_the_gap"] for row in rows if "to_the_gap" in row).items():
+            cells = ["never" if (spent := each["seconds"][arm]) is None else f"{spent:.2f}" for arm in arms]
+            lines.append(f"| {each['gap']:.2f}, {label} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines).rstrip() or "Not measured."
 
@@ -130,6 +128,17 @@ def results(kind: str, where: str = "") -> list[tuple[str, list[dict[str, Any]]]
     for path in sorted(each for each in RESULTS.glob(f"*-{kind}.json") if each.stem.startswith(where)):
         kept = json.loads(path.read_text())
         made = kept["machine"]
-        where = made["gpu"] or f"{made['cpu']}, {made['threads']} threads"
-        found.setdefault(f"{where}, torch {made['torch']}", []).extend(kept["rows"])
+        on = made["gpu"] or f"{made['cpu']}, {made['threads']} threads"
+        rows = found.setdefault(f"{on}, torch {made['torch']}", [])
+        twice = [row for row in kept["rows"] if _case(row) is not None and _case(row) in map(_case, rows)]
+        if twice:
+            raise SystemExit(f"{path.name} has again what another result has: {_case(twice[0])}; remove one of them")
+        rows.extend(kept["rows"])
     return list(found.items())
+
+
+def _case(row: dict[str, Any]) -> tuple[Any, ...] | None:
+    """What a row of models is about; None for other rows."""
+    if "model" not in row or "batch" not in row:
+        return None
+    return tuple(row.get(key) for key in ("model", "batch", "precision", "memory_format"))

@@ -17,7 +17,7 @@ def made(arm, gap, seconds, rate=1.0, steps=10, seed=0):
 
 
 class TestVerdict:
-    def test_the_target_is_the_opponents_best_and_the_time_that_of_the_quickest_as_near(self):
+    def test_the_gaps_are_the_best_of_either_side_and_round_ones(self):
         runs = [
             made(PUBLISHED, 3.0, 4.0, steps=10),
             made(PUBLISHED, 2.0, 8.0, steps=20),
@@ -26,23 +26,15 @@ class TestVerdict:
             made(LUR, 1.0, 2.0, steps=20),
             made(LUR, 0.5, 3.0, steps=30),
         ]
-        found = verdict(runs, [PUBLISHED, CLEANED])
-        assert list(found) == [PUBLISHED]  # the other one did not run
-        assert found[PUBLISHED]["target_gap"] == 2.0
-        assert found[PUBLISHED]["seconds"] == {PUBLISHED: 8.0, LUR: 2.0}
-        assert found[PUBLISHED]["ratio"] == {PUBLISHED: 1.0, LUR: 0.25}
-
-    def test_who_never_comes_as_near_has_no_time(self):
-        found = verdict([made(CLEANED, 1.0, 5.0), made(LUR, 1.1, 1.0)], [CLEANED])
-        assert found[CLEANED]["seconds"][LUR] is None and found[CLEANED]["ratio"][LUR] is None
+        assert verdict(runs, [PUBLISHED, CLEANED, LUR], gaps=(3.0,)) == {  # one of them did not run
+            f"the best of {PUBLISHED}": {"gap": 2.0, "seconds": {PUBLISHED: 8.0, LUR: 2.0}},
+            f"the best of {LUR}": {"gap": 0.5, "seconds": {PUBLISHED: None, LUR: 3.0}},
+            "fixed, 3": {"gap": 3.0, "seconds": {PUBLISHED: 4.0, LUR: 1.0}},
+        }
 
     def test_seeds_are_averaged_and_rates_are_not(self):
         runs = [made(CLEANED, 4.0, 2.0), made(CLEANED, 2.0, 4.0, seed=1), made(CLEANED, 5.0, 1.0, rate=3.0)]
-        assert verdict(runs, [CLEANED])[CLEANED] == {
-            "target_gap": 3.0,
-            "seconds": {CLEANED: 3.0},
-            "ratio": {CLEANED: 1.0},
-        }
+        assert verdict(runs, [CLEANED], gaps=()) == {f"the best of {CLEANED}": {"gap": 3.0, "seconds": {CLEANED: 3.0}}}
 
 
 def test_every_arm_is_given_a_rate_and_the_fast_forms_go_to_both_sides():

@@ -48,7 +48,7 @@ def run(book: Book, options: Options) -> None:
                 pace[name] = row["spent_seconds"] / epochs
         if len(rows) == len(arms):  # every arm has the same number of tries
             compared += rows
-    book.case("to the same gap", 0, lambda row: row.update(same_gap=verdict(compared, (PUBLISHED, CLEANED))))
+    book.case("to the same gap", 0, lambda row: row.update(to_the_gap=verdict(compared, (PUBLISHED, CLEANED, LUR))))
 
 
 def train_both(row: Row, options: Options) -> Job:

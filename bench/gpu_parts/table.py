@@ -138,9 +138,9 @@ def end_to_end(cases: list[Part]) -> list[str]:
                 cells = " | ".join("" if found[key] is None else f"{found[key]:.2f}" for key in found)
                 spent = case.get("seconds", case["retraining_seconds"] if name == "retrained" else "")
                 lines.append(f"| {name} | {case.get('epochs', '')} | {case.get('rate', '')} | {spent} | {cells} |")
-    for case in (each for each in cases if "same_gap" in each):
-        for opponent, found in case["same_gap"].items():
-            lines += ["", f"To the gap {found['target_gap']} of {opponent}, ÷ its time: {found['ratio']}"]
+    for case in (each for each in cases if "to_the_gap" in each):
+        for label, found in case["to_the_gap"].items():
+            lines += ["", f"To a gap of {found['gap']} ({label}), seconds: {found['seconds']}"]
     return lines
 
 

@@ -12,6 +12,7 @@ from tables import results
 import fastlur
 
 Triple = tuple[float, float, float]  # median, lower and upper quartile
+LARGE = {"swin_t": "Swin-T at 224 px, 28 M parameters", "lm_100m": "A language model of 98 M parameters"}
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,23 @@ def growth() -> str:
             )
         lines.append("")
     return "\n".join(lines).rstrip() or "Not measured."
+
+
+def large() -> str:
+    """Steps of large models, in seconds, from every `*-step.json` and `*-memory.json` of a CPU."""
+    lines: list[str] = []
+    held = {row["model"]: row for row in _rows("memory")}
+    for row in (each for each in _rows("step") if each["model"] in LARGE):
+        lines += [f"{LARGE[row['model']]}, {row['batch']} + {row['batch']} items, {row['rounds']} rounds:", ""]
+        lines += ["| | seconds a step | ÷ bare | MiB beyond the parameters |", "|---" * 4 + "|"]
+        extra = held.get(row["model"], {}).get("extra", {})
+        for arm, found in ({"bare": (1.0, 1.0, 1.0)} | row["ratio_to_bare"]).items():
+            ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*found) if arm != "bare" else "1"
+            memory = f"{extra[arm]:.0f}" if arm in extra else "not measured"
+            lines.append(f"| {arm} | {row['bare_seconds'] * found[0]:.2f} | {ratio} | {memory} |")
+        lines.append("")
+    machines = "; ".join(sorted({machine for machine, _ in _on_cpu("step")}))
+    return "\n".join([f"{machines}.", "", *lines]).rstrip() if lines else "Not measured."
 
 
 def exact() -> str:

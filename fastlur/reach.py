@@ -46,6 +46,10 @@ class Reach:
         self._left = EVERY - 1
         self._largest.copy_(torch.stack([largest(self._theta), largest(self._first)]))
 
+    def forget(self) -> None:
+        """What was seen holds no longer: the next `look` is one, whatever is loaded until then."""
+        self._left = 0
+
     def advance(
         self,
         dots: Tensor,

@@ -104,7 +104,7 @@ class Step:
         self._unread: list[StepStats] = []
         self._captured: Captured | None = None
         if capture:
-            self._captured = Captured(self._work, self.space.device)
+            self._captured = Captured(self._work, self.passes)
             self.space.piecewise = False  # a graph wants gradients to stay where they are
         self._direction: Direction | None = None
         self._last: tuple[Direction | None, dict[Which, Any] | None] = None, None  # while the host looks, no longer
@@ -235,6 +235,8 @@ class Step:
         self.step = int(state["step"])
         self.passes.spare.rows = state.get("rows") or self.passes.spare.rows
         self._unread = []
+        if self._captured is not None:  # what the method remembers on the host is part of a graph
+            self._captured = Captured(self._work, self.passes)
 
     def _fixed(self) -> dict[str, Vector]:
         """The vectors that are there whatever the method: the optimizer's, and the mask if there is one."""

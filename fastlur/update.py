@@ -89,7 +89,8 @@ class Update:
 
     def forget_reach(self) -> None:
         """The weights or the moments were written by somebody else."""
-        self._reach = None
+        if self._reach is not None:  # kept, since a graph may write to it
+            self._reach.forget()
 
     def apply(self, direction: Direction) -> None:
         """Move the reached parameters along −direction, unless the flag is down."""

@@ -41,7 +41,7 @@ def generators(device: torch.device) -> list[bytes]:
     if device.type == "cuda":
         found.append(torch.cuda.get_rng_state(device))
     host = repr((random.getstate(), rest)).encode(), np.asarray(keys).tobytes()
-    return [*host, *(state.numpy().tobytes() for state in found)]
+    return [*host, *(bytes(state.tolist()) for state in found)]  # transforms of torch.func refuse numpy()
 
 
 @contextmanager

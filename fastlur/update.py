@@ -149,8 +149,10 @@ class Update:
         """The flag falls and `overflow` rises where it is not fine, unless the flag was down before."""
         if fine is True:
             return
-        self.overflow.copy_(torch.maximum(self.overflow, self.control[OK] * (1 - torch.as_tensor(fine).double())))
-        self.control[OK].mul_(torch.as_tensor(fine))
+        ok = self.control[OK]
+        self.overflow.add_(ok)  # what the flag loses is what rises: 1, once
+        ok.mul_(torch.as_tensor(fine))
+        self.overflow.sub_(ok)
 
     def moments(self) -> dict[str, Vector]:
         """The optimizer's vectors by name."""

@@ -124,8 +124,13 @@ class TestReach:
             made.look(now=True)
             hyper = hyper_parameters("cpu", lr=0.1, momentum=0.9, weight_decay=0.1, l1=0.01, prox=0.2)
             dots = torch.tensor([0.1, 2.0, 3.0], dtype=torch.float64)
-            fine = made.advance(dots, control_scalars("cpu"), hyper, [torch.ones(5)], [torch.full((5,), 2.0)])
-            return fine, made._largest.tolist()
+            centre, weights = [torch.ones(5)], [torch.full((5,), 2.0)]
+            control = control_scalars("cpu")
+            seen = []
+            for pull in ((centre, weights), (centre, None), (None, None)):  # the last bears no trace of the others
+                fine = made.advance(dots, control, hyper, *pull)
+                seen += made._largest.tolist()
+            return fine, seen
 
         fine, there = bound()
         assert fine is True

@@ -81,9 +81,17 @@ def truth(model: nn.Module, forget: Any, retain: Any, mode: str) -> Tensor:
 
 
 def check(model: nn.Module, forget: Any, retain: Any, mode: str, precision: str, **options: Any) -> float:
-    """The cosine between the two; raises where it is too small."""
-    cosine = compared(model, forget, retain, mode, precision, **options)
+    """The cosine between the two; raises where it is too small, or where only half of the alignment is there.
+
+    The two halves may point the same way, so that a cosine cannot tell one from both. In fp32, where rounding is
+    smaller than a half, ours must then be nearer to its own truth than to that of `first_order`.
+    """
+    ours, own = alignment(model, forget, retain, mode, precision, **options), truth(model, forget, retain, mode)
+    cosine = float(functional.cosine_similarity(ours, own, dim=0))
     assert cosine >= LEAST[precision], f"{mode} in {precision} does not align: cosine {cosine:.3f}"
+    if precision == "fp32" and mode != "first_order":
+        half = truth(model, forget, retain, "first_order")
+        assert (ours - own).norm() < (ours - half).norm(), f"{mode} in {precision} does not align: it is first_order"
     return cosine
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,50 +12,64 @@ from fastlur.errors import ArgumentError, ModelError
 
 WARM_UP = 3  # steps made as usual first: lazy initialisations, and "optimistic" begins unlike it goes on
 Work = Callable[[Any, Any], tuple[Tensor, ...]]
+PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size)
+
+
+class Draws(Protocol):
+    """What makes passes, and notes in `drew` whether one moved a random generator; None: nobody asked."""
+
+    drew: bool | None
 
 
 class Captured:
-    """Work on a forget and a retain batch, replayed from a graph where they have the shapes it was recorded with.
+    """Work on a forget and a retain batch, replayed from a graph where they have the form it was recorded with.
 
-    Batches of other shapes, such as the last of an epoch, are worked on as usual. What the work reads beside the
-    batches and writes beside its results must stay where it is in memory.
+    Batches of another form, such as the last of an epoch or one with another number beside its tensors, are worked on
+    as usual. What the work reads beside the batches and writes beside its results must stay where it is in memory.
 
     Args:
         work: of the two batches; returns tensors of fixed shapes. It may not wait for the device.
-        device: a CUDA device.
+        passes: what makes the passes of the work.
     """
 
-    def __init__(self, work: Work, device: torch.device) -> None:
-        self._work, self._device = work, device
+    def __init__(self, work: Work, passes: Draws) -> None:
+        self._work, self._passes = work, passes
         self._left = WARM_UP
         self._replay: Callable[[], None] | None = None
         self._static: list[Tensor] = []
+        self._form: object = None
         self._results: tuple[Tensor, ...] = ()
 
     def __call__(self, forget: Any, retain: Any) -> tuple[Tensor, ...]:
         """The results, new tensors."""
         if self._left:
             self._left -= 1
+            if not self._left:  # passes of the first steps may draw for reasons of their own, such as a compiler's
+                self._passes.drew = False
             return self._work(forget, retain)
-        given = [*tensors(forget), *tensors(retain)]
+        given = form((forget, retain))
+        if given is None:
+            return self._work(forget, retain)
         if self._replay is None:
             self._record(forget, retain)
-        if [(x.shape, x.dtype) for x in given] != [(x.shape, x.dtype) for x in self._static]:
+        if given != self._form:
             return self._work(forget, retain)
-        for static, value in zip(self._static, given, strict=True):
+        for static, value in zip(self._static, tensors((forget, retain)), strict=True):
             static.copy_(value)
         assert self._replay is not None
         self._replay()
         return tuple(result.clone() for result in self._results)
 
     def _record(self, forget: Any, retain: Any) -> None:
-        if drew_random_numbers(self._device):
+        if self._passes.drew:
             raise ModelError(
                 "capture=True: the model draws random numbers in its passes (dropout?), which a graph would draw anew "
                 "in every one; leave capture off, or set the probability to 0"
             )
+        self._passes.drew = None  # a generator must not be asked while a graph is recorded
+        self._form = form((forget, retain))
         forget, retain = cloned(forget), cloned(retain)
-        self._static = [*tensors(forget), *tensors(retain)]
+        self._static = tensors((forget, retain))
 
         def work() -> None:
             self._results = self._work(forget, retain)
@@ -72,10 +86,21 @@ def record(work: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def drew_random_numbers(device: torch.device) -> bool:
-    """Whether the last pass, which began by seeding the device's generator, has drawn from it."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return bool(torch.cuda.default_generators[index].get_offset())
+def form(batch: Any) -> object:
+    """What a graph takes for granted in a batch: its structure, shapes, dtypes, and every plain value in full.
+
+    None where the batch holds something else, which may hold anything in its turn.
+    """
+    if isinstance(batch, Tensor):
+        return batch.shape, batch.dtype
+    parts: list[object]
+    if isinstance(batch, Mapping):
+        parts = [form((name, value)) for name, value in batch.items()]
+    elif isinstance(batch, list | tuple) and not isinstance(batch, torch.Size):
+        parts = [form(value) for value in batch]
+    else:
+        return (type(batch), repr(batch)) if isinstance(batch, PLAIN) else None
+    return None if None in parts else (type(batch), parts)
 
 
 def tensors(batch: Any) -> list[Tensor]:

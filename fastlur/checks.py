@@ -45,13 +45,13 @@ def positive_ints(**values: object) -> None:
         positive_int(name, value)
 
 
-def flags(*values: object) -> None:
-    """Refuse anything but True and False for the switches of `unlearn`, in the order of `FLAGS`.
+def flags(*values: object, names: Iterable[str] = FLAGS) -> None:
+    """Refuse anything but True and False (1 and 0 count) for the switches of these names, by default `unlearn`'s.
 
     Raises:
         ArgumentError: one is neither.
     """
-    for name, value in zip(FLAGS, values, strict=True):
+    for name, value in zip(names, values, strict=True):
         if not isinstance(value, int) or value not in (0, 1):
             raise ArgumentError(f"{name}={value!r} must be True or False")
 
@@ -113,14 +113,34 @@ def memory_format(value: object) -> None:
         raise ArgumentError(f"memory_format={value!r} must be torch.channels_last, torch.contiguous_format, or None")
 
 
+def callable_losses(**values: object) -> None:
+    """Refuse losses that cannot be called.
+
+    Raises:
+        ArgumentError: one cannot.
+    """
+    for name, value in values.items():
+        if value is not None and not callable(value):
+            raise ArgumentError(f"{name}={value!r} cannot be called; it must take (model, batch) and return a scalar")
+
+
+def rate(lr: object) -> None:
+    """Refuse what is no learning rate.
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    if not number(lr):
+        raise ArgumentError(f"lr={lr!r} must be a finite number ≥ 0, such as 0.03")
+
+
 def numbers(lr: float, momentum: float, weight_decay: float, max_grad_norm: float | None, precision: str) -> None:
     """Refuse what the update of a step cannot be made with.
 
     Raises:
         ArgumentError: a number is out of its range, or the precision is unknown.
     """
-    if not number(lr):
-        raise ArgumentError(f"lr={lr!r} must be a finite number ≥ 0, such as 0.03")
+    rate(lr)
     if not (number(momentum) and momentum < 1):
         raise ArgumentError(f"momentum={momentum!r} must be in [0, 1), such as 0.9")
     if not number(weight_decay):
@@ -199,6 +219,7 @@ def trial(
         How many items at a time the model has memory for; None: whole batches.
 
     Raises:
+        ArgumentError: a loss cannot be called.
         ModelError: it has not, and cannot take a batch in parts.
         DataError: the model or a loss cannot take a batch, a label is outside the logits, a loss is not a finite
             scalar, or batch norm cannot work with so small a batch.
@@ -216,6 +237,7 @@ def trial(
             raise DataError(_why(error, each)) from error
         _value(value, each)
 
+    callable_losses(**{each.argument: each.loss for each in losses})
     with borrowed_random(how.device), passing(model, *how), Statistics(model).frozen():
         for each in losses:
             batch = to_device(batches[each.which], how.device)

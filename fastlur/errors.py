@@ -63,6 +63,17 @@ def finite(value: object) -> TypeGuard[float]:
     return math.isfinite(value)
 
 
+def check_flags(**values: object) -> None:
+    """Refuse anything but True and False.
+
+    Raises:
+        ArgumentError: one is neither.
+    """
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ArgumentError(f"{name}={value!r} must be True or False")
+
+
 def unknown(value: object, known: Iterable[str]) -> bool:
     """Whether a value is none of these names; of whatever kind it is, a tensor or an array too."""
     return not isinstance(value, str) or value not in tuple(known)

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlur import footprint, ops
-from fastlur.checks import PRECISIONS
+from fastlur import checks, footprint, ops
 from fastlur.data import to_device
-from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError, unknown
+from fastlur.errors import ArgumentError, DataError, FastlurError
 from fastlur.footprint import Memory
 from fastlur.losses import cross_entropy
 from fastlur.methods import resolve
@@ -118,13 +117,13 @@ def estimate(
         ModelError: nothing to move, or a kind of parameter that cannot be moved.
         DataError: the model or a loss cannot take a batch, or the loss is no scalar that depends on a moving parameter.
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model: a {type(model).__name__} is no torch.nn.Module")
+    checks.module(model)
+    checks.memory_format(memory_format)
+    checks.callable_losses(loss=loss, forget_loss=forget_loss)
     method = resolve(method)
     cost = _cost(method)
     check_optimizer(optimizer)
-    if unknown(precision, PRECISIONS):
-        raise ArgumentError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+    checks.one_of("precision", precision, checks.PRECISIONS)
     with _opened(model, parameters, memory_format) as space, borrowed_random(space.device):
         batches: dict[Which, Any] = {"retain": batch, "forget": batch if forget is None else forget}
         batches = {side: to_device(each, space.device, memory_format) for side, each in batches.items()}

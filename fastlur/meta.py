@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fastlur import ops
-from fastlur.errors import ArgumentError, DataError, nearest, not_scalar, number, unknown
+from fastlur.errors import ArgumentError, DataError, check_flags, nearest, not_scalar, number, unknown
 
 Gradient = Literal["exact", "secant", "first_order", "optimistic"]
 GRADIENTS: tuple[str, ...] = get_args(Gradient)
@@ -157,8 +157,7 @@ def meta_gradient(
     check_gradient(gradient)
     check_inner_lr(inner_lr)
     _check_params(params, previous)
-    if not isinstance(relative, bool):
-        raise ArgumentError(f"relative={relative!r} must be True or False")
+    check_flags(relative=relative)
     for name, loss in (("loss_inner", loss_inner), ("loss_outer", loss_outer)):
         if not callable(loss):
             raise ArgumentError(f"{name}={loss!r} cannot be called; it must take params and return a scalar")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastlur import meta
+from fastlur import checks, meta
 from fastlur.curvature import By
+from fastlur.errors import ArgumentError
 from fastlur.losses import BoundedForgetting, cross_entropy
 from fastlur.methods.lur import LUR, Order
 from fastlur.passes import Loss
@@ -92,5 +93,14 @@ class MetaStep(Step):
         )
 
     def set_lr(self, lr: float) -> None:
-        """Change the learning rate from the next step on."""
+        """Change the learning rate from the next step on.
+
+        Raises:
+            ArgumentError: it is no finite number ≥ 0, or an optimizer of torch's keeps it. ModelError: the step is
+                closed.
+        """
+        self.space.check()
+        checks.rate(lr)
+        if self.update.custom is not None:
+            raise ArgumentError(f"lr={lr!r}: the optimizer that was passed keeps its own; set it in its param_groups")
         self.update.set_lr(lr)

@@ -20,7 +20,7 @@ from fastlur.errors import ArgumentError, DataError, ModelError, not_scalar
 from fastlur.microbatch import Spare
 from fastlur.space import ParameterSpace, Vector
 from fastlur.statistics import Statistics
-from fastlur.world import derive, passing, seed_torch
+from fastlur.world import derive, generators, passing, seed_torch
 
 Loss = Callable[[Any, Any], Tensor]
 Which = Literal["forget", "retain"]
@@ -35,6 +35,7 @@ class Passes:
         steps: how many are planned; None where nobody said.
         values: the losses of this step so far, unweighted, by side.
         replaced: batches that the step took instead of the given ones, by side.
+        drew: whether a pass has moved a random generator since this was set to False; None: nobody asks.
         spare: how many items at a time the model takes, and what is run again with fewer where memory runs out.
 
     Args:
@@ -78,6 +79,7 @@ class Passes:
         self.spare = Spare(space.model, space.model if forward is None else forward, rows)
         self._batches: dict[Which, Any] = {}
         self.replaced: dict[Which, Any] = {}
+        self.drew: bool | None = None
         self._tracked = False
 
     @property
@@ -267,7 +269,11 @@ class Passes:
     def _evaluate(self, which: Which, call: Callable[[Loss, Any], Any]) -> Tensor:
         # the same numbers for every pass of this loss in this step: the same dropout mask
         seed_torch(derive(self.seed, self.step, which), self.space.device)
-        return scalar(call(self.losses[which], self._batches[which]), ARGUMENT[which])
+        before = None if self.drew is None else generators(self.space.device)
+        value = scalar(call(self.losses[which], self._batches[which]), ARGUMENT[which])
+        if before is not None:
+            self.drew = self.drew or before != generators(self.space.device)
+        return value
 
     def _moving_statistics(self, which: Which) -> Callable[[], AbstractContextManager[None]]:
         """What a pass runs in, decided once however often it is run."""

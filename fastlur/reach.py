@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlur.reference import L1, LR, MOMENTUM, PROX, SCALE, WEIGHT_DECAY
+from fastlur.reference import HYPER, L1, LR, MOMENTUM, PROX, SCALE, WEIGHT_DECAY
 
 EVERY = 8  # steps between two looks at the weights themselves
 SPARE = 2.0**100  # a bound this loose is of use where numbers reach beyond it
@@ -33,7 +33,12 @@ class Reach:
 
     def __init__(self, theta: Sequence[Tensor], first: Sequence[Tensor], adamw: bool) -> None:
         self._theta, self._first, self._adamw = theta, first, adamw
-        self._largest = torch.zeros(2, dtype=torch.float64, device=theta[0].device)
+        # what each hyper-parameter is a factor of in an update, at its own place: that sum is then one product
+        self._terms = torch.zeros(HYPER, dtype=torch.float64, device=theta[0].device)
+        self._terms[L1] = 1.0
+        self._moment, self._weight, self._pull = (self._terms[place] for place in (MOMENTUM, WEIGHT_DECAY, PROX))
+        self._largest = self._terms[MOMENTUM : WEIGHT_DECAY + 1 : WEIGHT_DECAY - MOMENTUM]  # moment, weight
+        self._farthest = torch.tensor(FARTHEST, dtype=torch.float64, device=theta[0].device)
         self._limit = most(theta) / MARGIN
         self._known: dict[int, tuple[int, Tensor]] = {}
         self._left = 0
@@ -44,7 +49,11 @@ class Reach:
             self._left -= 1
             return
         self._left = EVERY - 1
-        self._largest.copy_(torch.stack([largest(self._theta), largest(self._first)]))
+        self._largest.copy_(torch.stack([largest(self._first), largest(self._theta)]))
+
+    def forget(self) -> None:
+        """What was seen holds no longer: the next `look` is one, whatever is loaded until then."""
+        self._left = 0
 
     def advance(
         self,
@@ -66,14 +75,17 @@ class Reach:
         Returns:
             A truth value; on the CPU Python's, elsewhere a 0-d tensor.
         """
-        pull: Any = 0.0
-        if theta0 is not None:
-            centre, weight = self._cached(theta0), 1.0 if fisher is None else self._cached(fisher)
-            pull = (self._largest[0] + centre) * weight
-        given = dots, control, hyper, self._largest
-        host = on_host(dots)  # there, numbers of Python are ten times as fast as tensors of one
-        (_, aa, uu), state, numbers, (weights, moments) = (t.tolist() if host else t.unbind() for t in given)
-        pull = float(pull) if host else pull
+        centre = None if theta0 is None else self._cached(theta0)
+        factor = None if centre is None or fisher is None else self._cached(fisher)
+        if on_host(dots):  # there, numbers of Python are ten times as fast as tensors of one
+            return self._on_host(dots, control, hyper, centre, factor)
+        return self._on_device(dots, control, hyper, centre, factor)
+
+    def _on_host(
+        self, dots: Tensor, control: Tensor, hyper: Tensor, centre: Tensor | None, factor: Tensor | None
+    ) -> bool:
+        (_, aa, uu), state, numbers, (moments, weights) = (t.tolist() for t in (dots, control, hyper, self._largest))
+        pull = 0.0 if centre is None else (weights + float(centre)) * (1.0 if factor is None else float(factor))
         lr, momentum, decay = numbers[LR], numbers[MOMENTUM], numbers[WEIGHT_DECAY]
         gradient = state[SCALE] * (aa**0.5 + uu**0.5) + numbers[L1] + numbers[PROX] * pull
         if self._adamw:
@@ -82,11 +94,31 @@ class Reach:
         else:
             moments = momentum * moments + gradient + decay * weights
             weights = weights + lr * moments
-        if host:
-            self._largest[0], self._largest[1] = weights, moments
+        self._largest[0], self._largest[1] = moments, weights
+        return bool(weights + moments <= self._limit)
+
+    def _on_device(
+        self, dots: Tensor, control: Tensor, hyper: Tensor, centre: Tensor | None, factor: Tensor | None
+    ) -> Tensor:
+        """The same, in few launches: each costs what all of this arithmetic does."""
+        moment, weight = self._moment, self._weight
+        end = L1 + 1
+        if centre is not None:
+            end = PROX + 1
+            torch.add(weight, centre, out=self._pull)
+            if factor is not None:
+                self._pull.mul_(factor)
+        begin = L1 if self._adamw else 0
+        added = torch.dot(hyper[begin:end], self._terms[begin:end])  # in SGD momentum and decay are in it
+        norms = dots[1:].sqrt().sum()
+        if self._adamw:
+            gradient = torch.addcmul(added, norms, control[SCALE])
+            torch.lerp(gradient, moment, hyper[MOMENTUM], out=moment)
+            weight.addcmul_(torch.addcmul(self._farthest, weight, hyper[WEIGHT_DECAY]), hyper[LR])
         else:
-            self._largest.copy_(torch.stack([weights, moments]))
-        return weights + moments <= self._limit
+            torch.addcmul(added, norms, control[SCALE], out=moment)
+            weight.addcmul_(moment, hyper[LR])
+        return weight + moment <= self._limit
 
     def _cached(self, vector: Sequence[Tensor]) -> Tensor:
         """The largest element of a vector that seldom changes; a walk over it only then."""

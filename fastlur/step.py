@@ -15,7 +15,7 @@ from fastlur.culprit import accuse, overflowed
 from fastlur.data import Feed, to_device
 from fastlur.errors import ArgumentError, CheckpointError, NonFiniteError
 from fastlur.methods.base import Direction, Method, Recipe, State
-from fastlur.passes import Loss, Passes, Which
+from fastlur.passes import ARGUMENT, Loss, Passes, Which
 from fastlur.reference import COUNT, OK
 from fastlur.slots import Selection
 from fastlur.snapshot import undone
@@ -55,15 +55,14 @@ class Step:
     ) -> None:
         checks.module(model)
         checks.numbers(lr, momentum, weight_decay, max_grad_norm, precision)
+        checks.memory_format(memory_format)
+        checks.callable_losses(**{ARGUMENT[side]: loss for side, loss in losses.items()})
+        checks.flags(compile, capture, names=("compile", "capture"))
         check_optimizer(optimizer)
         self.space = ParameterSpace(model, parameters, memory_format)
-        if capture:
-            try:
-                check_capture(self.space.device, optimizer)
-            except ArgumentError:
-                self.space.close()
-                raise
         try:
+            if capture:
+                check_capture(self.space.device, optimizer)
             self.method = method
             self.memory_format = memory_format
             weights: dict[Which, float] = {"forget": method.forget_weight, "retain": 1.0}
@@ -104,7 +103,7 @@ class Step:
         self._unread: list[StepStats] = []
         self._captured: Captured | None = None
         if capture:
-            self._captured = Captured(self._work, self.space.device)
+            self._captured = Captured(self._work, self.passes)
             self.space.piecewise = False  # a graph wants gradients to stay where they are
         self._direction: Direction | None = None
         self._last: tuple[Direction | None, dict[Which, Any] | None] = None, None  # while the host looks, no longer
@@ -235,6 +234,8 @@ class Step:
         self.step = int(state["step"])
         self.passes.spare.rows = state.get("rows") or self.passes.spare.rows
         self._unread = []
+        if self._captured is not None:  # what the method remembers on the host is part of a graph
+            self._captured = Captured(self._work, self.passes)
 
     def _fixed(self) -> dict[str, Vector]:
         """The vectors that are there whatever the method: the optimizer's, and the mask if there is one."""

@@ -89,7 +89,8 @@ class Update:
 
     def forget_reach(self) -> None:
         """The weights or the moments were written by somebody else."""
-        self._reach = None
+        if self._reach is not None:  # kept, since a graph may write to it
+            self._reach.forget()
 
     def apply(self, direction: Direction) -> None:
         """Move the reached parameters along −direction, unless the flag is down."""
@@ -148,8 +149,10 @@ class Update:
         """The flag falls and `overflow` rises where it is not fine, unless the flag was down before."""
         if fine is True:
             return
-        self.overflow.copy_(torch.maximum(self.overflow, self.control[OK] * (1 - torch.as_tensor(fine).double())))
-        self.control[OK].mul_(torch.as_tensor(fine))
+        ok = self.control[OK]
+        self.overflow.add_(ok)  # what the flag loses is what rises: 1, once
+        ok.mul_(torch.as_tensor(fine))
+        self.overflow.sub_(ok)
 
     def moments(self) -> dict[str, Vector]:
         """The optimizer's vectors by name."""

@@ -34,6 +34,16 @@ def seed_loading(seed: int) -> None:
     random.seed(seed)
 
 
+def generators(device: torch.device) -> list[bytes]:
+    """The states of the generators that a model or a loss may draw from; waits for no device."""
+    _, keys, *rest = np.random.get_state()  # noqa: NPY002
+    found = [torch.get_rng_state()]
+    if device.type == "cuda":
+        found.append(torch.cuda.get_rng_state(device))
+    host = repr((random.getstate(), rest)).encode(), np.asarray(keys).tobytes()
+    return [*host, *(bytes(state.tolist()) for state in found)]  # transforms of torch.func refuse numpy()
+
+
 @contextmanager
 def borrowed_random(device: torch.device) -> Iterator[None]:
     """Inside, the global random generators may be seeded at will; outside, nobody sees that they were."""

@@ -1,12 +1,16 @@
-"""A captured step: what is replayed and when. Without a GPU the graph is played by running the same work again."""
+"""A captured step: what is replayed and when. Without a GPU a recorder of calls stands in for the graph."""
 
 from __future__ import annotations
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 from helpers import blobs, mlp, same, state
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 import fastlur
 from fastlur import capture, step
@@ -14,11 +18,64 @@ from fastlur import capture, step
 CUDA = torch.cuda.is_available()
 
 
+class Recorder(TorchDispatchMode):
+    """What a graph is: the calls below autograd, on the memory they were made on; nothing of Python comes back."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.met, self.before = [], set(), []
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}))
+        for tensor in found_in((args, kwargs)):
+            if self.meets(tensor):
+                self.before.append((tensor.untyped_storage(), tensor.untyped_storage().clone()))
+        made = call(*args, **kwargs)
+        for tensor in found_in(made):
+            self.meets(tensor)
+        self.calls.append((call, args, kwargs, tree_map_only(torch.Tensor, torch.Tensor.detach, made)))
+        return made
+
+    def meets(self, tensor):
+        new = place(tensor) not in self.met
+        self.met.add(place(tensor))
+        return new
+
+    def undo(self):
+        """To record is not to do."""
+        for storage, before in self.before:
+            storage.copy_(before)
+
+    @torch.no_grad()
+    def replay(self):
+        for call, args, kwargs, made in self.calls:
+            again = call(*args, **kwargs)
+            given = {place(tensor) for tensor in found_in((args, kwargs))}
+            for old, new in zip(found_in(made), found_in(again), strict=True):
+                if place(old) not in given:
+                    old.copy_(new)
+
+
+def found_in(nested):
+    return [leaf for leaf in tree_flatten(nested)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def place(tensor):
+    return tensor.untyped_storage()._cdata
+
+
+def record_calls(work):
+    with Recorder() as recorder:
+        work()
+    recorder.undo()
+    return recorder.replay
+
+
 @pytest.fixture
 def recorded(monkeypatch):
-    """How often something was recorded and replayed; a graph is the work itself where there is no GPU."""
+    """How often something was recorded and replayed; where there is no GPU the graph is a `Recorder`."""
     counts = {"recorded": 0, "replayed": 0}
-    whole = capture.record if CUDA else lambda work: work
+    whole = capture.record if CUDA else record_calls
 
     def record(work):
         counts["recorded"] += 1
@@ -33,7 +90,7 @@ def recorded(monkeypatch):
     monkeypatch.setattr(capture, "record", record)
     if not CUDA:
         monkeypatch.setattr(step, "check_capture", lambda *_: None)
-        monkeypatch.setattr(capture, "drew_random_numbers", lambda _: False)
+        monkeypatch.setattr("fastlur.reach.on_host", lambda _: False)  # no number may be taken to the host
     return counts
 
 
@@ -69,10 +126,134 @@ def test_batches_of_any_form_are_found_and_copied():
     assert all(x is not y for x, y in zip(capture.tensors(batch), capture.tensors(again), strict=True))
 
 
-def test_a_model_that_draws_is_refused(recorded, monkeypatch):
-    monkeypatch.setattr(capture, "drew_random_numbers", lambda _: True)
-    with pytest.raises(fastlur.ModelError, match="random numbers"):
-        moved(mlp(), [(blobs(8), blobs(8))] * 4, capture=True)
+@pytest.mark.parametrize("gradient", ["optimistic", "exact"])
+def test_going_back_by_load_state_dict_is_to_begin_again(gradient, recorded):
+    """Also for what stands outside tensors: that no gradient was kept yet; and for the bound of the weights."""
+    torch.manual_seed(0)
+    model = mlp().to("cuda" if CUDA else "cpu")
+    batches = [(blobs(8), blobs(8)) for _ in range(6)]
+    with fastlur.MetaStep(model, lr=0.1, inner_lr=0.3, gradient=gradient, capture=True) as metastep:
+        bare, weights, ends, losses = metastep.state_dict(), state(model), [], []
+        for _ in range(2):
+            metastep.load_state_dict(bare)
+            model.load_state_dict(weights)  # in either order
+            losses.append([float(metastep(*each).retain_loss) for each in batches])
+            ends.append(state(model))
+    assert losses[0] == losses[1]
+    assert same(*ends)
+    assert recorded == {"recorded": 2, "replayed": 6}
+
+
+def test_the_bound_is_kept_where_a_graph_writes_to_it_and_looks_anew(recorded):
+    model = mlp().to("cuda" if CUDA else "cpu")
+    with fastlur.MetaStep(model, lr=0.0, capture=True) as metastep:
+        bare = metastep.state_dict()
+        for _ in range(5):
+            metastep(blobs(8), blobs(8))
+        reach, place = metastep.update._reach, metastep.update._reach._largest.data_ptr()
+        metastep.load_state_dict(bare)
+        with torch.no_grad():
+            model[0].weight[0, 0] = 1e9
+        metastep(blobs(8), blobs(8))
+        assert metastep.update._reach is reach
+        assert reach._largest.data_ptr() == place
+        assert float(reach._largest.max()) >= 1e9
+
+
+@pytest.mark.parametrize("place", ["tuple", "dict"])
+def test_what_is_no_tensor_is_looked_at_in_every_step(place, recorded):
+    def loss(model, batch):
+        x, y, (factor, *_) = batch.values() if isinstance(batch, dict) else batch
+        return factor * torch.nn.functional.cross_entropy(model(x), y)
+
+    torch.manual_seed(0)
+    model, factors, made = mlp(), [1.0, 1.0, 1.0, 2.0, 0.5, 2.0, True, 2.0], []
+    for factor in factors:
+        batch = (*blobs(8), (factor, "text"))
+        made.append(dict(zip("xyz", batch, strict=True)) if place == "dict" else batch)
+    found = [
+        moved(model, [(each, each) for each in made], loss=loss, forget_loss=loss, capture=c) for c in (False, True)
+    ]
+    assert recorded == {"recorded": 1, "replayed": 3}  # of the fourth step, and where the factor is the same again
+    assert same(*(state(model) for model, _ in found))
+    assert [float(x) for x in found[0][1]] == [float(x) for x in found[1][1]]
+
+
+class Held:
+    """A batch that nobody can look into."""
+
+    def __init__(self, n):
+        self.held = blobs(n)
+
+
+def test_what_cannot_be_looked_into_is_never_recorded(recorded):
+    def loss(model, batch):
+        x, y = (t.to(next(model.parameters()).device) for t in batch.held)
+        return torch.nn.functional.cross_entropy(model(x), y)
+
+    batch, seen = Held(8), []
+    with fastlur.MetaStep(mlp(), loss, loss, lr=0.0, capture=True) as metastep:
+        for _ in range(6):
+            batch.held = blobs(8)
+            seen.append(float(metastep(batch, batch).retain_loss))
+    assert recorded == {"recorded": 0, "replayed": 0}
+    assert len(set(seen)) == 6
+
+
+def test_the_form_of_a_batch():
+    x = torch.zeros(2)
+    one = capture.form({"x": x, "n": 1})
+    assert one == capture.form({"x": torch.ones(2), "n": 1})
+    for other in ({"x": x, "n": 2}, {"x": x, "n": 1.0}, {"x": x, "n": True}, {"x": x}, {"y": x, "n": 1}, [x, 1]):
+        assert capture.form(other) != one
+    assert capture.form((x,)) != capture.form([x])
+    assert capture.form((x, 0.0)) != capture.form((x, -0.0))
+    assert capture.form((x, {"a": [object()]})) is None
+
+
+DRAWS = {"torch": lambda: torch.rand(()), "numpy": np.random.rand, "python": random.random}
+
+
+def drawing(how):
+    """A loss that draws by itself."""
+
+    def loss(model, batch):
+        value = torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+        return value + 0 * float(DRAWS[how]())
+
+    return loss
+
+
+@pytest.mark.parametrize("how", ["dropout", "torch", "numpy", "python"])
+@pytest.mark.parametrize("side", ["loss", "forget_loss"])
+@pytest.mark.parametrize("gradient", ["optimistic", "exact"])
+def test_passes_that_draw_are_refused_whatever_the_caller_drew(how, side, gradient, recorded):
+    if how == "dropout":
+        model, losses = mlp(dropout=0.5), {}
+    else:
+        model, losses = mlp(), {side: drawing(how)}
+    model = model.to("cuda" if CUDA else "cpu")
+    with fastlur.MetaStep(model, gradient=gradient, capture=True, **losses) as metastep:
+        for _ in range(3):
+            torch.manual_seed(0)
+            metastep(blobs(8), blobs(8))
+        before = state(model)
+        for _ in range(2):
+            with pytest.raises(fastlur.ModelError, match="random numbers"):
+                metastep(blobs(8), blobs(8))
+        assert same(state(model), before)
+    assert recorded["recorded"] == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient": "exact"}, {"gradient": "exact", "hessian": "func"}])
+def test_passes_that_do_not_draw_are_taken_whatever_the_caller_drew(options, recorded):
+    with fastlur.MetaStep(mlp(dropout=0.0).to("cuda" if CUDA else "cpu"), capture=True, **options) as metastep:
+        for _ in range(5):
+            torch.rand(1, device=metastep.space.device)
+            np.random.rand()
+            random.random()
+            metastep(blobs(8), blobs(8))
+    assert recorded == {"recorded": 1, "replayed": 2}
 
 
 @pytest.mark.skipif(CUDA, reason="there is a GPU")

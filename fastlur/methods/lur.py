@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlur import meta, ops
 from fastlur.curvature import By
-from fastlur.errors import ArgumentError, nearest, number
+from fastlur.errors import ArgumentError, check_flags, nearest, number
 from fastlur.methods.base import Cost, Direction, Recipe, State
 from fastlur.passes import Passes, Which
 from fastlur.space import Vector
@@ -67,6 +67,7 @@ class LUR(Recipe):
         for name, known in (("order", get_args(Order)), ("hessian", get_args(By))):
             if getattr(self, name) not in known:
                 raise ArgumentError(f"{name}={getattr(self, name)!r} is unknown; {nearest(getattr(self, name), known)}")
+        check_flags(relative_inner_lr=self.relative_inner_lr, keep_graph=self.keep_graph)
         if not number(self.forget_weight):
             raise ArgumentError(f"forget_weight={self.forget_weight!r} must be a finite number ≥ 0, such as 0.2")
 

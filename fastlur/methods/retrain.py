@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastlur.errors import ArgumentError, ModelError
+from fastlur.errors import ArgumentError, ModelError, check_flags
 from fastlur.fresh import reinitialise
 from fastlur.losses import logits_and_targets
 from fastlur.methods.base import Cost, Direction, Gradient, Recipe
@@ -56,8 +56,7 @@ class Retrain(Recipe):
     steps: ClassVar[int] = 600
 
     def __post_init__(self) -> None:
-        if not isinstance(self.reinitialise, bool):
-            raise ArgumentError(f"reinitialise={self.reinitialise!r} must be True or False")
+        check_flags(reinitialise=self.reinitialise)
         for part in ("trim", "mask"):
             if self.reinitialise and getattr(self, part) is not None:
                 raise ArgumentError(

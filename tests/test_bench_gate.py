@@ -1,0 +1,89 @@
+"""The gate lets no figure through for a step that does not align, or that goes the wrong way."""
+
+from __future__ import annotations
+
+import gate
+import pytest
+import torch
+from helpers import MODES, blobs, mlp
+
+from fastlur import meta
+from fastlur.methods.lur import LUR, LURState
+
+DIRECTION, DISPLACED = meta.direction, LURState.displaced
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    return mlp(), blobs(32), blobs(32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_aligns_passes(mode, small):
+    assert gate.check(*small, mode, "fp32") >= 0.99
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_the_wrong_way_is_refused(mode, precision, small, monkeypatch):
+    def displaced(self, along, norm2):
+        self._inner_lr.neg_()
+        try:
+            return DISPLACED(self, along, norm2)
+        finally:
+            self._inner_lr.neg_()
+
+    monkeypatch.setattr(LURState, "displaced", displaced)
+    if mode == "exact":  # the other half of its alignment is no displacement
+        monkeypatch.setattr(LURState, "linearized", turned(LURState.linearized))
+    with pytest.raises(AssertionError, match=f"{mode} in {precision} does not align: cosine -"):
+        gate.check(*small, mode, precision)
+
+
+def turned(linearized):
+    """The sign of the Hessian's part turned round."""
+
+    def wrong(self):
+        a, aligned = linearized(self)
+
+        def other(v, norm2):
+            self._inner_lr.neg_()
+            try:
+                return aligned(v, norm2)
+            finally:
+                self._inner_lr.neg_()
+
+        return a, other
+
+    return wrong
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_direction_that_is_negated_is_refused(mode, small, monkeypatch):
+    made = LUR.direction
+
+    def negated(self, passes, state):
+        found = made(self, passes, state)
+        if passes.step == 2:  # the one that is looked at; what "optimistic" keeps of the first stays right
+            for half in (found.retain, found.forget):
+                torch._foreach_neg_(half.flats)
+        return found
+
+    monkeypatch.setattr(LUR, "direction", negated)
+    with pytest.raises(AssertionError, match=f"{mode} in fp32 does not align: cosine -"):
+        gate.check(*small, mode, "fp32")
+
+
+@pytest.mark.parametrize("mode", ["exact", "secant", "optimistic"])
+def test_half_of_the_alignment_is_not_passed_off_as_the_whole(mode, small, monkeypatch):
+    monkeypatch.setattr(meta, "direction", lambda arena, gradient, previous: DIRECTION(arena, "first_order"))
+    assert gate.check(*small, "first_order", "fp32") >= 0.99
+    with pytest.raises(AssertionError, match=f"{mode} in fp32 does not align"):
+        gate.check(*small, mode, "fp32")
+
+
+def test_no_alignment_at_all_is_refused(small, monkeypatch):
+    monkeypatch.setattr(LURState, "displaced", lambda self, along, norm2: self.passes.space.theta)
+    with pytest.raises(AssertionError, match="does not align"):
+        gate.check(*small, "secant", "fp32")

@@ -1,0 +1,90 @@
+"""What a step, an estimate or LUR cannot be made with is refused by name, before anything has changed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import blobs, images, mlp, run, same, state
+
+import fastlur
+from fastlur.demo import residual_cnn
+
+FORMATS = ["channels_last", torch.channels_last_3d, True]
+
+
+@pytest.mark.parametrize("value", FORMATS)
+def test_a_memory_format_is_none_or_one_for_four_dimensions(value):
+    model = residual_cnn(width=4)
+    before = state(model)
+    with pytest.raises(fastlur.ArgumentError, match=r"memory_format=.* must be torch\.channels_last"):
+        fastlur.MetaStep(model, memory_format=value)
+    with pytest.raises(fastlur.ArgumentError, match=r"memory_format=.* must be torch\.channels_last"):
+        fastlur.estimate(model, images(4), memory_format=value)
+    assert same(state(model), before)
+    fastlur.MetaStep(model, memory_format=torch.channels_last).close()  # nothing was left open
+
+
+@pytest.mark.parametrize("name", ["relative_inner_lr", "keep_graph"])
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_the_switches_of_lur_are_true_or_false(name, value):
+    with pytest.raises(fastlur.ArgumentError, match=f"{name}={value!r} must be True or False"):
+        fastlur.LUR(**{name: value})
+    with pytest.raises(fastlur.ArgumentError, match=name):
+        fastlur.MetaStep(mlp(), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["compile", "capture"])
+@pytest.mark.parametrize("value", ["yes", None, 2])
+def test_the_switches_of_a_step_are_true_or_false(name, value):
+    with pytest.raises(fastlur.ArgumentError, match=f"{name}={value!r} must be True or False"):
+        fastlur.MetaStep(mlp(), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["loss", "forget_loss"])
+def test_a_loss_can_be_called(name):
+    model = mlp()
+    calls = (
+        lambda loss: fastlur.MetaStep(model, **loss),
+        lambda loss: fastlur.estimate(model, blobs(4), **loss),
+        lambda loss: run(model, blobs(8), blobs(8), **loss),
+    )
+    for call in calls:
+        with pytest.raises(fastlur.ArgumentError, match=f"^{name}=3 cannot be called"):
+            call({name: 3})
+
+
+class TestSetLr:
+    @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, "x", None, True])
+    def test_no_rate_is_refused_and_the_old_one_stays(self, value):
+        model, other = mlp(), mlp()
+        other.load_state_dict(model.state_dict())
+        batches = blobs(8), blobs(8)
+        with fastlur.MetaStep(model, lr=0.1) as step, fastlur.MetaStep(other, lr=0.1) as untouched:
+            with pytest.raises(fastlur.ArgumentError, match=r"lr=.* must be a finite number"):
+                step.set_lr(value)
+            step(*batches)
+            untouched(*batches)
+            assert same(state(model), state(other))
+
+    def test_it_holds_from_the_next_step_on(self):
+        model = mlp()
+        with fastlur.MetaStep(model, lr=0.1) as step:
+            step.set_lr(0)
+            before = state(model)
+            step(blobs(8), blobs(8))
+            assert same(state(model), before)
+
+    def test_an_optimizer_of_torchs_keeps_its_own(self):
+        model = mlp()
+        with fastlur.MetaStep(model, optimizer=torch.optim.SGD(model.parameters(), 0.1)) as step:
+            with pytest.raises(fastlur.ArgumentError, match=r"lr=0\.2: .*param_groups"):
+                step.set_lr(0.2)
+            assert step.update.lr == 0.1
+
+    def test_of_a_closed_step_there_is_none(self):
+        step = fastlur.MetaStep(mlp())
+        step.close()
+        with pytest.raises(fastlur.ModelError, match="closed"):
+            step.set_lr(0.1)

@@ -34,7 +34,9 @@ class BoundaryExpand(Recipe):
     passes run the plain module, compiled or not.
 
     Source: Chen et al., "Boundary Unlearning", arXiv 2303.11570, where only the forget data are trained on (w = 0), for
-    a few small steps. The retain term is ours.
+    a few small steps. How few and how small is ours, in the preset too: on digits its 40 steps took 1 % of the rest for
+    half of the mislabelled images, and left a class as it was; without the retain term nothing was found that takes a
+    class and leaves the others, and the steps of `unlearn` ruin the model. The retain term is ours.
 
     Args:
         forget_weight: λ ≥ 0.
@@ -56,7 +58,9 @@ class BoundaryExpand(Recipe):
         "last layer. Approximate, without a certificate of deletion."
     )
     own_objective: ClassVar[bool] = True
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"published": {"method": {"retain_weight": 0.0}}}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "published": {"method": {"retain_weight": 0.0}, "lr": 3e-3, "steps": 40}
+    }
 
     def __post_init__(self) -> None:
         check_range("forget_weight", self.forget_weight, example=1.0)

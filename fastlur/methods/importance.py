@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastlur.methods.base import check_finite
 from fastlur.passes import Passes, Which
+from fastlur.losses import IGNORED, split
 from fastlur.space import Vector
 
 

@@ -1,7 +1,7 @@
 """What a classifier's outputs give away about an item: functions of logits, shape (n, classes), row by row.
 
-All are differentiable, in nats, of shape (n,), and finite however sure of itself the model is; a class that is ruled out
-(a logit of −∞) adds nothing, p log p being 0 at p = 0.
+All are differentiable, in nats, of shape (n,), and finite however sure of itself the model is; a class that is ruled
+out (a logit of −∞) adds nothing, p log p being 0 at p = 0.
 """
 
 from __future__ import annotations

@@ -227,6 +227,11 @@ class Recipe:
         return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
 
 
+def alike(vector: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
+    """Flat buffers in the types of others, which they are already but for parameters of few bits."""
+    return [mine.to(its.dtype) for mine, its in zip(vector, other, strict=True)]
+
+
 def check_finite(total: Vector, which: Which) -> None:
     """Refuse gradients summed up before the steps that are not finite; waits for the device.
 

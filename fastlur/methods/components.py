@@ -19,7 +19,7 @@ import torch
 
 from fastlur import ops
 from fastlur.errors import ArgumentError, ModelError
-from fastlur.methods.base import check_finite, check_range
+from fastlur.methods.base import alike, check_finite, check_range
 from fastlur.passes import Passes
 from fastlur.space import ParameterSpace, Vector
 from fastlur.world import derive, seed_torch
@@ -64,15 +64,15 @@ class Trim:
         """Trim θ; two parameter-sized vectors, given back at the end."""
         space = passes.space
         slots = chosen_slots(space, self.layers)
-        total, gradient = space.vector(), space.vector()
+        total, gradient = space.sums(), space.vector()
         for batch in passes.feed.batches("forget", self.batches, "trim"):
             with passes.aside({"forget": batch}):
                 passes.gradient("forget", gradient, loss=passes.losses["retain"], weight=1.0)
             ops.saliency(gradient.flats, gradient.flats)
-            ops.displace(total.flats, total.flats, gradient.flats, -1.0)
+            ops.displace(total.flats, total.flats, alike(gradient.flats, total.flats), -1.0)
         del gradient
         check_finite(total, "forget")
-        ops.saliency(total.flats, total.flats, space.theta.flats)
+        ops.saliency(total.flats, total.flats, alike(space.theta.flats, total.flats))
         limit = ops.threshold(total.spans, self.sparsity)  # the gaps between slots are no parameters
         seed_torch(derive(passes.seed, "trim"), space.device)
         with torch.no_grad():
@@ -83,7 +83,7 @@ class Trim:
                     torch.nn.init.kaiming_uniform_(fresh, a=math.sqrt(5))
                 elif not any(name.rpartition(".")[2].endswith("bias") for name in slot.names):
                     continue
-                salient = total.views[index] > limit.to(weight.dtype)
+                salient = total.views[index] > limit.to(total.views[index].dtype)
                 torch.where(salient, fresh, weight, out=weight)
 
 
@@ -126,15 +126,19 @@ class SaliencyMask:
             for every in mask.flats:
                 every.fill_(True)
             return mask
-        gradient = space.vector()
+        total = space.sums()
+        few_bits = [flat.dtype for flat in total.flats] != [flat.dtype for flat in space.theta.flats]
+        gradient = space.vector() if few_bits else total
         for batch in passes.feed.batches("forget", self.batches, "mask"):
             with passes.aside({"forget": batch}):
-                passes.gradient("forget", gradient, loss=passes.losses["retain"], weight=1.0, add=True)
-        check_finite(gradient, "forget")
-        ops.saliency(gradient.flats, gradient.flats)
+                passes.gradient("forget", gradient, loss=passes.losses["retain"], weight=1.0, add=not few_bits)
+            if few_bits:
+                ops.displace(total.flats, total.flats, alike(gradient.flats, total.flats), -1.0)
+        check_finite(total, "forget")
+        ops.saliency(total.flats, total.flats)
         # 1 − share as people write it: 0.1 for 0.9, where floating point has a little less
-        limit = ops.threshold(gradient.spans, float(1 - Fraction(str(self.share))))
-        for keep, salient in zip(mask.flats, gradient.flats, strict=True):
+        limit = ops.threshold(total.spans, float(1 - Fraction(str(self.share))))
+        for keep, salient in zip(mask.flats, total.flats, strict=True):
             keep.copy_(salient > limit.to(salient.dtype))
         return mask
 

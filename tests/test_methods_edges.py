@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import blobs, mlp, run, same, state
@@ -79,3 +82,43 @@ def test_strangers_that_do_not_fit_are_refused(strangers, said):
 def test_a_fraction_of_the_retain_data_is_the_one_that_was_written():
     passes = passes_over(mlp(), blobs(100), 1)
     assert len(LTU(retain_fraction=0.07).prepare(passes).held) == 7
+
+
+@pytest.mark.parametrize("made", [[True], torch.ones(3), {"a": 1}, None])
+def test_a_mask_that_is_no_vector_is_refused_by_name(made):
+    with pytest.raises(fastlur.ArgumentError, match="mask: returned a"):
+        run(mlp(), blobs(8), blobs(8), method=FineTune(mask=lambda passes: made))
+
+
+@pytest.mark.parametrize("found", [lambda state: None, lambda state: state.gradient])
+def test_a_direction_that_is_none_is_refused_by_name(found):
+    class Mine(FineTune):
+        def direction(self, passes, state):
+            super().direction(passes, state)
+            return found(state)
+
+    with pytest.raises(fastlur.ArgumentError, match="direction of Mine must return a Direction"):
+        run(mlp(), blobs(8), blobs(8), method=Mine())
+
+
+def test_shadows_without_their_membership_are_refused():
+    with pytest.raises(fastlur.ArgumentError, match="shadows: must be pairs"):
+        fastlur.likelihood_ratio_attack(mlp(), blobs(8), shadows=[mlp()])
+
+
+def test_one_logit_cannot_be_guessed_at():
+    x = torch.randn(8, 6)
+    with pytest.raises(fastlur.DataError, match="at least two classes"):
+        run(
+            nn.Linear(6, 1),
+            (x, torch.zeros(8, dtype=torch.long)),
+            (x + 1, torch.zeros(8, dtype=torch.long)),
+            method="gradient_ascent",
+        )
+
+
+def test_type_checkers_see_every_method():
+    tree = ast.parse(Path(fastlur.methods.__file__).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    named = {(node.module, alias.asname) for node in block.body for alias in node.names}
+    assert named == {(recipe.__module__, recipe.__name__) for recipe in fastlur.methods.METHODS.values()}

@@ -91,7 +91,8 @@ def unlearn(
 
     Args:
         model: changed in place; comes back as it came otherwise (mode, requires_grad, ties, no gradients). All passes
-            run in train mode, batch norm included; its statistics move in one retain pass a step.
+            run in train mode, batch norm included; its statistics move in one retain pass a step; unless the
+            method's docs say otherwise.
         forget: what to forget: `(inputs, targets)` tensors, a dict of tensors, a `Dataset`, a `DataLoader` (its own
             batches are used) or a re-iterable of batches.
         retain: what to keep, likewise, without the forget items.

@@ -20,12 +20,17 @@ def membership(member: np.ndarray, stranger: np.ndarray, asked: np.ndarray) -> f
     """Share of `asked`, percent, that an attack trained on `member` against `stranger` calls a stranger.
 
     Each is one number an item, shape (n,), such as the confidence of a model in the true class. Both sides weigh the
-    same in training, whatever their sizes.
+    same in training, whatever their sizes. Where both sides are alike, as where all of both have one and the same
+    number, there is nothing to learn, and each item is called by the toss of a coin: 50.
     """
     x = np.concatenate([member, stranger])[:, None].astype(np.float64)
     y = np.concatenate([np.ones(len(member)), np.zeros(len(stranger))])
+    if x.min() == x.max():
+        return 50.0
     mean, spread = x.mean(), max(float(x.std()), 1e-12)
     attack = LogisticRegression(class_weight="balanced").fit((x - mean) / spread, y)
+    if abs(float(attack.coef_[0, 0])) < 1e-6:  # both sides alike: which way it then calls is rounding
+        return 50.0
     called = attack.predict((asked[:, None].astype(np.float64) - mean) / spread)
     return 100 * float((called == 0).mean())
 

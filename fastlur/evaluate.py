@@ -32,7 +32,8 @@ class Evaluation:
         ra: accuracy on the retain set, percent.
         ta: accuracy on the test set, percent.
         mia: share of the forget set, in percent, that a membership attack calls "not a member": a logistic regression
-            on the confidence in the true class, trained to tell retain (member) from test (non-member).
+            on the confidence in the true class, trained to tell retain (member) from test (non-member); 50 where
+            that is the same for all of both, so that no attack can learn anything.
         loss_auc: probability that a test item has a larger loss than a forget item, in [0, 1]; ½ means that the loss
             does not tell them apart, more that the forget items still look like training data. No threshold, no attack
             to train. (Where forget and test are of different classes, compare with the reference, not with ½.)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -15,67 +16,87 @@ from fastlur.space import Vector
 def reinitialise(passes: Passes, out: Vector, shuffle: bool) -> None:
     """Write freshly drawn parameters into a vector of the space, and reset the buffers of the modules drawn anew.
 
-    Every module that has `reset_parameters` draws its own. Random numbers come from torch's global generators, which
-    the caller seeds; parameters that do not move stay as they are.
+    Every module that has `reset_parameters` draws its own, and what of a parameter it leaves as it was does not count
+    as drawn. Random numbers come from torch's global generators, which the caller seeds; parameters that do not move
+    stay as they are.
 
     Args:
         passes: of the run; its space may stand anywhere.
         out: written; θ itself is allowed.
-        shuffle: what to do with a parameter that no module resets: True: shuffle the entries that it has now, which
+        shuffle: what to do with a parameter that no module draws: True: shuffle the entries that it has now, which
             keeps their scale and destroys what they know; False: refuse.
 
     Raises:
-        ModelError: a module's `reset_parameters` fails, or a parameter is reset by none and `shuffle` is False.
+        ModelError: a module's `reset_parameters` fails, or a parameter is drawn by none and `shuffle` is False; all is
+            as it was then.
     """
-    space = passes.space
-    moving = {id(parameter) for parameter in space.leaves()}
-    owners, covered = _owners(space.model, moving)
-    left = [i for i, slot in enumerate(space.slots) if not any(id(p) in covered for p in slot.parameters)]
-    if left and not shuffle:
-        raise ModelError(
-            f"model: no module has a reset_parameters() for {space.names[left[0]]!r}; pass a freshly made model instead"
-        )
+    space, statistics = passes.space, passes.statistics
+    now = space.copy() if out is space.theta else space.theta
+    buffers = statistics.copies()
+    pairs = list(zip(out.views, now.views, strict=True))
     with torch.no_grad(), space.at(out):
-        for view, theta in zip(out.views, space.theta.views, strict=True):
-            if view is not theta:
-                view.copy_(theta)
-        _reset_all(owners, moving)
-        for index in left:
-            out.views[index].copy_(_shuffled(out.views[index]))
+        try:
+            left = _draw(space.model, {id(parameter) for parameter in space.leaves()}, pairs)
+            if left and not shuffle:
+                raise ModelError(
+                    f"model: no reset_parameters() draws {space.names[left[0]]!r} anew; pass a freshly made model"
+                )
+        except ModelError:
+            for view, value in pairs:
+                view.copy_(value)
+            statistics.put(buffers)
+            raise
 
 
 def renew(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-    """Draw some parameters of an ordinary model anew, as above; those that no module resets are shuffled.
+    """Draw some parameters of an ordinary model anew, as above; those that no module draws are shuffled.
 
     Raises:
         ModelError: a module's `reset_parameters` fails.
     """
-    wanted = {id(parameter) for parameter in parameters}
-    owners, covered = _owners(model, wanted)
     with torch.no_grad():
-        _reset_all(owners, wanted)
-        for parameter in parameters:
-            if id(parameter) not in covered:
-                parameter.copy_(_shuffled(parameter))
+        pairs = [(parameter.detach(), parameter.detach().clone()) for parameter in parameters]
+        _draw(model, {id(parameter) for parameter in parameters}, pairs)
 
 
-def _owners(model: nn.Module, wanted: set[int]) -> tuple[list[nn.Module], set[int]]:
-    """The modules that can draw a wanted parameter of theirs anew, and the ids of all parameters that they hold."""
-    owners = [
-        module
-        for module in model.modules()
-        if callable(getattr(module, "reset_parameters", None))
-        and any(id(parameter) in wanted for parameter in module.parameters(recurse=False))
-    ]
-    return owners, {id(parameter) for module in owners for parameter in module.parameters(recurse=False)}
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model that holds results of its own, as hooks that compute weights leave them behind."""
+    results = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
+    return copy.deepcopy(model, {id(result): result.detach().clone() for result in results})
 
 
-def _reset_all(owners: list[nn.Module], wanted: set[int]) -> None:
-    for module in owners:
-        still = [(p, p.detach().clone()) for p in module.parameters() if id(p) not in wanted]
-        _reset(module)
-        for parameter, value in still:
-            parameter.copy_(value)
+def _draw(model: nn.Module, wanted: set[int], pairs: list[tuple[Tensor, Tensor]]) -> list[int]:
+    """Draw the wanted parameters anew; each pair is where one lives and what it was, which is shuffled if not drawn.
+
+    Returns:
+        The numbers of the pairs of which something had to be shuffled.
+    """
+    for live, _ in pairs:
+        live.fill_(torch.nan)  # a module may have a reset_parameters() that passes over some of its parameters
+    _reset_all(model, wanted)
+    left = []
+    for index, (live, before) in enumerate(pairs):
+        missing = live.isnan()
+        if bool(missing.any()):
+            left.append(index)
+            live.copy_(torch.where(missing, _shuffled(before), live))
+    return left
+
+
+def _reset_all(model: nn.Module, wanted: set[int]) -> None:
+    own = [(module, list(module.parameters(recurse=False))) for module in model.modules()]
+    near = next((any(id(p) in wanted for p in held) for _, held in own if held), False)
+    for module, held in own:
+        if held:
+            near = any(id(p) in wanted for p in held)
+        elif near and callable(getattr(module, "reset_running_stats", None)):
+            # statistics without parameters belong to the layer registered before
+            module.reset_running_stats()  # type: ignore[operator]
+        if near and held and callable(getattr(module, "reset_parameters", None)):
+            still = [(p, p.detach().clone()) for p in module.parameters() if id(p) not in wanted]
+            _reset(module)
+            for parameter, value in still:
+                parameter.copy_(value)
 
 
 def _reset(module: nn.Module) -> None:

@@ -79,7 +79,9 @@ class Frozen:
             return batch
 
         def attempt() -> tuple[Tensor | None, ...]:
-            value = loss(self.passes.forward, _with(batch, named | leaves, targets))
+            # copies, since the first thing that a model does may be done in place, which a leaf does not bear
+            inputs = {name: leaf.clone() for name, leaf in leaves.items()}
+            value = loss(self.passes.forward, _with(batch, named | inputs, targets))
             return torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
 
         with self.in_place(), torch.enable_grad():

@@ -27,8 +27,9 @@ class StepEvent:
         steps: how many are planned.
         stats: its losses, cosine and norms, as 0-d tensors on the model's device; `float(event.stats.retain_loss)`
             waits for the device, looking at nothing does not.
-        model: the model as it is now, undisplaced; evaluating it is fine; every pass runs in train mode
-            whatever mode it is left in, and at the end of the run each module is in the mode it began in.
+        model: the model as it is now, undisplaced; evaluating it is fine; every pass runs in train mode,
+            unless the method's docs say otherwise, whatever mode it is left in, and at the end of the run each module
+            is in the mode it began in.
         seconds: wall time since the first step of this call began.
     """
 

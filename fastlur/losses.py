@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -109,17 +110,25 @@ class BoundedForgetting:
 class Remembering:
     """A model that is run once on the same inputs: called again with them, it returns what it returned.
 
-    So a loss of the user's and one of a method share a forward, and statistics move once.
+    So a loss of the user's and one of a method share a forward, and statistics move once: a loss that makes inputs of
+    its own out of those of the batch (an augmentation) has a forward of its own, and those after it run in `frozen`.
+
+    Args:
+        model: what is run.
+        frozen: gives the context in which no statistics move.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, frozen: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         self._model, self._known = model, dict[tuple[object, ...], tuple[Any, ...]]()
+        self._frozen = frozen
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """The model's output."""
         key = *map(id, inputs), *((name, id(value)) for name, value in named.items())
         if key not in self._known:
-            self._known[key] = self._model(*inputs, **named), inputs, named  # held, so that no id is used again
+            with self._frozen() if self._known else nullcontext():
+                output = self._model(*inputs, **named)
+            self._known[key] = output, inputs, named  # held, so that no id is used again
         return self._known[key][0]
 
     def __getattr__(self, name: str) -> Any:
@@ -136,9 +145,16 @@ def divergence(teacher: Tensor, logits: Tensor, targets: Tensor, temperature: fl
         temperature: T > 0; the factor T² keeps the size of the gradient.
     """
     wanted, given = (functional.log_softmax(_wide(each) / temperature, dim=-1) for each in (teacher, logits))
-    rows = functional.kl_div(given, wanted, reduction="none", log_target=True).sum(-1)
+    rows = relative_entropy(wanted, given)
     counts = (targets != IGNORED).to(rows.dtype)
     return temperature**2 * (rows * counts).sum() / counts.sum()
+
+
+def relative_entropy(wanted: Tensor, given: Tensor) -> Tensor:
+    """KL in nats of each row, shape (n,), of log-probabilities; what `wanted` rules out (−∞) adds nothing."""
+    ruled_out = wanted == -torch.inf
+    wanted, given = wanted.clamp(min=torch.finfo(wanted.dtype).min / 2), given.masked_fill(ruled_out, 0.0)
+    return functional.kl_div(given, wanted, reduction="none", log_target=True).sum(-1)
 
 
 def distillation(teacher: Tensor, temperature: float = 1.0) -> Callable[[Any, Any], Tensor]:

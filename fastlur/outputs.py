@@ -1,6 +1,7 @@
 """What a classifier's outputs give away about an item: functions of logits, shape (n, classes), row by row.
 
-All are differentiable, in nats, of shape (n,), and finite however sure of itself the model is.
+All are differentiable, in nats, of shape (n,), and finite however sure of itself the model is; a class that is ruled
+out (a logit of −∞) adds nothing, p log p being 0 at p = 0.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+LEAST = -1e9  # a log-probability, in place of −∞, which times 0 is not a number
 
 
 def log_odds(logits: Tensor, classes: Tensor) -> Tensor:
@@ -20,7 +23,7 @@ def log_odds(logits: Tensor, classes: Tensor) -> Tensor:
 def entropy(logits: Tensor) -> Tensor:
     """−Σ p log p."""
     likely = functional.log_softmax(logits, dim=-1)
-    return -(likely.exp() * likely).sum(-1)
+    return -(likely.exp() * likely.clamp(min=LEAST)).sum(-1)
 
 
 def modified_entropy(logits: Tensor, targets: Tensor) -> Tensor:

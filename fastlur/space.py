@@ -145,6 +145,14 @@ class ParameterSpace:
         theta = self.theta
         return Vector(self.slots, lambda: [torch.zeros_like(flat, dtype=dtype) for flat in theta.flats])
 
+    def sums(self) -> Vector:
+        """A new vector of zeros to add many gradients up in: float32 where the parameters have fewer bits."""
+        types = [torch.promote_types(flat.dtype, torch.float32) for flat in self.theta.flats]
+        if types == [flat.dtype for flat in self.theta.flats]:
+            return self.vector()
+        flats = self.theta.flats
+        return Vector(self.slots, lambda: [torch.zeros_like(f, dtype=d) for f, d in zip(flats, types, strict=True)])
+
     def copy(self) -> Vector:
         """A new vector that holds θ as it is now."""
         made = self.vector()

@@ -14,7 +14,7 @@ from fastlur.capture import Captured, check_capture
 from fastlur.culprit import accuse, overflowed
 from fastlur.data import Feed, to_device
 from fastlur.errors import ArgumentError, CheckpointError, NonFiniteError
-from fastlur.methods.base import Direction, Method, Recipe, State
+from fastlur.methods.base import Direction, Method, Recipe, State, checked_direction, checked_mask
 from fastlur.passes import ARGUMENT, Loss, Passes, Which
 from fastlur.reference import COUNT, OK
 from fastlur.slots import Selection
@@ -87,7 +87,7 @@ class Step:
                 trim, mask = getattr(method, "trim", None), getattr(method, "mask", None)
                 if trim is not None:
                     trim(self.passes)
-                self.mask: Vector | None = None if mask is None else mask(self.passes)
+                self.mask: Vector | None = None if mask is None else checked_mask(mask(self.passes))
                 self.state = method.prepare(self.passes)
             if not isinstance(self.state, State):
                 kind = type(self.state).__name__
@@ -141,7 +141,7 @@ class Step:
         passes.statistics.save()
         try:
             with passes.of_step(self.step + 1, forget, retain):
-                direction = self.method.direction(passes, self.state)
+                direction = checked_direction(self.method.direction(passes, self.state), self.method)
                 if self.mask is not None:
                     direction = direction._replace(mask=_both(self.mask, direction.mask))
                 with torch.no_grad():

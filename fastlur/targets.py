@@ -9,7 +9,6 @@ estimate of what the retrained model would say. All are bounded below, so that t
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from fastlur.data import Feed, source
 from fastlur.errors import ArgumentError, ModelError, nearest
-from fastlur.fresh import renew
+from fastlur.fresh import copied, renew
 from fastlur.identity import model_digest
 from fastlur.losses import BoundedForgetting, cross_entropy, divergence, logits_and_targets
 from fastlur.methods.base import check_range
@@ -97,7 +96,7 @@ class SecondChoice(_Made):
 
     def prepare(self, passes: Passes) -> Loss:
         """Keep a copy of the model."""
-        return Imitation(_frozen(copy.deepcopy(passes.space.model)), self.sharpness, without_truth=True)
+        return Imitation(_frozen(copied(passes.space.model)), self.sharpness, without_truth=True)
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ class Novice(_Made):
             return self._taught(model, feed, loss, "fp32")
 
     def _taught(self, model: nn.Module, feed: Feed, loss: Loss, precision: str) -> nn.Module:
-        teacher = copy.deepcopy(model)
+        teacher = copied(model)
         moving = [p for p in teacher.parameters() if p.requires_grad]
         if self.part == "head":
             last = [m for m in teacher.modules() if any(p.requires_grad for p in m.parameters(recurse=False))][-1]

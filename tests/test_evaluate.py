@@ -74,7 +74,31 @@ def test_membership_gives_both_sides_the_same_weight():
 
 def test_membership_of_a_model_that_says_one_thing_to_all_is_defined():
     same = np.full(20, 0.25)
-    assert membership(same, same, same) in (0.0, 100.0)
+    assert membership(same, same, same) == membership(same, same, np.zeros(3)) == 50
+    some = np.array([1.0, 1, 1, 0])
+    assert membership(some, np.tile(some, 3), np.zeros(4)) == 50
+
+
+def test_an_attack_on_a_model_that_is_always_right_and_sure_knows_no_members():
+    class Sure(torch.nn.Module):
+        def forward(self, x):
+            return 1e4 * x
+
+    sides = {name: (torch.eye(4), torch.arange(4)) for name in ("forget", "retain", "test")}
+    found = fastlur.evaluate(Sure(), **sides)
+    assert found.ra == found.ta == 100 and found.mia == 50
+    assert set(found.attacks.values()) == {50.0}
+
+
+def test_a_class_that_is_ruled_out_adds_nothing():
+    class Masked(torch.nn.Module):
+        def forward(self, x):
+            return torch.cat([x, torch.full_like(x[:, :1], -torch.inf)], -1)
+
+    torch.manual_seed(0)
+    sides = {name: (torch.randn(9, 4), torch.arange(9) % 4) for name in ("forget", "retain", "test")}
+    found, plain = (fastlur.evaluate(model, **sides) for model in (Masked(), torch.nn.Identity()))
+    assert found.as_dict() == plain.as_dict()
 
 
 def test_mia_is_the_share_of_forget_items_called_non_members():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import itertools
 import json
 
 import pytest
@@ -209,57 +208,6 @@ class TestEveryStep:
         run(model, *data, method=dataclasses.replace(bare(name, mask=None), trim=Trim(0.5)), lr=0.0)
         assert not torch.equal(flat(twin), before)
         assert torch.equal(flat(model), flat(twin))
-
-
-@pytest.fixture(scope="module")
-def knowing():
-    """A model with dropout and batch norm that knows its data, what it is to forget of them and what to keep."""
-    torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Dropout(0.2), nn.Linear(12, 4))
-    (x, _), rule = blobs(64), torch.randn(6, 4)
-    data = x, (x @ rule).argmax(-1)
-    forget, retain = (tuple(part[chosen] for part in data) for chosen in (data[1] == 0, data[1] != 0))
-    run(model, blobs(1), data, method="retrain", steps=300, batch_size=32, lr=0.1)
-    model.eval()
-    assert all(cross_entropy(model, side) < 0.15 for side in (forget, retain))
-    return model, forget, retain
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_no_two_methods_are_the_same_one(knowing, optimizer):
-    """Six steps, one of SCRUB's max-steps among them, from one trained model that no trim has touched."""
-    model, forget, retain = knowing
-    updates = {}
-    for name in NAMES:
-        copied, settings = copy.deepcopy(model), {"reinitialise": True} if name == "retrain" else {}
-        run(copied, forget, retain, method=bare(name, **settings), steps=6, lr=0.01, optimizer=optimizer)
-        updates[name] = flat(copied) - flat(model)
-    norms = {name: float(update.norm()) for name, update in updates.items()}
-    assert not [name for name in NAMES if not norms[name] > 1e-4 * max(norms.values())]
-    apart = {pair: float((updates[pair[0]] - updates[pair[1]]).norm()) for pair in itertools.combinations(NAMES, 2)}
-    assert not [pair for pair in apart if not apart[pair] > 1e-4 * max(norms[each] for each in pair)]
-
-
-def test_what_looks_alike_is_alike_as_its_docs_say(knowing):
-    """Retraining is fine-tuning of a fresh model, SalUn without its mask is random labels, and SCRUB is fine-tuning as
-    long as the model is its teacher.
-    """
-    _, forget, retain = knowing
-    model = mlp()
-    moved = {}
-    for name, steps in itertools.product(("fine_tune", "retrain", "scrub"), (1, 4)):
-        copied = copy.deepcopy(model)
-        run(copied, forget, retain, method=name, steps=steps, batch_size=16)
-        moved[name, steps] = flat(copied) - flat(model)
-    unmasked, labels = copy.deepcopy(model), copy.deepcopy(model)
-    run(unmasked, forget, retain, method=bare("salun", mask=None))
-    run(labels, forget, retain, method="random_label")
-    assert torch.equal(flat(unmasked), flat(labels))
-    assert "fine_tune" in METHODS["retrain"].__doc__
-    assert all(torch.equal(moved["fine_tune", steps], moved["retrain", steps]) for steps in (1, 4))
-    assert "no gradient at the teacher itself" in " ".join(METHODS["scrub"].__doc__.split())
-    torch.testing.assert_close(moved["scrub", 1], moved["fine_tune", 1], rtol=1e-4, atol=1e-7)
-    assert float((moved["scrub", 4] - moved["fine_tune", 4]).norm()) > 1e-3 * float(moved["fine_tune", 4].norm())
 
 
 def test_what_only_looks_like_a_method_is_refused_before_anything_happens():

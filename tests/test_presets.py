@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from helpers import state
+from test_methods_quality import error, trained  # noqa: F401
 from torch import nn
 
 import fastlur
@@ -50,6 +53,30 @@ def test_it_runs_as_it_is(method, preset, data):
     if "epochs" in settings:  # 130 items to keep, the longer side
         assert len(result.history["step"]) == settings["epochs"] * -(-130 // settings.get("batch_size", 128))
     assert result.settings["method"] == {"name": method, **settings["method"].settings()}
+
+
+# Least error on the data to forget and largest on those to keep, in percent, of the presets that name no layers; what
+# their docs say of digits.
+DIGITS = {
+    "boundary_expand": {"class": (0, 5), "mislabelled": (40, 3)},
+    "boundary_shrink": {"class": (30, 10), "mislabelled": (80, 5)},
+    "gru": {"class": (95, 5), "mislabelled": (80, 60)},
+    "l1_sparse": {"class": (95, 3), "mislabelled": (95, 3)},
+    "mox": {"class": (0, 3), "mislabelled": (0, 5)},  # made for language models, and harmless here
+    "scrub": {"class": (95, 3), "mislabelled": (90, 3)},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("scene", ["class", "mislabelled"])
+@pytest.mark.parametrize("method", DIGITS)
+def test_what_it_leaves_of_a_model_is_what_its_docs_say(method, scene, trained):  # noqa: F811
+    job, given = trained[scene]
+    for name in METHODS[method].presets:
+        model = copy.deepcopy(given)
+        fastlur.unlearn(model, job.forget, job.retain, **fastlur.methods.preset(method, name), progress=False)
+        least, most = DIGITS[method][scene]
+        assert error(model, job.forget) >= least and error(model, job.retain) <= most, name
 
 
 def test_what_was_read_of_lur_is_what_its_presets_say():

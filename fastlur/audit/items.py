@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from fastlur.data import source, to_device
 from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError
+from fastlur.fresh import copied
 from fastlur.losses import split
 from fastlur.world import borrowed_random, seed_loading
 
@@ -75,7 +75,7 @@ def own_copy(model: Any, name: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name}: a {type(model).__name__} is no torch.nn.Module")
     try:
-        mine = copy.deepcopy(model)
+        mine = copied(model)
     except (RuntimeError, TypeError) as error:
         raise ModelError(f"{name}: cannot be copied ({error})") from error
     for parameter in mine.parameters():

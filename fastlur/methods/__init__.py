@@ -4,11 +4,33 @@ from __future__ import annotations
 
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastlur.errors import ArgumentError, nearest
 from fastlur.methods.base import Cost, Direction, Method, Recipe, State
 from fastlur.methods.components import SaliencyMask, Trim
+
+if TYPE_CHECKING:  # for type checkers, which do not see what is found below; a test keeps it whole
+    from fastlur.methods.bad_teacher import BadTeacher as BadTeacher
+    from fastlur.methods.boundary_expand import BoundaryExpand as BoundaryExpand
+    from fastlur.methods.boundary_shrink import BoundaryShrink as BoundaryShrink
+    from fastlur.methods.eupmu import EUPMU as EUPMU
+    from fastlur.methods.fine_tune import FineTune as FineTune
+    from fastlur.methods.gradient_ascent import GradientAscent as GradientAscent
+    from fastlur.methods.gru import GRU as GRU
+    from fastlur.methods.l1_sparse import L1Sparse as L1Sparse
+    from fastlur.methods.ltu import LTU as LTU
+    from fastlur.methods.lur import LUR as LUR
+    from fastlur.methods.mox import MOX as MOX
+    from fastlur.methods.neggrad_plus import NegGradPlus as NegGradPlus
+    from fastlur.methods.pcgrad import PCGrad as PCGrad
+    from fastlur.methods.random_label import RandomLabel as RandomLabel
+    from fastlur.methods.retrain import Retrain as Retrain
+    from fastlur.methods.salun import SalUn as SalUn
+    from fastlur.methods.scissorhands import ScissorHands as ScissorHands
+    from fastlur.methods.scrub import SCRUB as SCRUB
+    from fastlur.methods.selective_amnesia import SelectiveAmnesia as SelectiveAmnesia
+    from fastlur.methods.ssd import SSD as SSD
 
 __all__ = [
     "METHODS",

@@ -227,6 +227,34 @@ class Recipe:
         return {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
 
 
+def checked_mask(mask: object) -> Vector:
+    """What a mask component returned.
+
+    Raises:
+        ArgumentError: it is no vector of bool.
+    """
+    if not isinstance(mask, Vector) or any(flat.dtype != torch.bool for flat in mask.flats):
+        raise ArgumentError(f"mask: returned a {type(mask).__name__}; it must fill passes.space.vector(torch.bool)")
+    return mask
+
+
+def checked_direction(direction: object, method: object) -> Direction:
+    """What a method's `direction` returned.
+
+    Raises:
+        ArgumentError: it is no `Direction`.
+    """
+    if not isinstance(direction, Direction):
+        kind, name = type(direction).__name__, type(method).__name__
+        raise ArgumentError(f"method: direction of {name} must return a Direction, not a {kind}")
+    return direction
+
+
+def alike(vector: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
+    """Flat buffers in the types of others, which they are already but for parameters of few bits."""
+    return [mine.to(its.dtype) for mine, its in zip(vector, other, strict=True)]
+
+
 def check_finite(total: Vector, which: Which) -> None:
     """Refuse gradients summed up before the steps that are not finite; waits for the device.
 

@@ -27,7 +27,9 @@ class BoundaryShrink(Recipe):
 
     Source: Chen et al., "Boundary Unlearning", arXiv 2303.11570, where only the forget data are trained on (w = 0), for
     a few small steps, and ε = 0.1 of the range of pixels, which the preset leaves at the default: ε here is in
-    another unit. The retain term is ours.
+    another unit. How few and how small is ours, in the preset too: on digits its 20 steps cost 5 % of the other classes
+    for less than half of one, 1 % for most of the mislabelled images, and those of `unlearn` half of everything. The
+    retain term is ours.
 
     Args:
         epsilon: ε ≥ 0.
@@ -48,7 +50,9 @@ class BoundaryShrink(Recipe):
         "last layer. Approximate, without a certificate of deletion."
     )
     own_objective: ClassVar[bool] = True
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"published": {"method": {"retain_weight": 0.0}}}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "published": {"method": {"retain_weight": 0.0}, "lr": 3e-3, "steps": 20}
+    }
 
     def __post_init__(self) -> None:
         check_range("epsilon", self.epsilon, example=0.3)

@@ -16,10 +16,11 @@ from fractions import Fraction
 from typing import ClassVar
 
 import torch
+from torch import nn
 
 from fastlur import ops
 from fastlur.errors import ArgumentError, ModelError
-from fastlur.methods.base import check_finite, check_range
+from fastlur.methods.base import alike, check_finite, check_range
 from fastlur.passes import Passes
 from fastlur.space import ParameterSpace, Vector
 from fastlur.world import derive, seed_torch
@@ -34,7 +35,9 @@ class Trim:
     With a = Σ_j |∇CE(θ; forget batch j)| and the saliency |a ⊙ θ| over all moving parameters: in the chosen layers,
     where it exceeds the ⌊sparsity·N⌋-th smallest, weights are drawn anew (Kaiming-uniform with a = √5, as linear and
     convolutional layers are initialised) and biases become 0. Parameters of normalisation layers stay, and so do
-    one-dimensional ones that are no bias (a scale, a class token): nothing says how to draw those.
+    those that are neither a bias nor a weight of two dimensions or more (a scale, a class token, a position embedding
+    that is a bare parameter): nothing says how to draw those. A weight is what is called one, or belongs to a module
+    that has `reset_parameters`.
 
     Source: ScissorHands, arXiv 2401.06187. Eval mode and "all batches" are reconstructed.
 
@@ -63,27 +66,27 @@ class Trim:
     def __call__(self, passes: Passes) -> None:
         """Trim θ; two parameter-sized vectors, given back at the end."""
         space = passes.space
-        slots = chosen_slots(space, self.layers)
-        total, gradient = space.vector(), space.vector()
+        slots, weights = chosen_slots(space, self.layers), _weights(space.model)
+        total, gradient = space.sums(), space.vector()
         for batch in passes.feed.batches("forget", self.batches, "trim"):
             with passes.aside({"forget": batch}):
                 passes.gradient("forget", gradient, loss=passes.losses["retain"], weight=1.0)
             ops.saliency(gradient.flats, gradient.flats)
-            ops.displace(total.flats, total.flats, gradient.flats, -1.0)
+            ops.displace(total.flats, total.flats, alike(gradient.flats, total.flats), -1.0)
         del gradient
         check_finite(total, "forget")
-        ops.saliency(total.flats, total.flats, space.theta.flats)
+        ops.saliency(total.flats, total.flats, alike(space.theta.flats, total.flats))
         limit = ops.threshold(total.spans, self.sparsity)  # the gaps between slots are no parameters
         seed_torch(derive(passes.seed, "trim"), space.device)
         with torch.no_grad():
             for index in slots:
                 weight, slot = space.theta.views[index], space.slots[index]
                 fresh = torch.zeros(slot.shape, dtype=weight.dtype, device=weight.device)
-                if weight.dim() > 1 and weight.numel():
+                if weight.dim() > 1 and weight.numel() and weights & set(slot.names):
                     torch.nn.init.kaiming_uniform_(fresh, a=math.sqrt(5))
                 elif not any(name.rpartition(".")[2].endswith("bias") for name in slot.names):
                     continue
-                salient = total.views[index] > limit.to(weight.dtype)
+                salient = total.views[index] > limit.to(total.views[index].dtype)
                 torch.where(salient, fresh, weight, out=weight)
 
 
@@ -126,17 +129,32 @@ class SaliencyMask:
             for every in mask.flats:
                 every.fill_(True)
             return mask
-        gradient = space.vector()
+        total = space.sums()
+        few_bits = [flat.dtype for flat in total.flats] != [flat.dtype for flat in space.theta.flats]
+        gradient = space.vector() if few_bits else total
         for batch in passes.feed.batches("forget", self.batches, "mask"):
             with passes.aside({"forget": batch}):
-                passes.gradient("forget", gradient, loss=passes.losses["retain"], weight=1.0, add=True)
-        check_finite(gradient, "forget")
-        ops.saliency(gradient.flats, gradient.flats)
+                passes.gradient("forget", gradient, loss=passes.losses["retain"], weight=1.0, add=not few_bits)
+            if few_bits:
+                ops.displace(total.flats, total.flats, alike(gradient.flats, total.flats), -1.0)
+        check_finite(total, "forget")
+        ops.saliency(total.flats, total.flats)
         # 1 − share as people write it: 0.1 for 0.9, where floating point has a little less
-        limit = ops.threshold(gradient.spans, float(1 - Fraction(str(self.share))))
-        for keep, salient in zip(mask.flats, gradient.flats, strict=True):
+        limit = ops.threshold(total.spans, float(1 - Fraction(str(self.share))))
+        for keep, salient in zip(mask.flats, total.flats, strict=True):
             keep.copy_(salient > limit.to(salient.dtype))
         return mask
+
+
+def _weights(model: nn.Module) -> set[str]:
+    """Names of the parameters that are drawn as linear and convolutional layers draw their weights."""
+    found = set()
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        draws = any(hasattr(module, name) for name in ("reset_parameters", "_reset_parameters"))
+        for name, _ in module.named_parameters(recurse=False, remove_duplicate=False):
+            if draws or "weight" in name or "parametrizations." in prefix:
+                found.add(f"{prefix}.{name}" if prefix else name)
+    return found
 
 
 def chosen_slots(space: ParameterSpace, layers: Layers) -> list[int]:

@@ -20,7 +20,8 @@ class GRU(Recipe):
         a ← βa + (1 − β)r;    where ⟨f, a⟩ < 0:  f ← f − ⟨f, a⟩/‖a‖² · a;    descend along w·r + f.
 
     Only the direction of a matters, so it is kept up to the factor 1 − β. The average costs a vector, and a checkpoint
-    holds it.
+    holds it. As the average begins with r, the first update is that of `pcgrad` where the gradients are not in
+    conflict; where they are, r stays whole here.
 
     Source: Wang et al., "GRU: Mitigating the Trade-off between Unlearning and Retention for LLMs", arXiv 2503.09117,
     and the authors' code, where w is 0 or a coefficient, and 1 − β is 0.6 to 0.99. With w = 0 nothing but the

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlur.methods.base import check_finite
+from fastlur.losses import IGNORED, split
+from fastlur.methods.base import alike, check_finite
 from fastlur.passes import Passes, Which
 from fastlur.space import Vector
 
@@ -28,24 +29,33 @@ def importance(
             None: whole batches, a pass a batch.
 
     Returns:
-        The mean, and over how many groups it was taken.
+        The mean, in float32 where the parameters have fewer bits, and over how many groups it was taken: those without
+        a target that counts (all −100) are left out.
 
     Raises:
         NonFiniteError: a gradient is not finite.
     """
-    total, gradient, count = passes.space.vector(), passes.space.vector(), 0
+    total, gradient, count = passes.space.sums(), passes.space.vector(), 0
     for batch in passes.feed.batches(which, batches, draw):
         for part in groups(batch, group):
+            if not _counts(part):
+                continue
             side: dict[Which, Any] = {which: part}
             with passes.aside(side):
                 passes.gradient(which, gradient, loss=passes.losses["retain"], weight=1.0)
             with torch.no_grad():
-                torch._foreach_addcmul_(total.flats, gradient.flats, gradient.flats)
+                found = alike(gradient.flats, total.flats)
+                torch._foreach_addcmul_(total.flats, found, found)
             count += 1
     with torch.no_grad():
         torch._foreach_div_(total.flats, max(count, 1))
         check_finite(total, which)
     return total, count
+
+
+def _counts(batch: Any) -> bool:
+    targets = split(batch)[1]
+    return not isinstance(targets, Tensor) or bool((targets != IGNORED).any())
 
 
 def groups(batch: Any, size: int | None) -> Iterator[Any]:

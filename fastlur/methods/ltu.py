@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import islice
 from typing import Any, ClassVar, Literal, get_args
 
@@ -14,7 +15,7 @@ from torch.nn import functional
 
 from fastlur import content, meta, ops
 from fastlur.data import source, to_device
-from fastlur.errors import ArgumentError, nearest, unknown
+from fastlur.errors import ArgumentError, DataError, FastlurError, nearest, unknown
 from fastlur.losses import IGNORED, logits_and_targets
 from fastlur.membership import Attackers, features
 from fastlur.methods.base import Cost, Direction, Recipe, State, check_range
@@ -133,7 +134,8 @@ class LTU(Recipe):
             raise ArgumentError(
                 f"retain_fraction={self.retain_fraction!r}: the retain data do not tell their length; pass fewer data"
             )
-        limit = math.ceil(self.retain_fraction * (count or 1)) if some else AUDITED
+        # the fraction as people write it: 0.07 of 100 batches are 7, where floating point has a little more
+        limit = math.ceil(Fraction(str(self.retain_fraction)) * (count or 1)) if some else AUDITED
         batches = list(feed.batches("retain", limit, DRAW))
         state = LTUState(passes, batches if some else [], self.inner_lr)
         members, strangers = self._outputs(passes, batches[:AUDITED], state.point)
@@ -182,7 +184,7 @@ class LTU(Recipe):
             members = seen(batches)
             if self.nonmembers is not None:
                 held_out = source(self.nonmembers, "nonmembers", BATCH).once(derive(passes.seed, "nonmembers"))
-                return members, seen(islice(held_out, AUDITED))
+                return members, _strangers(seen, islice(held_out, AUDITED))
             generator, strangers = torch.Generator(space.device), []
             for noise in NOISE:
                 generator.manual_seed(derive(passes.seed, "noise", noise))
@@ -191,6 +193,27 @@ class LTU(Recipe):
                 with space.at(point):
                     strangers.append(seen(batches))
         return members, torch.cat(strangers)
+
+
+def _strangers(seen: Callable[[Iterable[Any]], Tensor], held_out: Iterable[Any]) -> Tensor:
+    """Features of the data that the user gave as not seen by the model.
+
+    Raises:
+        DataError: the model cannot take them, or none of them counts.
+    """
+    try:
+        found = seen(held_out)
+    except (FastlurError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise DataError(
+            f"nonmembers: the model cannot take them ({type(error).__name__}: {said}); pass labelled data like those "
+            "to retain"
+        ) from error
+    if not len(found):
+        raise DataError("nonmembers: not one has a label that counts; pass labelled data like those to retain")
+    return found
 
 
 class LTUState(State):
@@ -250,6 +273,8 @@ def forgetting(tunes: bool, attackers: Attackers) -> Loss:
 def _features(model: Any, batch: Any) -> Tensor:
     logits, targets = logits_and_targets(model, batch)
     counted = targets != IGNORED
+    if bool(((targets >= logits.shape[-1]) | (targets < 0))[counted].any()):
+        raise IndexError(f"a label is outside the model's {logits.shape[-1]} logits")
     return features(logits[counted], targets[counted])
 
 

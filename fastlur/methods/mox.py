@@ -14,7 +14,7 @@ from torch.nn import functional
 from fastlur import ops
 from fastlur.errors import ArgumentError, nearest, unknown
 from fastlur.frozen import Frozen
-from fastlur.losses import IGNORED, logits_and_targets
+from fastlur.losses import IGNORED, logits_and_targets, relative_entropy
 from fastlur.methods.base import Cost, Direction, Recipe, State, check_range
 from fastlur.passes import Loss, Passes
 from fastlur.space import Vector
@@ -261,7 +261,7 @@ def divergence(reference: Tensor, model: Any, batch: Any) -> Tensor:
     """Mean KL(p_reference ‖ p_model) over the targets of a batch, in nats, shape (); `reference` are logits."""
     logits, targets = logits_and_targets(model, batch)
     before, now = _log_probabilities(reference), _log_probabilities(logits)
-    return _mean(functional.kl_div(now, before, reduction="none", log_target=True).sum(-1), targets)
+    return _mean(relative_entropy(before, now), targets)
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ class PCGrad(Recipe):
         r ← r − ⟨r, f⟩/‖f‖² · f,    f ← f − ⟨f, r⟩/‖r‖² · r    (both from the values before),
 
     then descend along r + f. The history shows the gradients after the projection; their cosine is then that of two
-    vectors at the supplementary angle, positive where the gradients were in conflict.
+    vectors at the supplementary angle, positive where the gradients were in conflict. Without a conflict nothing is
+    projected, and the first update is then that of `gru`.
 
     Source: Yu et al., "Gradient Surgery for Multi-Task Learning", arXiv 2001.06782, for the two losses of unlearning.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastlur import ops
+from fastlur.fresh import copied
 from fastlur.methods.base import State
 from fastlur.methods.components import Layers, chosen_slots
 from fastlur.passes import Passes
@@ -137,7 +137,7 @@ class PublishedRepair(Repair):
 
     def anchor(self) -> None:
         """As above, at a deep copy of the model, which stays with its gradients until the next epoch."""
-        self.twin = copy.deepcopy(self.passes.space.model).eval()
+        self.twin = copied(self.passes.space.model).eval()
         super().anchor()
 
     def joint_gradient(self) -> None:

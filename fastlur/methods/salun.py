@@ -17,7 +17,7 @@ class SalUn(Relabelling):
     """Train on random wrong labels for the forget data, moving only the weights that matter to them.
 
     min_θ  CE(retain, true) + λ CE(forget, random) over the half of the weights with the largest |∇CE_f(θ₀)|; the others
-    do not move, weight decay included.
+    do not move, weight decay included. The true label is never drawn.
 
     Source: Fan et al., SalUn, arXiv 2310.12508.
 

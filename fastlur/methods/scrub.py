@@ -31,7 +31,7 @@ class SCRUB(Recipe):
     which repair. A min-step comes first because D_f has no gradient at the teacher itself, apart from dropout and batch
     norm: with k = 1 the first max-step does nothing on a model without these. k stands for (1 + retain batches/forget
     batches) of the published epochs. Momentum carries over from one kind to the other. In a loop of unknown length the
-    first part never ends.
+    first part never ends. Where it is shorter than k its last step, or else the second of the run, is a max-step.
 
     The teacher answers in eval mode. A step of one kind makes no pass over the other side, whose loss is then missing
     (NaN) in the history; "retain_loss" is the whole of α D_r + γ L_r, "forget_loss" −min(D_f, cap). The norm of the
@@ -101,7 +101,7 @@ class SCRUB(Recipe):
             return -torch.where(distance > cap, distance.new_full((), cap), distance)
 
         def close(model: Any, batch: Any) -> Tensor:
-            once = Remembering(model)
+            once = Remembering(model, passes.statistics.frozen)
             own = passes.losses["retain"](once, batch)
             return self.gamma * own + self.alpha * divergence(
                 teacher, *logits_and_targets(once, batch), self.temperature
@@ -112,8 +112,12 @@ class SCRUB(Recipe):
 
     def is_max_step(self, step: int, steps: int | None) -> bool:
         """Whether step number `step`, from 1, of `steps` is a max-step."""
-        first_part = steps is None or step <= round(self.max_part * steps)
-        return first_part and step % self.max_every == 0
+        if steps is None:
+            return step % self.max_every == 0
+        last = round(self.max_part * steps)
+        if self.max_part and steps > 1 and last < self.max_every:  # or a short run would not forget, unseen
+            return step == max(last, 2)
+        return step <= last and step % self.max_every == 0
 
 
 class Taught(Gradient):

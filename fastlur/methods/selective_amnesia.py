@@ -76,11 +76,15 @@ class Amnesia(Gradients):
     """The penalty's centre, which is the model as given, and its weights."""
 
     def __init__(self, passes: Passes, batches: int | None) -> None:
-        self.fisher, mine = importance(passes, "forget", batches, "fisher")
+        fisher, mine = importance(passes, "forget", batches, "fisher")
         other, theirs = importance(passes, "retain", batches, "fisher")
         with torch.no_grad():  # the mean over the batches of both
-            torch._foreach_lerp_(self.fisher.flats, other.flats, theirs / (mine + theirs))
-        del other
+            torch._foreach_lerp_(fisher.flats, other.flats, theirs / max(mine + theirs, 1))
+            few_bits = [flat.dtype for flat in fisher.flats] != [flat.dtype for flat in passes.space.theta.flats]
+            self.fisher = passes.space.vector() if few_bits else fisher
+            if few_bits:  # as the update takes it
+                torch._foreach_copy_(self.fisher.flats, fisher.flats)
+        del other, fisher
         self.theta0 = passes.space.copy()
         super().__init__(passes)
 

@@ -36,6 +36,7 @@ bench-full: $(STAMP) ext
 # DATA=folder with the MNIST files; OUT=folder for the results.
 OUT ?= gpu-results
 gpu:
+	@$(PYTHON) bench/gpu_parts/needs.py pip setuptools
 	$(PYTHON) -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
 	$(PYTHON) -m bench.gpu --out $(OUT) $(if $(DATA),--data $(DATA)) $(GPU_OPTIONS)
 

@@ -5,7 +5,8 @@
 Every part runs in a process of its own, within its share of the time (what one leaves over goes to the next), and
 writes DIR/PART.json after every case: a run that is cut off keeps what it has, and a part that crashes takes no other
 with it. The exit status is 1 where a part failed or died. Figures are from a GPU only: without one, --tiny runs the
-plumbing on a CPU, and the table says so.
+plumbing on a CPU, and the table says so. Where a module is missing without which nothing goes, one line says which, and
+the status is 2.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ ROOT = HERE.parent
 for folder in (ROOT / "tests", HERE):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+
+from gpu_parts.needs import complaint, remark  # noqa: E402
+
+if __name__ == "__main__" and (told := complaint()) is not None:
+    print(told, file=sys.stderr)
+    sys.exit(2)
 
 import torch  # noqa: E402
 
@@ -58,6 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
         if __name__ == "__main__" and "FASTLUR_SUITE" not in os.environ:
             print(table(given.out, [given.only]))
         return 0 if ran else 1
+
+    if (without := remark()) is not None:
+        print(without, flush=True)
 
     def launch(part: str, seconds: float) -> str | None:
         more = ["--data", str(given.data.resolve())] if given.data else []

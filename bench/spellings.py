@@ -1,8 +1,8 @@
 """What a careful user of torch would write for each vector operation: several spellings, the best of which counts.
 
 `v` is five vectors, lists of tensors of equal shapes: v[0] and v[1] are read, v[2] is written (weights, or an output),
-v[3] and v[4] are moments. Each spelling computes what the operation in `bench_ops.ours` computes, which is checked, and
-returns what that returns, temporaries allocated beforehand where torch allows it.
+v[3] and v[4] are moments. Each spelling computes what the operation in `operations.ours` computes, which is checked,
+and returns what that returns, temporaries allocated beforehand where torch allows it.
 """
 
 from __future__ import annotations

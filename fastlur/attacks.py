@@ -8,8 +8,6 @@ from statistics import NormalDist
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 
 from fastlur.errors import ArgumentError
 
@@ -22,6 +20,8 @@ def membership(member: np.ndarray, stranger: np.ndarray, asked: np.ndarray) -> f
     Each is one number an item, shape (n,), such as the confidence of a model in the true class. Both sides weigh the
     same in training, whatever their sizes.
     """
+    from sklearn.linear_model import LogisticRegression  # here: a step needs none of it
+
     x = np.concatenate([member, stranger])[:, None].astype(np.float64)
     y = np.concatenate([np.ones(len(member)), np.zeros(len(stranger))])
     mean, spread = x.mean(), max(float(x.std()), 1e-12)
@@ -32,6 +32,8 @@ def membership(member: np.ndarray, stranger: np.ndarray, asked: np.ndarray) -> f
 
 def auc(lower: np.ndarray, higher: np.ndarray) -> float:
     """Probability that a value of `higher` exceeds one of `lower`, ties counted half."""
+    from sklearn.metrics import roc_auc_score
+
     truth = np.concatenate([np.zeros(len(lower)), np.ones(len(higher))])
     return float(roc_auc_score(truth, np.concatenate([lower, higher])))
 

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from kernel_cases import DEVICE, clones, double, draw, full_of_nan, kernels, number, same
+from kernel_cases import DEVICE, clones, double, draw, full_of_nan, interpreted, number, same
 
 from fastlur import backends, ops, reference
 from fastlur.operands import control_scalars, hyper_parameters
@@ -23,8 +23,7 @@ GUARD = 16  # elements on either side of a tensor that must not change
 def through(name):
     """Inside, this backend serves; a test is skipped where it is not there."""
     if name == "triton" and DEVICE == "cpu":
-        # on CPU tensors only here: the interpreter is no backend, but it runs the code of one
-        with mock.patch.object(backends, "resolve", return_value=("triton", kernels)):
+        with interpreted():
             yield
         return
     reason = backends.unavailable(name, DEVICE)

@@ -1,6 +1,8 @@
 """The plumbing of the GPU suite, at sizes a CPU does in seconds: what it writes, and what when things go wrong."""
 
 import json
+import subprocess
+import sys
 
 import gpu
 import pytest
@@ -68,13 +70,13 @@ def test_steps_come_with_their_alignment_and_refused_ones_without_a_ratio(result
 
 def test_kernels_are_compared_with_float64(results, monkeypatch):
     out, _ = results
-    import bench_ops
+    import operations
     from gpu_parts import kernels
 
     def wrong(*_):
         raise AssertionError("off by one")
 
-    monkeypatch.setattr(bench_ops, "check", wrong)
+    monkeypatch.setattr(operations, "check", wrong)
     book = Book(out / "wrong.json", "kernels", 100)
     row = book.case("sgd", 0, lambda row: kernels.one(row, "sgd", "three", [(3,)], 0.01))
     assert row["status"] == "failed" and "off by one" in row["why"]
@@ -203,10 +205,42 @@ def test_a_part_that_does_not_end_is_ended():
     assert gpu.process(["false"], 60) == "exit status 1"
 
 
-def test_the_command_runs_a_part_by_its_name(tmp_path):
-    import subprocess
-    import sys
+def without(modules, *arguments):
+    """The command where these modules are not there."""
+    blocked = f"import runpy, sys; sys.modules.update(dict.fromkeys({modules!r}))"
+    code = (
+        f"{blocked}; sys.argv[1:] = {list(map(str, arguments))!r}; runpy.run_module('bench.gpu', run_name='__main__')"
+    )
+    return subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, capture_output=True, text=True, check=False)
 
+
+def test_what_is_missing_is_said_in_one_line_before_anything_starts(tmp_path):
+    done = without(["numpy", "tqdm"], "--tiny", "--out", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "missing: numpy, tqdm; get them with: pip install numpy tqdm"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("part", "skipped"),
+    [
+        ("kernels", None),
+        ("step", None),
+        ("correctness", "pytest is not there"),
+        ("end_to_end", "scikit-learn is not there"),
+    ],
+)
+def test_a_part_runs_with_what_a_machine_with_torch_has(tmp_path, part, skipped):
+    absent = ["pytest", "_pytest", "sklearn", "scipy", "hypothesis", "pytest_benchmark", "matplotlib"]
+    done = without(absent, "--tiny", "--only", part, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    cases = json.loads((tmp_path / f"{part}.json").read_text())["cases"]
+    assert cases and {case["status"] for case in cases} <= {"done", "skipped"}
+    reasons = {case["why"] for case in cases if case["status"] == "skipped"}
+    assert skipped in reasons if skipped else not [why for why in reasons if "not there" in why]
+
+
+def test_the_command_runs_a_part_by_its_name(tmp_path):
     command = [sys.executable, "-m", "bench.gpu", "--only", "environment", "--tiny", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

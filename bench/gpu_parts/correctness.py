@@ -18,6 +18,7 @@ import torch
 
 from fastlur import _extension
 from gpu_parts.book import Book, Options, Row, Skip
+from gpu_parts.needs import here
 
 ROOT = Path(__file__).parent.parent.parent
 GPU = "tests/test_kernels_gpu.py"
@@ -72,6 +73,7 @@ def extension(row: Row, book: Book, tiny: bool) -> None:
 
 def tests(row: Row, told: list[str], left: float) -> None:
     """Run pytest and count; the case fails where a test does."""
+    needs_pytest()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "default", f"--junitxml={report}"]
@@ -87,6 +89,11 @@ def tests(row: Row, told: list[str], left: float) -> None:
     row["last_line"] = done.stdout.strip().splitlines()[-1:]
     assert not row["failures"], f"{len(row['failures'])} failed, the first is {next(iter(row['failures']))}"
     assert done.returncode == 0, f"pytest ended with {done.returncode}: {done.stdout[-500:]}"
+
+
+def needs_pytest() -> None:
+    if not here("pytest"):
+        raise Skip("pytest is not there")
 
 
 def count(row: Row, report: Path) -> None:
@@ -110,6 +117,7 @@ def sanitizer(row: Row, left: float, tiny: bool) -> None:
     tool = shutil.which("compute-sanitizer") or _beside_nvcc()
     if tool is None or tiny:
         raise Skip("compute-sanitizer is not here" if tool is None else "no part of the plumbing")
+    needs_pytest()
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all", sys.executable]
     command += ["-m", "pytest", "-p", "no:cacheprovider", "-W", "default", *SANITIZED]

@@ -16,6 +16,7 @@ from whole import run as run_arm
 
 from fastlur.demo import digits, residual_cnn
 from gpu_parts.book import Book, Options, Row, Skip, device
+from gpu_parts.needs import WANTED, missing
 from gpu_parts.timing import wait
 
 WRONG = 0.05
@@ -53,6 +54,9 @@ def run(book: Book, options: Options) -> None:
 
 def train_both(row: Row, options: Options) -> Job:
     """The data, the network that memorised the wrong labels and from which all start, the one that never saw them."""
+    absent = missing(("sklearn", "scipy"))  # what the figures of a run are made with
+    if absent:
+        raise Skip(f"{WANTED[absent[0]]} is not there")
     if options.data is None and not options.tiny:
         raise Skip("needs MNIST: --data DIR")
     if options.tiny or options.data is None:

@@ -12,11 +12,10 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-import backend_cases
-import bench_ops
+import operations
 import torch
-from bench_ops import CACHE, rotating, vectors
 from measure import medians
+from operations import CACHE, rotating, vectors
 from shapes import Shapes, language_1b, numel, resnet18
 from spellings import ALPHA, DECAY, LR, MOMENTUM, OPERATIONS, Arm, Vectors, compiled, eager
 from traffic import TRAFFIC
@@ -24,6 +23,7 @@ from traffic import TRAFFIC
 from fastlur import backends, ops
 from fastlur.operands import control_scalars, hyper_parameters
 from gpu_parts.book import Book, Options, Row, device, release
+from gpu_parts.needs import here
 from gpu_parts.timing import captured, launches, sampled, spread
 
 IN_62, IN_201 = "ResNet-18, 62 tensors", "1.1 B LM, 201 tensors"
@@ -117,7 +117,8 @@ def one(row: Row, name: str, layout: str, shapes: Shapes, seconds: float) -> Non
     """One operation: our backends, those in a graph, torch's eager spellings, and a copy."""
     size = numel(shapes)
     row |= {"operation": name, "layout": layout, "elements": size}
-    checked = dict.fromkeys([*serving(), "triton"] if device().type == "cpu" else serving())  # there in the interpreter
+    interpreter = ["triton"] if device().type == "cpu" and here("triton") else []
+    checked = dict.fromkeys([*serving(), *interpreter])
     wrong = {backend: fault for backend in checked if (fault := fault_of(backend, name, shapes))}
     row["wrong"] = wrong
     sets = 1 if device().type == "cpu" else max(1, CACHE // (4 * size))
@@ -126,7 +127,7 @@ def one(row: Row, name: str, layout: str, shapes: Shapes, seconds: float) -> Non
     arms: dict[str, Arm] = {"copy": lambda: target.copy_(source)}
     for backend in serving():
         if backend not in wrong:
-            arms[backend] = rotating([forced(backend, bench_ops.ours(name, v)) for v in held])
+            arms[backend] = rotating([forced(backend, operations.ours(name, v)) for v in held])
     spelled = [eager(name, v) for v in held]
     arms |= {f"torch: {how}": rotating([each[how] for each in spelled]) for how in spelled[0]}
     if sets == 1:  # a graph of one buffer in the cache would be no figure
@@ -142,11 +143,11 @@ def tuned(row: Row, name: str, layout: str, shapes: Shapes, seconds: float, comp
     source, target = torch.rand(2, numel(shapes), device=device())
     arms: dict[str, Arm] = {"copy": lambda: target.copy_(source)}
     best = backends.serving(device().type)
-    arms[best] = bench_ops.ours(name, held[0])
+    arms[best] = operations.ours(name, held[0])
     (arms["torch: compiled"],) = compiled(name, held, compiler)
     arms["torch: foreach"] = eager(name, held[0])["foreach"]
     arms["torch: compiled foreach"] = torch.compile(arms["torch: foreach"], backend=compiler)
-    bench_ops.check(name, shapes, {how: [arm] for how, arm in arms.items() if how != "copy"}, held[0])
+    operations.check(name, shapes, {how: [arm] for how, arm in arms.items() if how != "copy"}, held[0])
     in_graphs(row, arms)
     row["one_buffer"] = True  # below 1e8 elements all arms alike then find much of it in the cache
     summary(row, measured(row, arms, seconds), numel(shapes))
@@ -204,14 +205,14 @@ def fault_of(backend: str, name: str, shapes: Shapes) -> str | None:
         return None
     try:
         with through(backend):
-            v = bench_ops.vectors(shapes, 0)
-            mine = bench_ops.ours(name, v)
+            v = operations.vectors(shapes, 0)
+            mine = operations.ours(name, v)
 
             def served() -> object:  # `check` itself asks for plain torch when it makes the truth
                 with through(backend):
                     return mine()
 
-            bench_ops.check(name, shapes, {backend: [served]}, v)
+            operations.check(name, shapes, {backend: [served]}, v)
     except AssertionError as error:
         return str(error)[:400]
     return None
@@ -223,8 +224,11 @@ def serving() -> list[str]:
 
 
 def through(backend: str) -> AbstractContextManager[Any]:
-    interpreted = backend == "triton" and device().type == "cpu"
-    return backend_cases.through(backend) if interpreted else backends.backend(backend)
+    if backend == "triton" and device().type == "cpu":
+        from kernel_cases import interpreted
+
+        return interpreted()
+    return backends.backend(backend)
 
 
 def forced(backend: str, arm: Callable[[], object]) -> Arm:

@@ -17,8 +17,7 @@ from typing import Any
 
 import gate
 import torch
-from arms import FRUGAL, MODES, Arm, bare, lur, opened
-from bench_scissorhands import parts
+from arms import FRUGAL, MODES, Arm, bare, lur, opened, parts
 from measure import Times, ratio
 from models import MODELS
 from torch import Tensor, nn

@@ -1,14 +1,20 @@
 """The plumbing of the GPU suite, at sizes a CPU does in seconds: what it writes, and what when things go wrong."""
 
+import gzip
 import json
+import signal
 import subprocess
 import sys
+import time
+import warnings
+from pathlib import Path
 
 import gpu
 import pytest
 import torch
-from gpu_parts import PARTS
+from gpu_parts import PARTS, end_to_end, mnist, timing
 from gpu_parts.book import Book, Options
+from gpu_parts.processes import contained
 from gpu_parts.table import table
 
 STATES = {"done", "skipped", "failed", "out of memory"}
@@ -121,7 +127,13 @@ class TestSuite:
 
     def test_a_part_that_wrote_nothing_is_told_too(self, tmp_path):
         assert gpu.suite(tmp_path, 100, lambda part, seconds: "exit status 1", Clock()) == 1
-        assert json.loads((tmp_path / "step.json").read_text())["fault"] == "exit status 1"
+        kept = json.loads((tmp_path / "step.json").read_text())
+        assert kept["fault"] == "exit status 1" and "stderr" not in kept
+
+    def test_the_last_words_of_a_dead_part_are_kept(self, tmp_path):
+        gpu.suite(tmp_path, 100, lambda part, seconds: "exit status 1\nTraceback\nValueError: no", Clock())
+        kept = json.loads((tmp_path / "step.json").read_text())
+        assert kept["fault"] == "exit status 1" and kept["stderr"] == ["Traceback", "ValueError: no"]
 
     def test_all_well_is_status_0(self, tmp_path):
         clock = Clock()
@@ -199,10 +211,124 @@ class TestBook:
         assert [case["case"] for case in kept["cases"]] == ["a"] and not kept["complete"]
 
 
-def test_a_part_that_does_not_end_is_ended():
-    assert "ended from outside" in gpu.process(["sleep", "600"], 0.2)
-    assert gpu.process(["true"], 60) is None
-    assert gpu.process(["false"], 60) == "exit status 1"
+class TestProcesses:
+    """What a part started does not outlive it, however it ends: it would be in the figures of the next."""
+
+    # prints the ids of a child of its own group and of one in a group of its own, both sleeping
+    FAMILY = (
+        "import subprocess as s, sys, pathlib; sleep = ['sleep', '600'];"
+        "ids = [s.Popen(sleep).pid, s.Popen(sleep, process_group=0).pid];"
+        "pathlib.Path(sys.argv[1]).write_text(' '.join(map(str, ids)));"
+    )
+
+    def gone(self, path):
+        def running(number):
+            try:
+                return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+            except OSError:
+                return False
+
+        numbers = path.read_text().split()
+        end = time.monotonic() + 60
+        while (left := [each for each in numbers if running(each)]) and time.monotonic() < end:
+            time.sleep(0.01)
+        return len(numbers) == 2 and not left
+
+    @pytest.mark.parametrize("last", ["", "sys.exit(3)", "s.Popen(sleep).wait()"])
+    def test_a_part_ends_with_all_it_started(self, tmp_path, last):
+        command = [sys.executable, "-c", self.FAMILY + last, str(tmp_path / "ids")]
+        fault = gpu.process(command, 60 if last != "s.Popen(sleep).wait()" else 5)
+        assert fault == {"": None, "sys.exit(3)": "exit status 3"}.get(last, "ended from outside after 5 s")
+        assert self.gone(tmp_path / "ids")
+
+    def test_a_command_of_a_part_ends_with_all_its_group(self, tmp_path):
+        code = self.FAMILY.replace(", process_group=0", "") + "s.Popen(sleep).wait()"
+        with pytest.raises(subprocess.TimeoutExpired):
+            contained([sys.executable, "-c", code, str(tmp_path / "ids")], 5)
+        assert self.gone(tmp_path / "ids")
+
+    def test_what_it_says_is_handed_over(self):
+        done = contained(["sh", "-c", "echo a; echo b >&2; exit 3"], 60)
+        assert (done.stdout, done.stderr, done.returncode) == ("a\n", "b\n", 3)
+
+    def test_statuses_and_the_last_words_of_a_dead_part(self, capfd):
+        assert gpu.process(["true"], 60) is None
+        assert gpu.process(["false"], 60) == "exit status 1"
+        assert gpu.process(["sh", "-c", "seq 30 >&2; exit 4"], 60).split() == [
+            *["exit", "status", "4"],
+            *map(str, range(11, 31)),
+        ]
+        assert capfd.readouterr().err.split() == [str(k) for k in range(1, 31)]
+
+    @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, None)])
+    def test_a_suite_that_is_stopped_ends_its_part_and_says_what_it_has(self, tmp_path, number, status):
+        family = [sys.executable, "-c", self.FAMILY + "s.Popen(sleep).wait()", str(tmp_path / "ids")]
+        code = (
+            "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
+            f"import sys; sys.path.insert(0, {str(gpu.HERE)!r}); import gpu; from pathlib import Path\n"
+            f"with gpu.stoppable(): gpu.suite(Path({str(tmp_path)!r}), 600, lambda *_: gpu.process({family!r}, 600))"
+        )
+        child = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        end = time.monotonic() + 120
+        while not (tmp_path / "ids").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        child.send_signal(number)
+        said, _ = child.communicate(timeout=120)
+        assert child.returncode == status if status else child.returncode
+        assert "## environment" in said and "the suite was stopped" in said and (tmp_path / "table.md").exists()
+        assert self.gone(tmp_path / "ids")
+
+
+class TestMnist:
+    """The four files, wherever they lie below the folder, are looked for before anything starts."""
+
+    def write(self, folder, packed):
+        folder.mkdir(parents=True)
+        pixels = torch.arange(2 * 28 * 28, dtype=torch.int32).remainder(256).to(torch.uint8)
+        for name in mnist.FILES:
+            sizes, raw = ((2, 28, 28), pixels) if "images" in name else ((2,), pixels[3:5])
+            head = bytes([0, 0, 8, len(sizes)]) + b"".join(size.to_bytes(4, "big") for size in sizes)
+            content = head + bytes(raw.tolist())
+            (folder / f"{name}{'.gz' * packed}").write_bytes(gzip.compress(content) if packed else content)
+
+    @pytest.mark.parametrize("packed", [True, False])
+    @pytest.mark.parametrize("below", ["", "MNIST/raw"])
+    def test_they_are_read(self, tmp_path, below, packed):
+        self.write(tmp_path / "data" / below, packed)
+        (images, labels), (test, _) = mnist.mnist(tmp_path / "data", 1)
+        assert images.shape == (1, 1, 28, 28) and test.shape == (2, 1, 28, 28)
+        assert images.view(-1)[:300].tolist() == pytest.approx([(k % 256) / 255 for k in range(300)])
+        assert labels.tolist() == [3]
+
+    def test_what_is_missing_is_said_before_the_first_part(self, tmp_path, capsys):
+        self.write(tmp_path / "data", True)
+        (tmp_path / "data" / "t10k-labels-idx1-ubyte.gz").unlink()
+        assert gpu.main(["--tiny", "--out", str(tmp_path / "out"), "--data", str(tmp_path / "data")]) == 2
+        assert "--data" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_where_no_setting_was_run_with_every_arm_nothing_is_compared(tmp_path):
+    book = Book(tmp_path / "end.json", "end_to_end", 100)
+    row = book.case("to the same gap", 0, lambda row: end_to_end.judge(row, []))
+    assert (row["status"], row["why"]) == ("skipped", "no setting was run with every arm")
+
+
+def test_end_to_end_float32_is_float32(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(end_to_end, "to_the_same_gap", lambda *_: seen.append(switches()))
+    with timing.tf32(True):
+        end_to_end.run(None, None)
+        assert switches() == (True, True)
+    assert seen == [(False, False)]
+
+
+def switches():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
 
 def without(modules, *arguments):

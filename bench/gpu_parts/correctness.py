@@ -19,8 +19,8 @@ import torch
 from fastlur import _extension
 from gpu_parts.book import Book, Options, Row, Skip
 from gpu_parts.needs import here
+from gpu_parts.processes import contained
 
-ROOT = Path(__file__).parent.parent.parent
 GPU = "tests/test_kernels_gpu.py"
 HEAVY = "thirty_first or repetitions"
 # name, seconds it is likely to take, what pytest is told
@@ -59,9 +59,7 @@ def extension(row: Row, book: Book, tiny: bool) -> None:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     environment = os.environ | {"FASTLUR_EXT": "1"}
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=0.6 * book.left()
-        )
+        done = contained(command, 0.6 * book.left(), environment)
     except subprocess.TimeoutExpired:
         row["outcome"] = "the build took too long"
         return
@@ -78,9 +76,7 @@ def tests(row: Row, told: list[str], left: float) -> None:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "default", f"--junitxml={report}"]
         try:
-            done = subprocess.run(
-                [*command, *told], cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(left, 1)
-            )
+            done = contained([*command, *told], left)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"not through after {left:.0f} s") from None
         if not report.exists():
@@ -122,9 +118,7 @@ def sanitizer(row: Row, left: float, tiny: bool) -> None:
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all", sys.executable]
     command += ["-m", "pytest", "-p", "no:cacheprovider", "-W", "default", *SANITIZED]
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=max(left, 1)
-        )
+        done = contained(command, left, environment)
     except subprocess.TimeoutExpired:
         raise Skip(f"not through after {left:.0f} s") from None
     said = (done.stdout + done.stderr).splitlines()
@@ -144,6 +138,6 @@ def _missing() -> str | None:
     """Why the extension cannot serve this device, asked of a fresh process: what was loaded once stays loaded."""
     where = "'cuda' if torch.cuda.is_available() else 'cpu'"
     code = f"import torch; from fastlur import _extension as e; print(e.missing({where}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = contained([sys.executable, "-c", code], 60)
     said = done.stdout.strip() or done.stderr.strip()[-500:]
     return None if said == "None" else said

@@ -110,11 +110,12 @@ def bandwidth(row: dict[str, Any]) -> str:
 
 
 def gpu() -> str:
-    """The GPU suite's table, from every folder of results in bench/results that has a GPU's name in it."""
+    """The GPU suite's table, from every folder gpu-* in bench/results that was measured on a GPU."""
     tables = []
     for folder in sorted((ROOT / "bench" / "results").glob("gpu-*")):
         kept = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-        if kept and all(part["machine"] and part["machine"]["gpu"] and not part["tiny"] for part in kept):
+        ran = [part for part in kept if part["machine"]]  # one that died at once says nothing, and the table says so
+        if ran and all(part["machine"]["gpu"] and not part["tiny"] for part in ran):
             tables.append(gpu_table(folder, PARTS).replace("## ", "#### ").replace("# ", "### ", 1))
     return "\n\n".join(tables) or "Not measured on a GPU."
 

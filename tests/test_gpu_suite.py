@@ -1,20 +1,15 @@
 """The plumbing of the GPU suite, at sizes a CPU does in seconds: what it writes, and what when things go wrong."""
 
-import gzip
 import json
-import signal
 import subprocess
 import sys
-import time
-import warnings
-from pathlib import Path
 
 import gpu
 import pytest
+import report
 import torch
-from gpu_parts import PARTS, end_to_end, mnist, timing
+from gpu_parts import PARTS
 from gpu_parts.book import Book, Options
-from gpu_parts.processes import contained
 from gpu_parts.table import table
 
 STATES = {"done", "skipped", "failed", "out of memory"}
@@ -61,32 +56,61 @@ def test_nothing_of_a_tiny_run_is_called_a_figure_of_a_gpu(results):
     for part in PARTS:
         kept = json.loads((out / f"{part}.json").read_text())
         assert kept["machine"]["gpu"] is None
-    steps = json.loads((out / "step.json").read_text())["cases"][0]
+    steps = next(case for case in json.loads((out / "step.json").read_text())["cases"] if "memory" in case)
     assert set(steps["memory"]["bare"].values()) == {None}
 
 
-def test_steps_come_with_their_alignment_and_refused_ones_without_a_ratio(results):
+def test_steps_come_with_their_alignment_and_a_ratio(results):
     out, _ = results
     for case in json.loads((out / "step.json").read_text())["cases"]:
+        assert not case.get("refused")
         for mode, cosine in case.get("alignment_cosine", {}).items():
-            least = 0.9 if case["precision"] == "fp32" else 0.7
-            assert (mode in case["ratio_to_bare"]) == (cosine >= least)
-            assert (mode in case["refused"]) == (cosine < least)
+            assert cosine >= (0.9 if case["precision"] == "fp32" else 0.7) and mode in case["ratio_to_bare"]
 
 
-def test_kernels_are_compared_with_float64(results, monkeypatch):
+@pytest.fixture
+def filled(results, tmp_path, monkeypatch):
+    """A folder of committed results as a GPU would leave it; the function changes parts of it."""
     out, _ = results
-    import operations
-    from gpu_parts import kernels
+    folder = tmp_path / "bench" / "results" / "gpu-h100"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
 
-    def wrong(*_):
-        raise AssertionError("off by one")
+    def write(**changed):
+        for part in PARTS:
+            kept = json.loads((out / f"{part}.json").read_text()) | {"tiny": False, "date": "2026-11-21"}
+            kept["machine"] |= {"gpu": "NVIDIA H100", "commit": "abc", "dirty": False}
+            change = changed.get(part, {})
+            kept["machine"] = change.get("machine", kept["machine"] | change.get("made", {}))
+            if kept["machine"] is None:
+                kept = {"part": part, "machine": None, "complete": False, "cases": [], "fault": "exit status 1"}
+            (folder / f"{part}.json").write_text(json.dumps(kept | change.get("kept", {})))
+        return report.gpu()
 
-    monkeypatch.setattr(operations, "check", wrong)
-    book = Book(out / "wrong.json", "kernels", 100)
-    row = book.case("sgd", 0, lambda row: kernels.one(row, "sgd", "three", [(3,)], 0.01))
-    assert row["status"] == "failed" and "off by one" in row["why"]
-    assert row["gigabytes_per_second"] == {}
+    return write
+
+
+def test_a_run_on_a_gpu_is_told_with_its_name_date_and_commit(filled):
+    text = filled()
+    assert text.splitlines()[0] == f"### NVIDIA H100, torch {torch.__version__}, commit abc, 2026-11-21"
+    assert "#### kernels" in text and "Measured on" not in text
+
+
+def test_a_dead_part_takes_no_other_out_of_the_report(filled):
+    text = filled(environment={"machine": None})
+    assert text.startswith("### NVIDIA H100") and "fault: exit status 1" in text and "| optimistic |" in text
+    assert filled(**{part: {"machine": None} for part in PARTS}) == "Not measured on a GPU."
+
+
+def test_parts_of_another_run_say_so(filled):
+    text = filled(step={"made": {"commit": "def", "dirty": True}, "kept": {"date": "2026-11-22"}})
+    assert f"Measured on NVIDIA H100, torch {torch.__version__}, commit def, changed since, 2026-11-22" in text
+    assert text.count("Measured on") == 1
+
+
+@pytest.mark.parametrize("change", [{"made": {"gpu": None}}, {"kept": {"tiny": True}}])
+def test_what_is_no_figure_of_a_gpu_is_not_reported(filled, change):
+    assert filled(step=change) == "Not measured on a GPU."
 
 
 def test_without_a_gpu_nothing_is_measured_at_full_size(tmp_path, monkeypatch, capsys):
@@ -197,6 +221,28 @@ class TestBook:
         assert kept["cases"][0]["why"] == "ValueError: no"
         assert not book.finish()
 
+    def test_after_a_device_is_lost_what_was_found_is_written_and_the_rest_is_skipped(self, tmp_path, monkeypatch):
+        book = self.book(tmp_path)
+        seen = []
+
+        def release():
+            seen.append(self.read(tmp_path)["cases"][0]["found"])
+            raise RuntimeError("CUDA error: an illegal memory access\nmore")
+
+        monkeypatch.setattr("gpu_parts.book.release", release)
+        row = book.case("a", 0, lambda row: row.update(found=1))
+        assert seen == [1]
+        assert (row["status"], row["why"]) == ("failed", "RuntimeError: CUDA error: an illegal memory access")
+        row = book.case("b", 0, lambda row: row.update(found=2))
+        assert row["status"] == "skipped" and "device was lost" in row["why"] and "found" not in row
+        assert self.read(tmp_path)["cases"][1] == row and not book.finish()
+
+    def test_a_lack_of_memory_without_a_word_is_one_too(self, tmp_path):
+        def full(row):
+            raise torch.OutOfMemoryError("")
+
+        assert self.book(tmp_path).case("a", 0, full)["status"] == "out of memory"
+
     def test_the_file_is_whole_after_every_case_and_says_that_there_is_more_to_come(self, tmp_path):
         book = self.book(tmp_path)
         assert self.read(tmp_path)["cases"] == []
@@ -209,161 +255,6 @@ class TestBook:
             book.case("b", 0, stopped)
         kept = self.read(tmp_path)
         assert [case["case"] for case in kept["cases"]] == ["a"] and not kept["complete"]
-
-
-class TestProcesses:
-    """What a part started does not outlive it, however it ends: it would be in the figures of the next."""
-
-    # prints the ids of a child of its own group and of one in a group of its own, both sleeping
-    FAMILY = (
-        "import subprocess as s, sys, pathlib; sleep = ['sleep', '600'];"
-        "ids = [s.Popen(sleep).pid, s.Popen(sleep, process_group=0).pid];"
-        "pathlib.Path(sys.argv[1]).write_text(' '.join(map(str, ids)));"
-    )
-
-    def gone(self, path):
-        def running(number):
-            try:
-                return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-            except OSError:
-                return False
-
-        numbers = path.read_text().split()
-        end = time.monotonic() + 60
-        while (left := [each for each in numbers if running(each)]) and time.monotonic() < end:
-            time.sleep(0.01)
-        return len(numbers) == 2 and not left
-
-    @pytest.mark.parametrize("last", ["", "sys.exit(3)", "s.Popen(sleep).wait()"])
-    def test_a_part_ends_with_all_it_started(self, tmp_path, last):
-        command = [sys.executable, "-c", self.FAMILY + last, str(tmp_path / "ids")]
-        fault = gpu.process(command, 60 if last != "s.Popen(sleep).wait()" else 5)
-        assert fault == {"": None, "sys.exit(3)": "exit status 3"}.get(last, "ended from outside after 5 s")
-        assert self.gone(tmp_path / "ids")
-
-    def test_a_command_of_a_part_ends_with_all_its_group(self, tmp_path):
-        code = self.FAMILY.replace(", process_group=0", "") + "s.Popen(sleep).wait()"
-        with pytest.raises(subprocess.TimeoutExpired):
-            contained([sys.executable, "-c", code, str(tmp_path / "ids")], 5)
-        assert self.gone(tmp_path / "ids")
-
-    def test_what_it_says_is_handed_over(self):
-        done = contained(["sh", "-c", "echo a; echo b >&2; exit 3"], 60)
-        assert (done.stdout, done.stderr, done.returncode) == ("a\n", "b\n", 3)
-
-    def test_statuses_and_the_last_words_of_a_dead_part(self, capfd):
-        assert gpu.process(["true"], 60) is None
-        assert gpu.process(["false"], 60) == "exit status 1"
-        assert gpu.process(["sh", "-c", "seq 30 >&2; exit 4"], 60).split() == [
-            *["exit", "status", "4"],
-            *map(str, range(11, 31)),
-        ]
-        assert capfd.readouterr().err.split() == [str(k) for k in range(1, 31)]
-
-    @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, None)])
-    def test_a_suite_that_is_stopped_ends_its_part_and_says_what_it_has(self, tmp_path, number, status):
-        family = [sys.executable, "-c", self.FAMILY + "s.Popen(sleep).wait()", str(tmp_path / "ids")]
-        code = (
-            "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
-            f"import sys; sys.path.insert(0, {str(gpu.HERE)!r}); import gpu; from pathlib import Path\n"
-            f"with gpu.stoppable(): gpu.suite(Path({str(tmp_path)!r}), 600, lambda *_: gpu.process({family!r}, 600))"
-        )
-        child = subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        end = time.monotonic() + 120
-        while not (tmp_path / "ids").exists() and time.monotonic() < end:
-            time.sleep(0.01)
-        time.sleep(0.2)
-        child.send_signal(number)
-        said, _ = child.communicate(timeout=120)
-        assert child.returncode == status if status else child.returncode
-        assert "## environment" in said and "the suite was stopped" in said and (tmp_path / "table.md").exists()
-        assert self.gone(tmp_path / "ids")
-
-
-class TestMnist:
-    """The four files, wherever they lie below the folder, are looked for before anything starts."""
-
-    def write(self, folder, packed):
-        folder.mkdir(parents=True)
-        pixels = torch.arange(2 * 28 * 28, dtype=torch.int32).remainder(256).to(torch.uint8)
-        for name in mnist.FILES:
-            sizes, raw = ((2, 28, 28), pixels) if "images" in name else ((2,), pixels[3:5])
-            head = bytes([0, 0, 8, len(sizes)]) + b"".join(size.to_bytes(4, "big") for size in sizes)
-            content = head + bytes(raw.tolist())
-            (folder / f"{name}{'.gz' * packed}").write_bytes(gzip.compress(content) if packed else content)
-
-    @pytest.mark.parametrize("packed", [True, False])
-    @pytest.mark.parametrize("below", ["", "MNIST/raw"])
-    def test_they_are_read(self, tmp_path, below, packed):
-        self.write(tmp_path / "data" / below, packed)
-        (images, labels), (test, _) = mnist.mnist(tmp_path / "data", 1)
-        assert images.shape == (1, 1, 28, 28) and test.shape == (2, 1, 28, 28)
-        assert images.view(-1)[:300].tolist() == pytest.approx([(k % 256) / 255 for k in range(300)])
-        assert labels.tolist() == [3]
-
-    def test_what_is_missing_is_said_before_the_first_part(self, tmp_path, capsys):
-        self.write(tmp_path / "data", True)
-        (tmp_path / "data" / "t10k-labels-idx1-ubyte.gz").unlink()
-        assert gpu.main(["--tiny", "--out", str(tmp_path / "out"), "--data", str(tmp_path / "data")]) == 2
-        assert "--data" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_where_no_setting_was_run_with_every_arm_nothing_is_compared(tmp_path):
-    book = Book(tmp_path / "end.json", "end_to_end", 100)
-    row = book.case("to the same gap", 0, lambda row: end_to_end.judge(row, []))
-    assert (row["status"], row["why"]) == ("skipped", "no setting was run with every arm")
-
-
-def test_end_to_end_float32_is_float32(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(end_to_end, "to_the_same_gap", lambda *_: seen.append(switches()))
-    with timing.tf32(True):
-        end_to_end.run(None, None)
-        assert switches() == (True, True)
-    assert seen == [(False, False)]
-
-
-def switches():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-
-
-def without(modules, *arguments):
-    """The command where these modules are not there."""
-    blocked = f"import runpy, sys; sys.modules.update(dict.fromkeys({modules!r}))"
-    code = (
-        f"{blocked}; sys.argv[1:] = {list(map(str, arguments))!r}; runpy.run_module('bench.gpu', run_name='__main__')"
-    )
-    return subprocess.run([sys.executable, "-c", code], cwd=gpu.ROOT, capture_output=True, text=True, check=False)
-
-
-def test_what_is_missing_is_said_in_one_line_before_anything_starts(tmp_path):
-    done = without(["numpy", "tqdm"], "--tiny", "--out", tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.strip() == "missing: numpy, tqdm; get them with: pip install numpy tqdm"
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("part", "skipped"),
-    [
-        ("kernels", None),
-        ("step", None),
-        ("correctness", "pytest is not there"),
-        ("end_to_end", "scikit-learn is not there"),
-    ],
-)
-def test_a_part_runs_with_what_a_machine_with_torch_has(tmp_path, part, skipped):
-    absent = ["pytest", "_pytest", "sklearn", "scipy", "hypothesis", "pytest_benchmark", "matplotlib"]
-    done = without(absent, "--tiny", "--only", part, "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    cases = json.loads((tmp_path / f"{part}.json").read_text())["cases"]
-    assert cases and {case["status"] for case in cases} <= {"done", "skipped"}
-    reasons = {case["why"] for case in cases if case["status"] == "skipped"}
-    assert skipped in reasons if skipped else not [why for why in reasons if "not there" in why]
 
 
 def test_the_command_runs_a_part_by_its_name(tmp_path):

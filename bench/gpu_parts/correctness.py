@@ -27,6 +27,7 @@ HEAVY = "thirty_first or repetitions"
 FULL: list[tuple[str, float, list[str]]] = [
     ("four gradients, contract, resume, no wait", 15, ["tests/test_device.py"]),
     ("operations against float64, capture, launches", 20, [GPU, "-k", f"not ({HEAVY})"]),
+    ("whole steps captured", 15, ["tests/test_capture.py"]),
     ("2^31 elements and 1,000 repetitions", 20, [GPU, "-k", HEAVY]),
     ("kernels, every operation and size", 15, ["tests/test_backends.py", "tests/test_kernels_dot.py"]),
     (

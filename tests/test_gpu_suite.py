@@ -7,6 +7,7 @@ import sys
 import gpu
 import pytest
 import report
+import take
 import torch
 from gpu_parts import PARTS
 from gpu_parts.book import Book, Options
@@ -94,6 +95,26 @@ def test_a_run_on_a_gpu_is_told_with_its_name_date_and_commit(filled):
     text = filled()
     assert text.splitlines()[0] == f"### NVIDIA H100, torch {torch.__version__}, commit abc, 2026-11-21"
     assert "#### kernels" in text and "Measured on" not in text
+
+
+def test_results_are_taken_into_the_report_under_the_name_of_the_gpu(filled, tmp_path):
+    filled()
+    results = tmp_path / "bench" / "results"
+    (results / "gpu-h100").rename(tmp_path / "out")
+    assert report.gpu() == "Not measured on a GPU."
+    (results / "gpu-nvidia-h100").mkdir()
+    (results / "gpu-nvidia-h100" / "old.json").write_text("of an earlier run")
+    assert take.taken(tmp_path / "out", results) == results / "gpu-nvidia-h100"
+    assert {path.stem for path in (results / "gpu-nvidia-h100").iterdir()} == set(PARTS)
+    assert report.gpu().startswith("### NVIDIA H100")
+
+
+def test_what_is_no_run_on_a_gpu_is_not_taken(results, tmp_path):
+    out, _ = results
+    for folder in (out, tmp_path):
+        with pytest.raises(SystemExit, match="no figures of one GPU"):
+            take.taken(folder, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
 
 
 def test_a_dead_part_takes_no_other_out_of_the_report(filled):

@@ -19,6 +19,8 @@ from quality import report as quality
 from tables import memory, scissorhands, steps, whole
 from traffic import FOREACH_TRAFFIC, TRAFFIC
 
+from fastlur.backends import CHECKED
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 
@@ -120,6 +122,16 @@ def gpu() -> str:
     return "\n\n".join(tables) or "Not measured on a GPU."
 
 
+def checked() -> str:
+    """What the code of each backend has been through, as `fastlur.info()` says it."""
+    places = dict.fromkeys(where for _, where in CHECKED)
+    lines = []
+    for place in places:
+        told = ", ".join(f"`{name}` *{said}*" for (name, where), said in CHECKED.items() if where == place)
+        lines.append(f"  - {place}: {told}")
+    return "\n".join(lines)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "operations": operations,
@@ -127,6 +139,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "scissorhands": scissorhands,
     "whole": whole,
     "gpu": gpu,
+    "checked": checked,
 }
 
 

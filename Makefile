@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check check-slow bench bench-full gpu report ext cuda-compile sanitize clean
+.PHONY: demo test check check-slow bench bench-full gpu gpu-report report ext cuda-compile sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/python -m fastlur demo --out demo
@@ -36,8 +36,14 @@ bench-full: $(STAMP) ext
 # DATA=folder with the MNIST files; OUT=folder for the results.
 OUT ?= gpu-results
 gpu:
+	@$(PYTHON) bench/gpu_parts/needs.py pip setuptools
 	$(PYTHON) -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
 	$(PYTHON) -m bench.gpu --out $(OUT) $(if $(DATA),--data $(DATA)) $(GPU_OPTIONS)
+
+# Takes a GPU's results from OUT into bench/results under the GPU's name, and from there into the README: to be committed.
+gpu-report: $(STAMP)
+	$(BIN)/python bench/take.py $(OUT)
+	$(BIN)/python bench/report.py
 
 # Figures in the README come from committed results through this, never from a hand.
 report: $(STAMP)

@@ -14,6 +14,7 @@ import fastlur
 from fastlur.data import Feed, source
 from fastlur.losses import cross_entropy, negative_cross_entropy
 from fastlur.methods import METHODS, SaliencyMask, Trim
+from fastlur.methods.base import Direction
 from fastlur.step import Step
 
 Arm = Callable[[], object]
@@ -97,6 +98,41 @@ def other(name: str) -> Any:
     """Another method with its defaults, or None where it is not there."""
     method, settings = OTHERS[name]
     return METHODS[method](**settings) if method in METHODS else None
+
+
+def parts(step: Step, forget: Any, retain: Any) -> dict[str, Callable[[], None]]:
+    """The parts of ScissorHands, each runnable alone; a step includes the update."""
+    repair: Any = step.state
+
+    def within(part: Callable[[], None], whole: bool = False) -> Callable[[], None]:
+        def run() -> None:
+            with step.passes.of_step(2, forget, retain):
+                part()
+                if whole:  # with the update, and what the form does after every step
+                    step.update.decide(Direction(repair.gradient), list(step.passes.values.values()))
+                    step.update.apply(Direction(repair.gradient))
+                    repair.tidy()
+
+        return run
+
+    def conflict() -> None:
+        repair.joint_gradient()
+        repair.project()
+
+    def trim() -> None:
+        Trim(batches=1)(step.passes)
+
+    with step.passes.of_step(1, forget, retain):
+        repair.anchor()
+        repair.joint_gradient()
+        for memory, gradient in zip(repair.memories[0].flats, repair.gradient.flats, strict=True):
+            torch.neg(gradient, out=memory)  # and so it stays: the weights hardly move while this is measured
+    return {
+        "step in conflict": within(conflict, whole=True),
+        "retain-only step": within(repair.retain_gradient, whole=True),
+        "anchors, once an epoch": within(repair.anchor),
+        "trim, a batch": trim,
+    }
 
 
 def _laid(value: Any, memory_format: torch.memory_format) -> Any:

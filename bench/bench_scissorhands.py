@@ -13,53 +13,16 @@ from typing import Any
 
 import models
 import pytest
-import torch
-from arms import bare, lur, opened
+from arms import bare, lur, opened, parts
 from measure import interleaved, medians, ratio
 from models import MODELS
 
 from fastlur import ops
-from fastlur.methods import METHODS, Trim
-from fastlur.methods.base import Direction
+from fastlur.methods import METHODS
 from fastlur.step import Step
 
 FULL = os.environ.get("FASTLUR_BENCH_FULL") == "1"
 SECONDS = 60.0 if FULL else 10.0
-
-
-def parts(step: Step, forget: Any, retain: Any) -> dict[str, Callable[[], None]]:
-    """The parts, each runnable alone; a step includes the update."""
-    repair: Any = step.state
-
-    def within(part: Callable[[], None], whole: bool = False) -> Callable[[], None]:
-        def run() -> None:
-            with step.passes.of_step(2, forget, retain):
-                part()
-                if whole:  # with the update, and what the form does after every step
-                    step.update.decide(Direction(repair.gradient), list(step.passes.values.values()))
-                    step.update.apply(Direction(repair.gradient))
-                    repair.tidy()
-
-        return run
-
-    def conflict() -> None:
-        repair.joint_gradient()
-        repair.project()
-
-    def trim() -> None:
-        Trim(batches=1)(step.passes)
-
-    with step.passes.of_step(1, forget, retain):
-        repair.anchor()
-        repair.joint_gradient()
-        for memory, gradient in zip(repair.memories[0].flats, repair.gradient.flats, strict=True):
-            torch.neg(gradient, out=memory)  # and so it stays: the weights hardly move while this is measured
-    return {
-        "step in conflict": within(conflict, whole=True),
-        "retain-only step": within(repair.retain_gradient, whole=True),
-        "anchors, once an epoch": within(repair.anchor),
-        "trim, a batch": trim,
-    }
 
 
 def in_conflict(step: Step, forget: Any, retain: Any) -> bool:

@@ -5,7 +5,8 @@
 Every part runs in a process of its own, within its share of the time (what one leaves over goes to the next), and
 writes DIR/PART.json after every case: a run that is cut off keeps what it has, and a part that crashes takes no other
 with it. The exit status is 1 where a part failed or died. Figures are from a GPU only: without one, --tiny runs the
-plumbing on a CPU, and the table says so.
+plumbing on a CPU, and the table says so. Where a module is missing without which nothing goes, one line says which, and
+the status is 2.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import importlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ for folder in (ROOT / "tests", HERE):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
+from gpu_parts.needs import complaint, remark  # noqa: E402
+
+if __name__ == "__main__" and (told := complaint()) is not None:
+    print(told, file=sys.stderr)
+    sys.exit(2)
+
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
@@ -35,6 +42,8 @@ if not torch.cuda.is_available():
 
 from gpu_parts import PARTS  # noqa: E402
 from gpu_parts.book import Book, Options, save  # noqa: E402
+from gpu_parts.mnist import located  # noqa: E402
+from gpu_parts.processes import process  # noqa: E402
 from gpu_parts.table import table  # noqa: E402
 
 BUDGET = 480.0
@@ -45,7 +54,7 @@ Launch = Callable[[str, float], str | None]
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--data", type=Path, help="folder with the four MNIST files")
+    parser.add_argument("--data", type=Path, help="folder with the four MNIST files, or with MNIST/raw")
     parser.add_argument("--only", choices=PARTS, help="run one part, in this process")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything (default %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="small sizes, which also run on a CPU")
@@ -53,18 +62,29 @@ def main(arguments: list[str] | None = None) -> int:
     if not (given.tiny or torch.cuda.is_available()):
         print("There is no CUDA device here. --tiny runs the plumbing on a CPU.", file=sys.stderr)
         return 2
+    if given.data:
+        try:
+            located(given.data)
+        except FileNotFoundError as error:  # before minutes have gone by
+            print(f"--data: {error}", file=sys.stderr)
+            return 2
     if given.only:
-        ran = alone(given.only, given.out, given.budget, Options(given.tiny, given.data))
+        with stoppable():
+            ran = alone(given.only, given.out, given.budget, Options(given.tiny, given.data))
         if __name__ == "__main__" and "FASTLUR_SUITE" not in os.environ:
             print(table(given.out, [given.only]))
         return 0 if ran else 1
+
+    if (without := remark()) is not None:
+        print(without, flush=True)
 
     def launch(part: str, seconds: float) -> str | None:
         more = ["--data", str(given.data.resolve())] if given.data else []
         command = [sys.executable, "-m", "bench.gpu", "--only", part, "--out", str(given.out.resolve()), *more]
         return process([*command, "--budget", f"{seconds:.1f}", *(["--tiny"] if given.tiny else [])], seconds + GRACE)
 
-    return suite(given.out, given.budget, launch)
+    with stoppable():
+        return suite(given.out, given.budget, launch)
 
 
 def suite(out: Path, budget: float, launch: Launch, now: Callable[[], float] = time.monotonic) -> int:
@@ -81,18 +101,38 @@ def suite(out: Path, budget: float, launch: Launch, now: Callable[[], float] = t
     parts = list(PARTS)
     for part in parts:
         (out / f"{part}.json").unlink(missing_ok=True)  # an earlier run's figures are not this one's
-    for index, part in enumerate(parts):
-        weight = sum(PARTS[each][0] for each in parts[index:])
-        share = max(0.0, end - now()) * PARTS[part][0] / weight
-        print(f"{part}: {PARTS[part][1]} ({share:.0f} s)", flush=True)
-        fault = launch(part, share)
-        if fault is not None:
-            bad = True
-            note(out / f"{part}.json", part, fault)
-    text = table(out, parts)
-    save(out / "table.md", text + "\n")
-    print(f"\n{text}", flush=True)
+    try:
+        for index, part in enumerate(parts):
+            weight = sum(PARTS[each][0] for each in parts[index:])
+            share = max(0.0, end - now()) * PARTS[part][0] / weight
+            print(f"{part}: {PARTS[part][1]} ({share:.0f} s)", flush=True)
+            try:
+                fault = launch(part, share)
+            except BaseException:
+                note(out / f"{part}.json", part, "the suite was stopped")
+                raise
+            if fault is not None:
+                bad = True
+                note(out / f"{part}.json", part, fault)
+    finally:  # what there is, also where somebody stops it
+        text = table(out, parts)
+        save(out / "table.md", text + "\n")
+        print(f"\n{text}", flush=True)
     return int(bad)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, SIGTERM ends the suite as Ctrl-C does, by an exception: what it started ends, and it says what it has."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def alone(part: str, out: Path, seconds: float, options: Options) -> bool:
@@ -102,27 +142,19 @@ def alone(part: str, out: Path, seconds: float, options: Options) -> bool:
     return book.finish()
 
 
-def process(command: list[str], seconds: float) -> str | None:
-    """Run a command from the repository's root and end it, with all it started, when its time is up."""
-    environment = os.environ | {"FASTLUR_SUITE": "1", "PYTHONUNBUFFERED": "1"}
-    child = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-    try:
-        status = child.wait(seconds)
-    except BaseException as error:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-        if isinstance(error, subprocess.TimeoutExpired):
-            return f"ended from outside after {seconds:.0f} s"
-        raise
-    return None if status == 0 else f"exit status {status}"
-
-
 def note(path: Path, part: str, fault: str) -> None:
-    """Write into a part's results that something went wrong; what it had written before stays."""
+    """Write into a part's results that something went wrong; what it had written before stays.
+
+    Args:
+        path: the part's file.
+        part: its name.
+        fault: what went wrong; below the first line, the last ones of what the part wrote to stderr.
+    """
+    what, *told = fault.splitlines()
     kept: dict[str, Any] = {"part": part, "machine": None, "complete": False, "cases": []}
     if path.exists():
         kept = json.loads(path.read_text())
-    save(path, json.dumps(kept | {"fault": fault}, indent=1) + "\n")
+    save(path, json.dumps(kept | {"fault": what} | ({"stderr": told} if told else {}), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from quality import report as quality
 from tables import memory, scissorhands, steps, whole
 from traffic import FOREACH_TRAFFIC, TRAFFIC
 
+from fastlur.backends import CHECKED
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 
@@ -110,13 +112,24 @@ def bandwidth(row: dict[str, Any]) -> str:
 
 
 def gpu() -> str:
-    """The GPU suite's table, from every folder of results in bench/results that has a GPU's name in it."""
+    """The GPU suite's table, from every folder gpu-* in bench/results that was measured on a GPU."""
     tables = []
     for folder in sorted((ROOT / "bench" / "results").glob("gpu-*")):
         kept = [json.loads(path.read_text()) for path in folder.glob("*.json")]
-        if kept and all(part["machine"] and part["machine"]["gpu"] and not part["tiny"] for part in kept):
+        ran = [part for part in kept if part["machine"]]  # one that died at once says nothing, and the table says so
+        if ran and all(part["machine"]["gpu"] and not part["tiny"] for part in ran):
             tables.append(gpu_table(folder, PARTS).replace("## ", "#### ").replace("# ", "### ", 1))
     return "\n\n".join(tables) or "Not measured on a GPU."
+
+
+def checked() -> str:
+    """What the code of each backend has been through, as `fastlur.info()` says it."""
+    places = dict.fromkeys(where for _, where in CHECKED)
+    lines = []
+    for place in places:
+        told = ", ".join(f"`{name}` *{said}*" for (name, where), said in CHECKED.items() if where == place)
+        lines.append(f"  - {place}: {told}")
+    return "\n".join(lines)
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
@@ -126,6 +139,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "scissorhands": scissorhands,
     "whole": whole,
     "gpu": gpu,
+    "checked": checked,
 }
 
 

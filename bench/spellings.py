@@ -1,8 +1,8 @@
 """What a careful user of torch would write for each vector operation: several spellings, the best of which counts.
 
 `v` is five vectors, lists of tensors of equal shapes: v[0] and v[1] are read, v[2] is written (weights, or an output),
-v[3] and v[4] are moments. Each spelling computes what the operation in `bench_ops.ours` computes, which is checked, and
-returns what that returns, temporaries allocated beforehand where torch allows it.
+v[3] and v[4] are moments. Each spelling computes what the operation in `operations.ours` computes, which is checked,
+and returns what that returns, temporaries allocated beforehand where torch allows it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ def eager(name: str, v: Vectors) -> dict[str, Arm]:
 
 def _grad_dot(v: Vectors) -> dict[str, Arm]:
     pairs = [(x.view(-1), y.view(-1)) for x, y in zip(v[0], v[1], strict=True)]
-    factors = ((v[0], v[1]), (v[0], v[0]), (v[1], v[1]))
 
     def dot() -> tuple[Tensor, Tensor]:
         each = torch.stack(
@@ -39,13 +38,18 @@ def _grad_dot(v: Vectors) -> dict[str, Arm]:
         return each.view(-1, 3).sum(0), each.view(-1, 3)
 
     def foreach() -> tuple[Tensor, Tensor]:
-        each = torch.stack([x.sum() for p, q in factors for x in _each._foreach_mul(p, q)]).view(3, -1).T
+        crossed = torch.stack([x.sum() for x in _each._foreach_mul(v[0], v[1])])
+        norms = (torch.stack(_each._foreach_norm(x, 2)).square() for x in (v[0], v[1]))
+        each = torch.stack((crossed, *norms), 1)
         return each.sum(0), each
 
     return {"dot": dot, "foreach": foreach}
 
 
 def _displace(v: Vectors) -> dict[str, Arm]:
+    """By _foreach in two launches: the sum that allocates its results is one, but they belong into `out`, which costs a
+    copy and the same five elements."""
+
     def foreach() -> None:
         _each._foreach_copy_(v[2], v[0])
         _each._foreach_add_(v[2], v[1], alpha=-ALPHA)
@@ -71,7 +75,10 @@ def _project(v: Vectors) -> dict[str, Arm]:
     def foreach() -> None:  # waits for the decision
         _each._foreach_add_(v[1], v[0], alpha=float(factor()))
 
-    return {"foreach": foreach, "addcmul": addcmul}
+    def on_device() -> None:
+        _each._foreach_add_(v[1], _each._foreach_mul(v[0], factor()))
+
+    return {"foreach": foreach, "addcmul": addcmul, "foreach, no wait": on_device}
 
 
 def _regularize(v: Vectors) -> dict[str, Arm]:
@@ -100,8 +107,11 @@ def _regularize(v: Vectors) -> dict[str, Arm]:
     return {"foreach": foreach, "out=": out}
 
 
-def _optimizer(kind: Any, v: Vectors, state: dict[str, list[Tensor]], **options: Any) -> Arm:
+def _optimizer(
+    kind: Any, v: Vectors, state: dict[str, list[Tensor]], on_gpu: bool | None = None, **options: Any
+) -> Arm:
     """A step of torch's own optimizer on v[2], its moments those of `v`, as they are before and after."""
+    on_gpu = v[2][0].is_cuda if on_gpu is None else on_gpu
     parameters = [torch.nn.Parameter(x) for x in v[2]]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
@@ -112,8 +122,12 @@ def _optimizer(kind: Any, v: Vectors, state: dict[str, list[Tensor]], **options:
             made.state[parameter][name] = value
 
     def step() -> None:
-        for a, u, gradient in zip(v[0], v[1], gradients, strict=True):
-            torch.add(a, u, out=gradient)
+        if on_gpu:  # one launch for all of them; memory comes from torch's cache
+            for parameter, gradient in zip(parameters, _each._foreach_add(v[0], v[1]), strict=True):
+                parameter.grad = gradient
+        else:  # a call is no launch here, but new memory is faulted in page by page
+            for a, u, gradient in zip(v[0], v[1], gradients, strict=True):
+                torch.add(a, u, out=gradient)
         made.step()
 
     return step

@@ -15,7 +15,7 @@ TRAFFIC = {
 # elements that the spelling by _foreach reads and writes, temporaries too: by more than the ratio of the two, fusing
 # passes cannot speed an operation up
 FOREACH_TRAFFIC = {
-    "grad_dot": 10,
+    "grad_dot": 6,
     "displace": 5,
     "project": 3,
     "regularize": 19,

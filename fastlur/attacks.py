@@ -8,8 +8,6 @@ from statistics import NormalDist
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 
 from fastlur.errors import ArgumentError
 
@@ -23,6 +21,8 @@ def membership(member: np.ndarray, stranger: np.ndarray, asked: np.ndarray) -> f
     same in training, whatever their sizes. Where both sides are alike, as where all of both have one and the same
     number, there is nothing to learn, and each item is called by the toss of a coin: 50.
     """
+    from sklearn.linear_model import LogisticRegression  # here: a step needs none of it
+
     x = np.concatenate([member, stranger])[:, None].astype(np.float64)
     y = np.concatenate([np.ones(len(member)), np.zeros(len(stranger))])
     if x.min() == x.max():
@@ -37,6 +37,8 @@ def membership(member: np.ndarray, stranger: np.ndarray, asked: np.ndarray) -> f
 
 def auc(lower: np.ndarray, higher: np.ndarray) -> float:
     """Probability that a value of `higher` exceeds one of `lower`, ties counted half."""
+    from sklearn.metrics import roc_auc_score
+
     truth = np.concatenate([np.zeros(len(lower)), np.ones(len(higher))])
     return float(roc_auc_score(truth, np.concatenate([lower, higher])))
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -89,6 +88,8 @@ class Outcome:
 
 def digits(seed: int) -> tuple[Data, Data]:
     """1,437 training and 360 test images, shape (n, 1, 8, 8), values in [0, 1], and their labels."""
+    from sklearn.datasets import load_digits  # here: the network is of use without them
+
     raw = load_digits()
     images = torch.tensor(raw.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(raw.target)

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from kernel_cases import DEVICE, clones, double, draw, full_of_nan, kernels, number, same
+from kernel_cases import DEVICE, clones, double, draw, full_of_nan, interpreted, number, same
 
 from fastlur import backends, ops, reference
 from fastlur.operands import control_scalars, hyper_parameters
@@ -23,8 +23,7 @@ GUARD = 16  # elements on either side of a tensor that must not change
 def through(name):
     """Inside, this backend serves; a test is skipped where it is not there."""
     if name == "triton" and DEVICE == "cpu":
-        # on CPU tensors only here: the interpreter is no backend, but it runs the code of one
-        with mock.patch.object(backends, "resolve", return_value=("triton", kernels)):
+        with interpreted():
             yield
         return
     reason = backends.unavailable(name, DEVICE)
@@ -176,6 +175,32 @@ def check_huge_update(size):
     value = ops.regularize(a, theta, l2=2.0)
     assert float(value) == pytest.approx((size - 1) * 0.75**2 + 4, rel=1e-6)
     assert float(a[0][-1]) == 2.0 and int((a[0] == 2.0).sum()) == size
+
+
+def check_huge_adamw(size):
+    """The first step of AdamW is lr in the direction of the gradient's sign, for the last element too."""
+    theta, a, first, second = ([filled(value, size)] for value in (1.0, 0.5, 0.0, 0.0))
+    a[0][-1] = -2.0
+    hyper = hyper_parameters(DEVICE, lr=0.5, momentum=0.5, beta2=0.75)
+    control = control_scalars(DEVICE)
+    ops.step_control(control, torch.ones(3, dtype=torch.float64, device=DEVICE), number(1.0), hyper)
+    ops.meta_update(theta, a, None, first, second, control=control, hyper=hyper)
+    assert float(theta[0][-1]) == 1.5 and int((theta[0] == 0.5).sum()) == size - 1
+    assert float(first[0][-1]) == -1.0 and int((first[0] == 0.25).sum()) == size - 1
+    assert float(second[0][-1]) == 1.0 and int((second[0] == 0.0625).sum()) == size - 1
+
+
+def check_huge_after(size):
+    """What is done once after a run: extrapolation, saliency, threshold."""
+    theta, theta0, out = ([filled(value, size)] for value in (0.0, 1.0, 0.0))
+    memorised = [filled(0.5, size)]
+    memorised[0][-1] = 4.0
+    ops.extrapolate(theta, theta0, memorised, 2.0, 1.0)
+    assert float(theta[0][-1]) == -5.0 and int((theta[0] == 2.0).sum()) == size - 1
+    ops.saliency(out, theta, memorised)
+    assert float(out[0][-1]) == 20.0 and int((out[0] == 1.0).sum()) == size - 1
+    assert float(ops.threshold(out, 0.5)) == 1.0
+    assert float(ops.threshold(out, 1.0)) == 20.0
 
 
 def check_threshold():

@@ -8,6 +8,7 @@ without a cast to float32 is wrong (the kernels always cast), and subnormal numb
 
 import importlib
 import os
+from unittest import mock
 
 import torch
 
@@ -16,7 +17,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 
-kernels = importlib.import_module("fastlur.kernels")
+kernels, backends = (importlib.import_module(f"fastlur.{name}") for name in ("kernels", "backends"))
 NAMES = "control displace dot extrapolate launch layout project reduction regularize saliency table update"
 modules = {name: importlib.import_module(f"fastlur.kernels.{name}") for name in NAMES.split()}
 if not CUDA:
@@ -26,6 +27,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SIZES = [0, 1, 63, 1023, 1025]
 LARGE = 2**20 + 3
 UNEVEN = [1, 0, 63, 4096, 1025, 1023, 5, 9000]
+
+
+def interpreted():
+    """Inside, the interpreter serves CPU tensors: it is no backend, but it runs the code of one."""
+    return mock.patch.object(backends, "resolve", return_value=("triton", kernels))
 
 
 def number(value):

@@ -47,6 +47,8 @@ def test_every_short_number_is_read_as_what_it_is(dtype, served):
 def test_the_last_element_counts(others):
     cases.check_huge(4099, others)
     cases.check_huge_update(4099)
+    cases.check_huge_adamw(4099)
+    cases.check_huge_after(4099)
 
 
 def test_threshold():

@@ -40,6 +40,17 @@ def test_update_of_more_than_two_to_the_thirty_first_elements(served):
     cases.check_huge_update(HUGE)
 
 
+@pytest.mark.parametrize(
+    ("check", "vectors"), [(cases.check_huge_adamw, 6), (cases.check_huge_after, 12)], ids=["adamw", "after"]
+)
+def test_the_rest_of_more_than_two_to_the_thirty_first_elements(served, check, vectors):
+    """`vectors`, of two bytes an element, must fit at once, with those that comparing and sorting make."""
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 2 * vectors * HUGE:
+        pytest.skip(f"needs {2 * vectors * HUGE / 1e9:.0f} GB of free memory")
+    check(HUGE)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_stored_rounded_to_nearest(served, dtype):
     cases.check_rounding(UNEVEN, dtype)

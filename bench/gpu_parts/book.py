@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from machine import machine
 
+from fastlur import ModelError
+
 Row = dict[str, Any]
 Case = Callable[[Row], None]
 
@@ -48,6 +50,7 @@ class Book:
         self.date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
         self.cases: list[Row] = []
         self.complete = False
+        self.lost: str | None = None  # why the device can do nothing more in this process
         self.write()
 
     def left(self) -> float:
@@ -65,7 +68,9 @@ class Book:
         row: Row = {"case": name, "status": "done"}
         self.cases.append(row)
         began, left = self.now(), self.left()
-        if left < expected:
+        if self.lost is not None:
+            row |= {"status": "skipped", "why": f"the device was lost before: {self.lost}"}
+        elif left < expected:
             row["status"] = "skipped"
             row["why"] = f"{max(left, 0):.0f} s were left of {self.seconds:.0f}, {expected:.0f} are likely"
         else:
@@ -74,15 +79,25 @@ class Book:
             except Skip as skip:
                 row |= {"status": "skipped", "why": str(skip)}
             except torch.OutOfMemoryError as error:
-                row |= {"status": "out of memory", "why": str(error).splitlines()[0]}
+                row |= {"status": "out of memory", "why": first_line(error)}
             except Exception as error:
                 told = traceback.format_exc().splitlines()[-12:]
                 row |= {"status": "failed", "why": f"{type(error).__name__}: {error}"[:2000], "trace": told}
             row["spent_seconds"] = round(self.now() - began, 2)
-            release()
+            self.write()  # before the device is asked for anything: after some errors it raises whatever it is asked
+            self.settle(row)
         self.write()
         print(f"  {name}: {row['status']}{' (' + row['why'][:150] + ')' if 'why' in row else ''}", flush=True)
         return row
+
+    def settle(self, row: Row) -> None:
+        """Wait for the device and give memory back; where that raises, this process has lost the device."""
+        try:
+            release()
+        except Exception as error:
+            self.lost = first_line(error)
+            if row["status"] == "done":  # what it left on the device has failed since
+                row |= {"status": "failed", "why": self.lost}
 
     def finish(self) -> bool:
         """Say that nothing was cut off; whether no case failed."""
@@ -110,6 +125,34 @@ class Skip(Exception):
     """Raised by a case that cannot be had here, with the reason."""
 
 
+def first_line(error: BaseException) -> str:
+    """What kind of error, and the first line of what it says, if anything."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}"[:300] if said else type(error).__name__
+
+
+def drop(row: Row, arm: str, error: Exception, ours: bool) -> None:
+    """Write down that an arm cannot run, and why.
+
+    Too little memory, and a model that this package refuses by name, are answers. Anything else is a fault where the
+    arm is our own: `settled` makes the case fail.
+    """
+    row.setdefault("dropped", {})[arm] = first_line(error)
+    if ours and not isinstance(error, torch.OutOfMemoryError | ModelError):
+        row.setdefault("faults", []).append(arm)
+
+
+def settled(row: Row) -> None:
+    """Raise where an arm of our own did not run, or was refused by the gate, once all there is has been written down.
+
+    Raises:
+        AssertionError: naming the arms.
+    """
+    bad = {arm: row["dropped"][arm] for arm in row.get("faults", [])}
+    bad |= dict.fromkeys(row.get("refused", {}), "does not align with float64")
+    assert not bad, f"of our own: {'; '.join(f'{arm}: {why}' for arm, why in bad.items())}"
+
+
 def save(path: Path, text: str) -> None:
     """Write a file that is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,6 +165,7 @@ def release() -> None:
     """Give memory back between cases, so that one that was out of it does not take the next ones with it."""
     gc.collect()
     if torch.cuda.is_available():
+        torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 

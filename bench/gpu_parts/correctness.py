@@ -18,14 +18,16 @@ import torch
 
 from fastlur import _extension
 from gpu_parts.book import Book, Options, Row, Skip
+from gpu_parts.needs import here
+from gpu_parts.processes import contained
 
-ROOT = Path(__file__).parent.parent.parent
 GPU = "tests/test_kernels_gpu.py"
 HEAVY = "thirty_first or repetitions"
 # name, seconds it is likely to take, what pytest is told
 FULL: list[tuple[str, float, list[str]]] = [
     ("four gradients, contract, resume, no wait", 15, ["tests/test_device.py"]),
     ("operations against float64, capture, launches", 20, [GPU, "-k", f"not ({HEAVY})"]),
+    ("whole steps captured", 15, ["tests/test_capture.py"]),
     ("2^31 elements and 1,000 repetitions", 20, [GPU, "-k", HEAVY]),
     ("kernels, every operation and size", 15, ["tests/test_backends.py", "tests/test_kernels_dot.py"]),
     (
@@ -58,9 +60,7 @@ def extension(row: Row, book: Book, tiny: bool) -> None:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     environment = os.environ | {"FASTLUR_EXT": "1"}
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=0.6 * book.left()
-        )
+        done = contained(command, 0.6 * book.left(), environment)
     except subprocess.TimeoutExpired:
         row["outcome"] = "the build took too long"
         return
@@ -72,13 +72,12 @@ def extension(row: Row, book: Book, tiny: bool) -> None:
 
 def tests(row: Row, told: list[str], left: float) -> None:
     """Run pytest and count; the case fails where a test does."""
+    needs_pytest()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "default", f"--junitxml={report}"]
         try:
-            done = subprocess.run(
-                [*command, *told], cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(left, 1)
-            )
+            done = contained([*command, *told], left)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"not through after {left:.0f} s") from None
         if not report.exists():
@@ -87,6 +86,11 @@ def tests(row: Row, told: list[str], left: float) -> None:
     row["last_line"] = done.stdout.strip().splitlines()[-1:]
     assert not row["failures"], f"{len(row['failures'])} failed, the first is {next(iter(row['failures']))}"
     assert done.returncode == 0, f"pytest ended with {done.returncode}: {done.stdout[-500:]}"
+
+
+def needs_pytest() -> None:
+    if not here("pytest"):
+        raise Skip("pytest is not there")
 
 
 def count(row: Row, report: Path) -> None:
@@ -110,13 +114,12 @@ def sanitizer(row: Row, left: float, tiny: bool) -> None:
     tool = shutil.which("compute-sanitizer") or _beside_nvcc()
     if tool is None or tiny:
         raise Skip("compute-sanitizer is not here" if tool is None else "no part of the plumbing")
+    needs_pytest()
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all", sys.executable]
     command += ["-m", "pytest", "-p", "no:cacheprovider", "-W", "default", *SANITIZED]
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=max(left, 1)
-        )
+        done = contained(command, left, environment)
     except subprocess.TimeoutExpired:
         raise Skip(f"not through after {left:.0f} s") from None
     said = (done.stdout + done.stderr).splitlines()
@@ -136,6 +139,6 @@ def _missing() -> str | None:
     """Why the extension cannot serve this device, asked of a fresh process: what was loaded once stays loaded."""
     where = "'cuda' if torch.cuda.is_available() else 'cpu'"
     code = f"import torch; from fastlur import _extension as e; print(e.missing({where}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = contained([sys.executable, "-c", code], 60)
     said = done.stdout.strip() or done.stderr.strip()[-500:]
     return None if said == "None" else said

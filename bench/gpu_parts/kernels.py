@@ -12,18 +12,18 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-import backend_cases
-import bench_ops
+import operations
 import torch
-from bench_ops import CACHE, rotating, vectors
 from measure import medians
+from operations import CACHE, rotating, vectors
 from shapes import Shapes, language_1b, numel, resnet18
 from spellings import ALPHA, DECAY, LR, MOMENTUM, OPERATIONS, Arm, Vectors, compiled, eager
 from traffic import TRAFFIC
 
 from fastlur import backends, ops
 from fastlur.operands import control_scalars, hyper_parameters
-from gpu_parts.book import Book, Options, Row, device, release
+from gpu_parts.book import Book, Options, Row, Skip, device, drop, release, settled
+from gpu_parts.needs import here
 from gpu_parts.timing import captured, launches, sampled, spread
 
 IN_62, IN_201 = "ResNet-18, 62 tensors", "1.1 B LM, 201 tensors"
@@ -35,6 +35,7 @@ FULL: dict[str, Shapes] = {
 }
 TINY: dict[str, Shapes] = {"small list": [(65,), (3, 7), (1,)], "1e3 flat": [(1000,)]}
 FIRST = ("grad_dot", "displace", "sgd", "adamw")  # what a step is made of
+OPTIMIZERS = ("sgd", "adamw")
 LARGE = 5e8  # elements; from here on float64 copies do not fit
 
 
@@ -42,6 +43,7 @@ def run(book: Book, options: Options) -> None:
     layouts = TINY if options.tiny else FULL
     seconds = 0.02 if options.tiny else 0.4
     first = ("sgd",) if options.tiny else FIRST
+    book.case("Triton serves", 0, served)
     vectorial = tuple(each for each in OPERATIONS if each != "step_control")
     others = () if options.tiny else tuple(each for each in vectorial if each not in FIRST)
     for layout, shapes in list(layouts.items())[::2]:  # the lists
@@ -52,6 +54,14 @@ def run(book: Book, options: Options) -> None:
     beside_compiled(book, first, in_lists, 15, seconds, compiler)
     plain(book, others, layouts, seconds)
     beside_compiled(book, first, in_one, 10, seconds, compiler)
+
+
+def served(row: Row) -> None:
+    """On CUDA it must: it is what users of a GPU get."""
+    row["backends"] = {name: backends.unavailable(name, device().type) for name in ("triton", "extension", "torch")}
+    if device().type != "cuda":
+        raise Skip("there is no CUDA device")
+    assert row["backends"]["triton"] is None, row["backends"]["triton"]
 
 
 def beside_compiled(
@@ -96,6 +106,7 @@ def whole(row: Row, shapes: Shapes, seconds: float) -> None:
         name: round((2 * TRAFFIC["displace"] + 2 + TRAFFIC["sgd"]) * 4 * numel(shapes) / spent / 1e9, 1)
         for name, spent in times.items()
     }
+    settled(row)
 
 
 def step_of_ours(v: Vectors) -> Arm:
@@ -117,39 +128,50 @@ def one(row: Row, name: str, layout: str, shapes: Shapes, seconds: float) -> Non
     """One operation: our backends, those in a graph, torch's eager spellings, and a copy."""
     size = numel(shapes)
     row |= {"operation": name, "layout": layout, "elements": size}
-    checked = dict.fromkeys([*serving(), "triton"] if device().type == "cpu" else serving())  # there in the interpreter
+    interpreter = ["triton"] if device().type == "cpu" and here("triton") else []
+    checked = dict.fromkeys([*serving(), *interpreter])
     wrong = {backend: fault for backend in checked if (fault := fault_of(backend, name, shapes))}
     row["wrong"] = wrong
-    sets = 1 if device().type == "cpu" else max(1, CACHE // (4 * size))
+    sets = rounds(size)
     held = [vectors(shapes, seed) for seed in range(sets)]
-    source, target = torch.rand(2, size, device=device())
-    arms: dict[str, Arm] = {"copy": lambda: target.copy_(source)}
+    arms: dict[str, Arm] = {"copy": rotating(operations.copies(size, sets))}
     for backend in serving():
         if backend not in wrong:
-            arms[backend] = rotating([forced(backend, bench_ops.ours(name, v)) for v in held])
+            arms[backend] = rotating([forced(backend, operations.ours(name, v)) for v in held])
     spelled = [eager(name, v) for v in held]
     arms |= {f"torch: {how}": rotating([each[how] for each in spelled]) for how in spelled[0]}
     if sets == 1:  # a graph of one buffer in the cache would be no figure
         in_graphs(row, arms)
     summary(row, measured(row, arms, seconds), size)
     assert not wrong, f"not what float64 says: {wrong}"
+    settled(row)
 
 
 def tuned(row: Row, name: str, layout: str, shapes: Shapes, seconds: float, compiler: str) -> None:
     """One operation beside torch's compiler, which gets the spelling by lists and by _foreach."""
     row |= {"operation": name, "layout": layout, "elements": numel(shapes), "wrong": {}}
-    held = [vectors(shapes, 0)]
-    source, target = torch.rand(2, numel(shapes), device=device())
-    arms: dict[str, Arm] = {"copy": lambda: target.copy_(source)}
+    sets = rounds(numel(shapes))
+    held = [vectors(shapes, seed) for seed in range(sets)]
     best = backends.serving(device().type)
-    arms[best] = bench_ops.ours(name, held[0])
-    (arms["torch: compiled"],) = compiled(name, held, compiler)
-    arms["torch: foreach"] = eager(name, held[0])["foreach"]
-    arms["torch: compiled foreach"] = torch.compile(arms["torch: foreach"], backend=compiler)
-    bench_ops.check(name, shapes, {how: [arm] for how, arm in arms.items() if how != "copy"}, held[0])
-    in_graphs(row, arms)
-    row["one_buffer"] = True  # below 1e8 elements all arms alike then find much of it in the cache
+    several: dict[str, list[Arm]] = {best: [operations.ours(name, v) for v in held]}
+    several["torch: compiled"] = compiled(name, held, compiler)
+    several["torch: foreach"] = [eager(name, v)["foreach"] for v in held]
+    # an optimizer's step is compiled anew for every optimizer, a quarter of a minute each time
+    few = several["torch: foreach"][:1] if name in OPTIMIZERS else several["torch: foreach"]
+    several["torch: compiled foreach"] = [torch.compile(arm, backend=compiler) for arm in few]
+    operations.check(name, shapes, several, held[0])
+    arms = {"copy": rotating(operations.copies(numel(shapes), sets))}
+    arms |= {how: rotating(each) for how, each in several.items()}
+    if sets == 1:
+        in_graphs(row, arms)
+    row["one_buffer"] = [how for how, each in several.items() if len(each) < sets]  # some of it stays in the cache
     summary(row, measured(row, arms, seconds), numel(shapes))
+    settled(row)
+
+
+def rounds(size: int) -> int:
+    """How many buffers the arms go round."""
+    return 1 if device().type == "cpu" else max(1, CACHE // (4 * size))
 
 
 def measured(row: Row, arms: dict[str, Arm], seconds: float) -> dict[str, float]:
@@ -158,7 +180,7 @@ def measured(row: Row, arms: dict[str, Arm], seconds: float) -> dict[str, float]
         try:
             arm()
         except Exception as error:
-            row.setdefault("dropped", {})[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            drop(row, name, error, ours=name.partition(",")[0] in backends.PREFERENCE["cuda"])
             del arms[name]
             release()
     times = sampled(arms, seconds)
@@ -193,9 +215,7 @@ def in_graphs(row: Row, arms: dict[str, Arm]) -> None:
         try:
             arms[f"{backend}, graph"] = captured(arms[backend])
         except Exception as error:
-            row.setdefault("dropped", {})[f"{backend}, graph"] = f"{type(error).__name__}: {error}".splitlines()[0][
-                :200
-            ]
+            drop(row, f"{backend}, graph", error, ours=True)
 
 
 def fault_of(backend: str, name: str, shapes: Shapes) -> str | None:
@@ -204,16 +224,18 @@ def fault_of(backend: str, name: str, shapes: Shapes) -> str | None:
         return None
     try:
         with through(backend):
-            v = bench_ops.vectors(shapes, 0)
-            mine = bench_ops.ours(name, v)
+            v = operations.vectors(shapes, 0)
+            mine = operations.ours(name, v)
 
             def served() -> object:  # `check` itself asks for plain torch when it makes the truth
                 with through(backend):
                     return mine()
 
-            bench_ops.check(name, shapes, {backend: [served]}, v)
-    except AssertionError as error:
-        return str(error)[:400]
+            operations.check(name, shapes, {backend: [served]}, v)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # not compiled, not launched, not right: it has no figure, and the others have
+        return f"{type(error).__name__}: {error}"[:400]
     return None
 
 
@@ -223,8 +245,11 @@ def serving() -> list[str]:
 
 
 def through(backend: str) -> AbstractContextManager[Any]:
-    interpreted = backend == "triton" and device().type == "cpu"
-    return backend_cases.through(backend) if interpreted else backends.backend(backend)
+    if backend == "triton" and device().type == "cpu":
+        from kernel_cases import interpreted
+
+        return interpreted()
+    return backends.backend(backend)
 
 
 def forced(backend: str, arm: Callable[[], object]) -> Arm:

@@ -8,7 +8,6 @@ runs alone, after the others.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -17,22 +16,24 @@ from typing import Any
 
 import gate
 import torch
-from arms import FRUGAL, MODES, Arm, bare, lur, opened
-from bench_scissorhands import parts
+from arms import FRUGAL, MODES, Arm, bare, lur, opened, parts
 from measure import Times, ratio
 from models import MODELS
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastlur.capture import WARM_UP
 from fastlur.data import to_device
 from fastlur.methods import METHODS
-from gpu_parts.book import Book, Options, Row, device, release
+from gpu_parts.book import Book, Options, Row, Skip, device, drop, release, settled
 from gpu_parts.timing import captured, launches, sampled, spread, tf32
 
 CLEANED, PUBLISHED = "scissorhands, cleaned, in conflict", "scissorhands, as published, in conflict"
 FORMS = {CLEANED: "cleaned", PUBLISHED: "as_published"}
 LEAST = {"fp32": gate.LEAST["fp32"], "tf32": gate.LEAST["bf16"], "bf16": gate.LEAST["bf16"]}
 GATED_BY = {"lm_1b": "lm_124m"}  # in float64 the large one does not fit
+OPERATIONS = ("control", "displace", "dot", "extrapolate", "finish", "project", "regularize", "saliency", "update")
+TRITON = tuple(f"{name}_kernel" for name in OPERATIONS)
 ROOM = 0.85  # of the device's memory, which arms that stand side by side may take
 
 
@@ -60,6 +61,7 @@ FULL = [  # by importance
     Case("lm_124m", 8, "bf16", arms=(*MODES, CLEANED), expected=15),
     Case("resnet18", 256, "bf16", "channels_last", arms=(*MODES, CLEANED)),
     Case("resnet18", 256, "tf32", arms=(*MODES, CLEANED, PUBLISHED)),
+    Case("resnet18", 256, "bf16", "channels_last", compile=True, arms=PLAIN, expected=45),
     Case("vit_s", 64, "bf16", arms=(*MODES, CLEANED)),
     Case("swin_t", 64, "bf16", arms=(*MODES, CLEANED)),
     Case("lm_1b", 2, "bf16", expected=20),
@@ -68,26 +70,29 @@ FULL = [  # by importance
     Case("resnet18", 256, "tf32", "channels_last"),
     Case("swin_t", 64, "tf32", arms=(*MODES, PUBLISHED)),
     Case("vit_s", 64, "tf32", arms=(*MODES, PUBLISHED)),
-    Case("resnet18", 256, "bf16", "channels_last", compile=True, arms=PLAIN, expected=45),
 ]
+FIRST = 5  # of them come before the graph
 TINY = [Case("mlp", 8, "fp32", arms=("optimistic", "exact", CLEANED)), Case("mlp", 8, "bf16", arms=("secant",))]
 
 
 def run(book: Book, options: Options) -> None:
     small = Case("mlp", 8, "fp32") if options.tiny else Case("resnet18", 64, "fp32")
     held: dict[str, nn.Module] = {}
-    for case in TINY if options.tiny else FULL:
+    book.case(f"launches beside the passes: {small.model}", 3, lambda row: beside(row, small, held))
+    cases: list[Case | None] = [*(TINY if options.tiny else FULL)]
+    cases.insert(FIRST, None)  # a recording that fails may take the device along
+    for case in cases:
+        if case is None:
+            book.case("a whole step in a CUDA graph", 3, lambda row: graph(row, small, held))
+            continue
         expected = 0.0 if options.tiny else case.expected
         book.case(str(case), expected, partial(measure, case=case, held=held, book=book, tiny=options.tiny))
-        if case.model == "lm_1b":
-            held.pop("lm_1b", None)
-            release()
-    book.case(f"launches beside the passes: {small.model}", 3, lambda row: beside(row, small, held))
-    book.case("a whole step in a CUDA graph", 3, lambda row: graph(row, small, held))
 
 
 def measure(row: Row, case: Case, held: dict[str, nn.Module], book: Book, tiny: bool) -> None:
     """Gate, memory of each arm alone, then times side by side."""
+    if case.model != "lm_1b":
+        held.pop("lm_1b", None)  # the large one makes room for what comes after it
     row |= {"model": case.model, "batch": case.items, "precision": case.precision}
     row |= {"memory_format": case.layout, "compile": case.compile}
     with tf32(case.precision == "tf32"):
@@ -107,6 +112,7 @@ def measure(row: Row, case: Case, held: dict[str, nn.Module], book: Book, tiny: 
     kept = {name: each for name, each in times.items() if name.split(",")[0] not in refused}
     row["seconds"] = {name: spread(each) for name, each in kept.items()}
     row["refused"] = {name: spread(each) for name, each in times.items() if name not in kept}
+    settled(row)
 
 
 def aligned(case: Case, modes: tuple[str, ...], held: dict[str, nn.Module]) -> dict[str, float]:
@@ -154,7 +160,7 @@ def settings(case: Case) -> dict[str, Any]:
 
 
 @contextmanager
-def arm(case: Case, model: nn.Module, forget: Any, retain: Any, name: str) -> Iterator[Arm]:
+def arm(case: Case, model: nn.Module, forget: Any, retain: Any, name: str, capture: bool = False) -> Iterator[Arm]:
     """One arm on a copy of the model; conflicts of ScissorHands are made, not awaited."""
     precision = "bf16" if case.precision == "bf16" else "fp32"
     if case.layout is not None:
@@ -164,7 +170,8 @@ def arm(case: Case, model: nn.Module, forget: Any, retain: Any, name: str) -> It
         return
     form = FORMS.get(name)
     method = lur(name) if form is None else METHODS["scissorhands"](form=form, trim=None)
-    with opened(model, method, forget, retain, precision=precision, **settings(case)) as step:
+    options = settings(case) | ({"capture": True} if capture else {})
+    with opened(model, method, forget, retain, precision=precision, **options) as step:
         yield (lambda: step(forget, retain)) if form is None else parts(step, forget, retain)["step in conflict"]
 
 
@@ -182,7 +189,7 @@ def memory(row: Row, case: Case, model: nn.Module, forget: Any, retain: Any, nam
             if device().type != "cuda":
                 return dict.fromkeys(found)  # not known here
     except Exception as error:
-        row.setdefault("dropped", {})[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        drop(row, name, error, ours=name.split(",")[0] in MODES)
         return None
     return found
 
@@ -242,31 +249,39 @@ def beside(row: Row, case: Case, held: dict[str, nn.Module]) -> None:
         with arm(case, model, forget, retain, name) as step:
             counted = launches(step)
             row["launches"][name] = None if counted is None else sum(counted.values())
-            row["own"][name] = {
-                kernel: count
-                for kernel, count in (counted or {}).items()
-                if any(
-                    mark in kernel for mark in ("displace", "dot_kernel", "finish_kernel", "control", "update_kernel")
-                )
-            }
+            row["own"][name] = {kernel: count for kernel, count in (counted or {}).items() if own(kernel)}
+
+
+def own(kernel: str) -> bool:
+    """Whether a kernel is this package's: the extension's by its namespace, Triton's by its name."""
+    return "fastlur::" in kernel or kernel in TRITON
 
 
 def graph(row: Row, case: Case, held: dict[str, nn.Module]) -> None:
-    """Whether a whole step can be captured; that it cannot is an answer, not a fault."""
+    """Whole steps recorded once and replayed: ours as `capture=True` does it, the plain one by torch's own means."""
     if device().type != "cuda":
-        row["captured"] = None
-        return
-    model, forget, retain = prepared(case, held)
+        raise Skip("there is no CUDA device")
+    in_graphs(row, case, *prepared(case, held), seconds=2.0)
+    settled(row)
+
+
+def in_graphs(row: Row, case: Case, model: nn.Module, forget: Any, retain: Any, seconds: float) -> None:
     made: dict[str, Callable[[], object]] = {}
     row["captured"] = {}
     with ExitStack() as stack:
         for name in ("bare", "optimistic"):
-            step = stack.enter_context(arm(case, copy.deepcopy(model), forget, retain, name))
-            step()
-            made[name] = step
+            made[name] = stack.enter_context(arm(case, model, forget, retain, name))
+            made[name]()
             try:
-                made[f"{name}, graph"] = captured(step)
+                if name == "bare":
+                    made["bare, graph"] = captured(stack.enter_context(arm(case, model, forget, retain, name)))
+                else:
+                    replayed = stack.enter_context(arm(case, model, forget, retain, name, capture=True))
+                    for _ in range(WARM_UP + 1):  # the last one records
+                        replayed()
+                    made[f"{name}, graph"] = replayed
                 row["captured"][name] = True
             except Exception as error:
-                row["captured"][name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        row["seconds"] = {name: spread(each) for name, each in sampled(made, 2.0).items()}
+                row["captured"][name] = False
+                drop(row, f"{name}, graph", error, ours=name != "bare")
+        row["seconds"] = {name: spread(each) for name, each in sampled(made, seconds).items()}

@@ -20,21 +20,36 @@ def table(out: Path, parts: Iterable[str]) -> str:
             lines.append("Not run.")
             continue
         part = kept[name]
-        lines += SHOWN[name]([case for case in part["cases"] if case["status"] == "done"])
+        if (here := measured_on(part)) not in (None, measured_on(first(kept))):
+            lines += [f"Measured on {here}", ""]
+        lines += SHOWN[name]([case for case in part["cases"] if case["status"] == "done" or "seconds" in case])
         lines += troubles(part)
     return "\n".join(lines)
 
 
+def first(kept: dict[str, Part]) -> Part | None:
+    """The first part that says where it ran; one that died at once does not."""
+    return next((part for part in kept.values() if part["machine"]), None)
+
+
+def measured_on(part: Part | None) -> str | None:
+    """The device, the versions, the commit and the day of a part; None where it does not know."""
+    if part is None or not part["machine"]:
+        return None
+    machine = part["machine"]
+    commit = f"{machine.get('commit') or 'unknown'}{', changed since' if machine.get('dirty') else ''}"
+    return f"{machine['gpu'] or machine['cpu']}, torch {machine['torch']}, commit {commit}, {part['date']}"
+
+
 def heading(kept: dict[str, Part]) -> str:
     """Where and when; or that these are no figures of a GPU."""
-    machine = next((part["machine"] for part in kept.values() if part["machine"]), None)
-    if machine is None:
+    part = first(kept)
+    if part is None:
         return "# GPU suite: nothing was measured"
-    date = next(part["date"] for part in kept.values() if part["machine"])
-    if machine["gpu"] is None:
-        return f"# GPU suite on a CPU: its plumbing was tested, no GPU was measured ({machine['cpu']}, {date})"
-    small = ", tiny sizes: no figures" if any(part.get("tiny") for part in kept.values()) else ""
-    return f"# {machine['gpu']}, torch {machine['torch']}, {date}{small}"
+    if part["machine"]["gpu"] is None:
+        return f"# GPU suite on a CPU: its plumbing was tested, no GPU was measured ({measured_on(part)})"
+    small = ", tiny sizes: no figures" if any(each.get("tiny") for each in kept.values()) else ""
+    return f"# {measured_on(part)}{small}"
 
 
 def troubles(part: Part) -> list[str]:
@@ -45,7 +60,7 @@ def troubles(part: Part) -> list[str]:
     if not part["complete"]:
         lines.append("- cut off: the cases after these are missing")
     if "fault" in part:
-        lines.append(f"- fault: {part['fault']}")
+        lines.append(f"- fault: {part['fault']}{': ' + part['stderr'][-1] if part.get('stderr') else ''}")
     return ["", *lines] if lines else []
 
 
@@ -83,16 +98,18 @@ def kernels(cases: list[Part]) -> list[str]:
         "|---" * 7 + "|",
     ]
     for case in (each for each in cases if "operation" in each):
-        for backend, bandwidth in case["gigabytes_per_second"].items():
+        for backend, bandwidth in case.get("gigabytes_per_second", {}).items():
             best = case.get("times_as_fast_as_best_torch", {}).get(backend, "")
             foreach = case.get("times_as_fast_as_foreach", {}).get(backend, "")
             micro = 1e6 * case["seconds"][backend][0]
+            one = ", ".join(how.removeprefix("torch: ") for how in case.get("one_buffer", []))
+            named = case["case"] + (f" (on one buffer: {one})" if one else "")
             lines.append(
-                f"| {case['case']} | {backend} | {micro:.1f} | {bandwidth:.0f} | {case['of_copy'][backend]:.2f} "
+                f"| {named} | {backend} | {micro:.1f} | {bandwidth:.0f} | {case['of_copy'][backend]:.2f} "
                 f"| {best} ({case.get('best_torch', '')}) | {foreach} |"
             )
     lines += ["", "| the vector work of a step | arm | µs | GB/s | launches |", "|---" * 5 + "|"]
-    for case in (each for each in cases if "launches" in each):
+    for case in (each for each in cases if "launches" in each and "gigabytes_per_second" in each):
         for arm, times in case["seconds"].items():
             launched = case["launches"].get(arm)
             lines.append(
@@ -107,7 +124,7 @@ def step(cases: list[Part]) -> list[str]:
         "| model, batch, precision | arm | ms | ÷ bare [quartiles] | extra memory, copies of θ | cosine |",
         "|---" * 6 + "|",
     ]
-    for case in (each for each in cases if "ratio_to_bare" in each):
+    for case in (each for each in cases if "refused" in each):
         copies = 4 * case["parameters"]
         for arm, times in (case["seconds"] | case["refused"]).items():
             ratio = case["ratio_to_bare"].get(arm)
@@ -116,13 +133,21 @@ def step(cases: list[Part]) -> list[str]:
             known = None not in (peaks.get(arm), peaks.get("bare"))
             extra = f"{(peaks[arm] - peaks['bare']) / copies:+.2f}" if known else ""
             cosine = case["alignment_cosine"].get(arm.split(",")[0], "")
+            shown += " *" * (arm != "bare" and not interleaved(case, arm))
             lines.append(f"| {case['case']} | {arm} | {1e3 * times[0]:.2f} | {shown} | {extra} | {cosine} |")
+    lines += ["", "\\* Not interleaved with the other arms: in turn with the plain step alone, or, ScissorHands as"]
+    lines += ["published, which empties the memory cache in every step, alone after the others."]
     for case in cases:
         if "own" in case:
             lines += ["", f"- {case['case']}: launches {case['launches']}, our own {case['own']}"]
         if "captured" in case:
             lines.append(f"- {case['case']}: {case['captured']}, seconds {case.get('seconds')}")
     return lines
+
+
+def interleaved(case: Part, arm: str) -> bool:
+    """Whether an arm took turns with all the others."""
+    return bool(case.get("side_by_side", True)) and not arm.startswith("scissorhands, as published")
 
 
 def end_to_end(cases: list[Part]) -> list[str]:

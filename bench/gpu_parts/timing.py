@@ -83,6 +83,8 @@ def launches(arm: Arm) -> dict[str, int] | None:
         wait()
     counted: dict[str, int] = {}
     for event in run.events():
+        if event.is_user_annotation:  # the span of an optimizer's step, say, drawn on the device's line
+            continue
         if event.device_type == torch.autograd.DeviceType.CUDA and "sync" not in event.name.lower():
             name = event.name[:80]
             counted[name] = counted.get(name, 0) + 1

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import t as student
 from torch import nn
 
 from fastlur.audit.items import count, device_of, gather, joined, own_copy, rows, whole
@@ -58,6 +57,8 @@ class Relearning:
         """Whether it comes back faster than what was never known is learned; None where nothing tells the error."""
         if self.advantage is None or self.error is None or not self.freedom:
             return None
+        from scipy.stats import t as student  # here: training needs none of it
+
         return bool(self.advantage > max(float(student.ppf(CLEAR, self.freedom)) * self.error, 100 / self.rest))
 
     @property

@@ -50,7 +50,7 @@ def test_no_step_is_lost_and_the_run_goes_on_bit_for_bit(tmp_path):
     expected = whole(model, data, options)
     with pytest.raises(Interrupted, match="after step 7 of 20"):
         fastlur.unlearn(press_in_forward(mlp_like(model), 18), *data, **options)
-    assert [path.name for path in tmp_path.glob("*.json")] == ["step-00000007.json"]
+    assert [path.name for path in tmp_path.glob("*.json")] == ["fastlur-step-00000007.json"]
     resumed, steps = go_on(model, data, options)
     assert steps[0] == 8
     assert same(state(resumed), state(expected))

@@ -275,13 +275,13 @@ def unlearn(
                 if found is not None:
                     stack.callback(set_random_states, random_states())  # callbacks go on with the run's, ours stay
                     ended = kept.resume(found)
+            interrupt = stack.enter_context(Interrupt())
         except BaseException:
             if given is not None:
                 given.put_back()
             raise
         moved.keep()
         del given
-        interrupt = stack.enter_context(Interrupt())
         try:
             if ended is None:
                 ended = run(

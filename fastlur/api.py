@@ -208,7 +208,7 @@ def unlearn(
             "max_grad_norm": max_grad_norm,
             "precision": precision,
             "max_retain_loss_increase": max_retain_loss_increase,
-            "stop": [identity.shown(rule) for rule in rules],
+            "stop": [identity.name_of(rule) for rule in rules],
             "seed": seed,
             "device": str(where),
             "backend": serving(where.type),
@@ -223,7 +223,7 @@ def unlearn(
         if where.type == "cuda":
             torch.cuda.reset_peak_memory_stats(where)
         if checkpoint is not None:
-            same = look.same_run(model, method, losses, parameters, sources, contents)
+            same = look.same_run(model, method, losses, rules, optimizer, parameters, sources, contents)
             if max_retain_loss_increase is not None:
                 same["checkpoint_every"] = checkpoint_every  # the budget looks then as well
             checkpoints = Checkpoints(checkpoint, settings | same)
@@ -276,13 +276,13 @@ def unlearn(
                 if found is not None:
                     stack.callback(set_random_states, random_states())  # callbacks go on with the run's, ours stay
                     ended = kept.resume(found)
+            interrupt = stack.enter_context(Interrupt())
         except BaseException:
             if given is not None:
                 given.put_back()
             raise
         moved.keep()
         del given
-        interrupt = stack.enter_context(Interrupt())
         try:
             if ended is None:
                 ended = run(
@@ -310,6 +310,7 @@ def unlearn(
     settings["micro_batch"] = step.passes.spare.rows
     settings["parameters_moved"] = sum(slot.numel for slot in step.space.slots)
     settings["parameters_total"] = sum(parameter.numel() for parameter in model.parameters())
+    settings["method"] = identity.without_hashes(settings["method"])
     settings["checkpoints_kept"] = checkpoints is not None and keep_checkpoints
     key = new_key()
     data = {str(side): fingerprints(contents[side], side, key) for side in look.SIDES}

@@ -1,14 +1,14 @@
 """Checkpoints: the whole state of a run in two files, written whole or not at all, and read back with a checksum.
 
-`step-N.safetensors` holds the tensors, `step-N.json` everything else and the checksum of the former; the second is
-written last, so that a checkpoint exists when its JSON does. The last two are kept. Nothing is ever unpickled.
+`fastlur-step-N.safetensors` holds the tensors, `fastlur-step-N.json` everything else and the checksum of the former;
+the second is written last, so that a checkpoint exists when its JSON does. The last two are kept. Nothing is ever
+unpickled.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,8 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastlur import ours
 from fastlur.errors import CheckpointError
-from fastlur.folder import SUFFIX, Folder
+from fastlur.folder import Folder
 from fastlur.packing import pack, unpack
 from fastlur.step import Step
 from fastlur.world import random_states, set_random_states
@@ -31,8 +32,6 @@ KEPT = 2
 LARGEST = 16 << 20  # bytes of a description without a history: names, settings, states of rules, random states
 ROW = 512  # bytes of the history of a step, more than its numbers take
 VERSIONS = ("fastlur", "torch")  # a difference to be named first, since it explains others
-OURS = re.compile(r"(step-\d{8}\.(json|safetensors)|\.(probe|step-\d{8}\.(json|safetensors))" + re.escape(SUFFIX) + ")")
-NAME = re.compile(r"step-(\d{8})\.json")
 # what a file that is damaged, or was made to do damage, may bring out of the libraries that read it
 DAMAGE = (
     OSError,
@@ -77,8 +76,8 @@ class Checkpoints:
         if not free:
             raise CheckpointError(f"checkpoint={self.name} is in use by another run; wait for it, or use another")
         try:
-            self.folder.write("probe", b"")
-            self.folder.remove("probe")
+            self.folder.write("fastlur-probe", b"")
+            self.folder.remove("fastlur-probe")
         except OSError as error:
             self.close()
             raise CheckpointError(f"checkpoint={self.name} cannot be written to: {error}") from error
@@ -97,7 +96,8 @@ class Checkpoints:
         Raises:
             CheckpointError: it could not be written; older checkpoints are as they were.
         """
-        stem = f"step-{step.step:08d}"
+        stem = ours.stem(step.step)
+        self._spare_strangers(stem)
         try:
             payload, text = self._content(step, extra)
             self.folder.write(f"{stem}.safetensors", payload)
@@ -108,8 +108,8 @@ class Checkpoints:
                     self.folder.remove(name)
             raise CheckpointError(f"checkpoint={self.name}: {stem} could not be written: {error}") from error
         with suppress(OSError):  # one too many does no harm
-            for old in self._steps()[KEPT:]:
-                self._remove(old)
+            for old in self._steps(ours.checkpoint_files(self.folder))[KEPT:]:
+                self._remove(ours.stem(old))
 
     def newest(self) -> Found | None:
         """The newest intact checkpoint; what a crash has left of others is removed.
@@ -119,7 +119,7 @@ class Checkpoints:
         """
         faults = []
         try:
-            for number in self._steps():
+            for number in self._steps(self.folder.names()):
                 try:
                     found = self._read(number)
                     theirs = dict(found.record["settings"])
@@ -132,7 +132,7 @@ class Checkpoints:
         except OSError as error:
             raise CheckpointError(f"checkpoint={self.name} cannot be read: {error}") from error
         if faults:
-            raise CheckpointError(f"checkpoint: none in {self.name} is intact ({'; '.join(faults)}); remove it")
+            raise CheckpointError(f"checkpoint: none in {self.name} is intact ({'; '.join(faults)}); move them away")
         return None
 
     def restore(self, step: Step, found: Found) -> None:
@@ -157,9 +157,8 @@ class Checkpoints:
     def purge(self) -> None:
         """Remove every checkpoint, since they still hold the old weights; what cannot be removed is warned of."""
         try:
-            for name in self.folder.names():
-                if OURS.fullmatch(name):
-                    self.folder.remove(name)
+            for name in ours.checkpoint_files(self.folder):
+                self.folder.remove(name)
         except OSError as error:
             warnings.warn(
                 f"checkpoint={self.name} holds weights from before, and they could not be removed: {error}",
@@ -177,7 +176,9 @@ class Checkpoints:
         tensors["control"] = state["control"]
         optimizer = pack(state["optimizer"], "optimizer", tensors)
         random = pack(random_states(), "random", tensors)
-        payload = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+        payload = safetensors.torch.save(
+            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata=ours.metadata(ours.CHECKPOINT)
+        )
         record = {
             "settings": self.settings,
             "step": state["step"],
@@ -190,16 +191,16 @@ class Checkpoints:
             **extra,
         }
         text = json.dumps(record)
-        whole = json.dumps({"record": record, "checksum": _digest(text)}).encode()
+        whole = ours.described(ours.CHECKPOINT, json.dumps({"record": record, "checksum": _digest(text)}))
         if len(whole) > _most(state["step"]):
             raise ValueError(f"its description has {len(whole)} bytes, and could not be read again")
         return payload, whole
 
     def _read(self, number: int) -> Found:
-        stem = f"step-{number:08d}"
+        stem = ours.stem(number)
         outer = json.loads(self.folder.read(f"{stem}.json", _most(number)))
         record: dict[str, Any] = outer["record"]
-        if _digest(json.dumps(record)) != outer["checksum"]:
+        if outer["fastlur"] != ours.CHECKPOINT or _digest(json.dumps(record)) != outer["checksum"]:
             raise ValueError("its description is damaged")
         if record["step"] != number:
             raise ValueError(f"it was made after step {record['step']}")
@@ -252,21 +253,33 @@ class Checkpoints:
         gone = {name: None for name, _ in space.model.named_buffers() if name not in buffers}
         step.passes.statistics.take(gone | {name: value.to(space.device) for name, value in buffers.items()})
 
-    def _steps(self) -> list[int]:
-        found = (NAME.fullmatch(name) for name in self.folder.names())
+    def _steps(self, names: list[str]) -> list[int]:
+        """The steps of the descriptions among these files, the last one first."""
+        found = map(ours.NAME.fullmatch, names)
         return sorted((int(match[1]) for match in found if match), reverse=True)
 
     def _tidy(self) -> None:
         """Remove what a crash has left: half-written files, tensors without a description."""
-        described = {f"step-{number:08d}" for number in self._steps()}
-        for name in self.folder.names():
-            if OURS.fullmatch(name) and Path(name).stem not in described:
+        found = ours.checkpoint_files(self.folder)
+        described = {ours.stem(number) for number in self._steps(found)}
+        for name in found:
+            if Path(name).stem not in described:
                 with suppress(OSError):
                     self.folder.remove(name)
 
-    def _remove(self, number: int) -> None:
-        for suffix in ("json", "safetensors"):
-            self.folder.remove(f"step-{number:08d}.{suffix}")
+    def _remove(self, stem: str) -> None:
+        for suffix in ours.PAIR:
+            self.folder.remove(f"{stem}.{suffix}")
+
+    def _spare_strangers(self, stem: str) -> None:
+        """Refuse to write over what somebody else wrote."""
+        with suppress(OSError):  # what cannot be read cannot be written either, and that is said then
+            names = set(self.folder.names())
+            for name in (f"{stem}.{suffix}" for suffix in ours.PAIR):
+                if name in names and not ours.is_checkpoint(self.folder, name):
+                    raise CheckpointError(
+                        f"checkpoint={self.name}: {name} is there, and fastlur did not write it; move it away"
+                    )
 
 
 def _most(step: int) -> int:

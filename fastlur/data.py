@@ -268,6 +268,9 @@ class Stream:
         return self
 
     def close(self) -> None:
-        """Put the caller's generators back."""
+        """End a loader's workers, and put the caller's generators back."""
+        close = getattr(self._batches, "close", None)
+        if close is not None:
+            close()
         for generator, state in zip(self._generators, self._before, strict=True):
             generator.set_state(state)

@@ -6,12 +6,14 @@ import contextlib
 import errno
 import os
 import stat
+import weakref
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
 SUFFIX = ".writing"
 PIECE = 1 << 20
+_LOCKED: weakref.WeakSet[Folder] = weakref.WeakSet()
 
 
 class Folder:
@@ -27,7 +29,7 @@ class Folder:
     """
 
     def __init__(self, path: str | os.PathLike[str], make: bool = True) -> None:
-        self.path = Path(path)
+        self.path = Path(os.path.abspath(path))  # wherever the process goes meanwhile
         if make:
             self.path.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = None
@@ -72,6 +74,15 @@ class Folder:
             same = Path(f"/dev/fd/{handle}")
             yield digest.hexdigest(), same if same.exists() else self._place(name)
 
+    def head(self, name: str, count: int) -> bytes:
+        """The first bytes of a plain file, fewer where it ends before."""
+        with self._opened(name) as handle:
+            return os.read(handle, count)
+
+    def kind(self, name: str) -> int:
+        """What it is, as `stat.S_IFMT` says: a plain file, a link or something else."""
+        return stat.S_IFMT(os.lstat(self._place(name)).st_mode)
+
     def size(self, name: str) -> int:
         """Bytes of a plain file."""
         with self._opened(name) as handle:
@@ -95,13 +106,25 @@ class Folder:
             os.close(handle)
             return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)  # some file systems have no locks
         self._lock = handle
+        _LOCKED.add(self)
         return True
 
     def unlock(self) -> None:
-        """Let others in."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        """Let others in, whoever else has inherited the lock."""
+        handle, self._lock = self._lock, None
+        _LOCKED.discard(self)
+        if handle is not None:
+            import fcntl
+
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
+            os.close(handle)
+
+    def forget_lock(self) -> None:
+        """In a process that was forked: the lock is its parent's, and must end with it."""
+        handle, self._lock = self._lock, None
+        if handle is not None:
+            os.close(handle)
 
     def _place(self, name: str) -> Path:
         if name in ("", ".", "..") or any(each in name for each in (os.sep, os.altsep or os.sep, "\0")):
@@ -128,6 +151,16 @@ class Folder:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _forget_locks() -> None:
+    for folder in list(_LOCKED):
+        folder.forget_lock()
+    _LOCKED.clear()
+
+
+if hasattr(os, "register_at_fork"):  # a loader's workers outlive a killed run by seconds
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _pieces(handle: int) -> Iterator[bytes]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from functools import partial
 from hashlib import blake2b
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+HASH = re.compile(r"#[0-9a-f]{16}$")
+OWN = __name__.split(".")[0]
 DEEP = 8  # how far a value is followed into what it holds
 PLAIN = str | int | float | complex | bool | bytes | None
 
@@ -42,43 +46,94 @@ def architecture_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def name_of(function: Any) -> str:
-    """What a callable is called in a message or a record: its settings where it shows them, else where it is from."""
-    if isinstance(function, partial):
-        given = [*map(_shown, function.args), *(f"{name}={_shown(value)}" for name, value in function.keywords.items())]
-        return f"{name_of(function.func)}({', '.join(given)})"
-    if not hasattr(function, "__qualname__") and _shows_itself(function):
-        return _line(function)
-    return _place(function if hasattr(function, "__qualname__") else type(function))
+def name_of(value: Any, deep: int = 2) -> str:
+    """Where a callable or another object is from, with its plain numbers; for messages and for records.
+
+    Nothing else of what it holds: a text, an array or a hash of them could be what was to be forgotten. Of objects of
+    this package texts are shown as well.
+    """
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    if isinstance(value, partial):
+        held, place = [*enumerate(value.args), *value.keywords.items()], name_of(value.func, deep)
+    else:
+        held, place = [] if kind is value else sorted(getattr(value, "__dict__", {}).items()), _place(kind)
+    own = place.startswith(f"{OWN}.")
+    told = (int, float, str) if own else (int, float)
+    parts = []
+    for name, each in held:
+        named = "" if isinstance(name, int) else f"{name}="
+        if each is None or isinstance(each, told):
+            parts += [f"{named}{each!r}"] if not named.startswith("_") and named != "training=" else []
+        elif callable(each) and deep:
+            parts.append(named + name_of(each, deep - 1))
+    if isinstance(kind, type) and own and kind is not value:
+        place = kind.__qualname__
+    return f"{place}({', '.join(parts)})" if kind is not value or isinstance(value, partial) else place
 
 
-def fingerprint(function: Any) -> str:
+def called(value: Any) -> str:
+    """Where a callable is from, for a message."""
+    if isinstance(value, partial):
+        return called(value.func)
+    return _place(value if hasattr(value, "__qualname__") else type(value))
+
+
+def without_hashes(value: Any) -> Any:
+    """Plain values whose fingerprints have lost their hashes, by which guesses of what went into them can be tested."""
+    if isinstance(value, dict):
+        return {name: without_hashes(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [without_hashes(each) for each in value]
+    return HASH.sub("", value) if isinstance(value, str) else value
+
+
+def fingerprint(function: Any, apart_from: tuple[type, ...] = ()) -> str:
     """Its name with a hash of what it does and holds, the same in another process.
 
     Of a function: code, defaults and what it closes over. Of a `partial`: function and arguments. Of a module: the
-    kinds of its parts, their settings, weights and buffers. Of another object: its settings where it shows them, else
-    its plain attributes. Global names that code refers to are not followed, nor are objects that are none of these.
+    kinds of its parts, their settings, weights and buffers. Of another object: its attributes and the code of its
+    class; where it has none, how it shows itself. What it holds is followed likewise. Two things are not compared:
+    attributes whose names begin with "_", where an object may note what it sees on its way, and global names that code
+    refers to.
+
+    Args:
+        function: a callable, or any other object.
+        apart_from: kinds of things that are not looked into.
     """
     digest = blake2b(digest_size=8)
-    for part in _parts(function, DEEP, set()):
+    for part in _Parts(apart_from).of(function, DEEP, set()):
         digest.update(part + b"\0")
-    return f"{name_of(function) if callable(function) else _place(type(function))}#{digest.hexdigest()}"
+    return f"{name_of(function)}#{digest.hexdigest()}"
 
 
-def _parts(value: Any, deep: int, above: set[int]) -> list[bytes]:
-    """What a value is made of, as bytes in a fixed order."""
-    if isinstance(value, PLAIN):
-        return [f"{type(value).__name__} {value!r}".encode()]
-    if isinstance(value, Tensor | np.ndarray):
-        tensor = value if isinstance(value, Tensor) else None
-        raw = _content(tensor) if tensor is not None else np.ascontiguousarray(value).tobytes()
-        return [f"{tuple(value.shape)}{value.dtype}".encode(), bytes(raw)]
-    if not deep or id(value) in above:
-        return [b"and so on"]
-    found, inner = [_place(type(value)).encode()], {*above, id(value)}
-    for name, item in _held(value):
-        found += [name.encode(), *_parts(item, deep - 1, inner)]
-    return found
+class _Parts:
+    """What values are made of, as bytes in a fixed order; an object that is met again is only named again."""
+
+    def __init__(self, apart_from: tuple[type, ...]) -> None:
+        self.apart_from = apart_from
+        self.met: dict[int, tuple[int, Any]] = {}  # with the objects, so that no other one gets their number
+
+    def of(self, value: Any, deep: int, above: set[int]) -> list[bytes]:
+        """Of one value."""
+        if isinstance(value, PLAIN):
+            return [f"{type(value).__name__} {value!r}".encode()]
+        if isinstance(value, np.ndarray) and value.dtype.hasobject:
+            value = value.tolist()
+        if isinstance(value, Tensor | np.ndarray):
+            raw = _content(value) if isinstance(value, Tensor) else np.ascontiguousarray(value).tobytes()
+            return [f"{tuple(value.shape)}{value.dtype}".encode(), bytes(raw)]
+        if not deep or id(value) in above:
+            return [b"and so on"]
+        found, inner = [_place(type(value)).encode()], {*above, id(value)}
+        if isinstance(value, self.apart_from):
+            return found
+        if hasattr(value, "__dict__") and not isinstance(value, type | ModuleType):
+            if id(value) in self.met:
+                return [f"number {self.met[id(value)][0]} again".encode()]
+            self.met[id(value)] = len(self.met), value
+        for name, item in _held(value):
+            found += [name.encode(), *self.of(item, deep - 1, inner)]
+        return found
 
 
 def _held(value: Any) -> list[tuple[str, Any]]:
@@ -99,23 +154,36 @@ def _held(value: Any) -> list[tuple[str, Any]]:
         return [(_line(key), item) for key, item in value.items()]
     if isinstance(value, set | frozenset):
         return [("items", item) for item in sorted(map(_line, value))]
-    if isinstance(value, tuple | list):
+    if isinstance(value, tuple | list | deque):
         return [("item", item) for item in value]
     if isinstance(value, nn.Module):
         modules = [(f"{n}:{_place(type(m))}", each) for n, m in value.named_modules() for each in _attributes(m)]
-        return [("weights", model_digest(value)), *modules]
-    if isinstance(value, type | BuiltinFunctionType) or hasattr(value, "__qualname__"):
+        return [("weights", model_digest(value)), *modules, *_code(type(value))]
+    if isinstance(value, type | BuiltinFunctionType | ModuleType) or hasattr(value, "__qualname__"):
         return [("where", _place(value))]
-    if _shows_itself(value):
-        return [("shown", _line(value))]
-    return list(_attributes(value))
+    attributes = _attributes(value)
+    shown = [] if attributes or not _shows_itself(value) else [("shown", _line(value))]
+    return [*attributes, *shown, *_code(type(value))]
 
 
 def _attributes(value: Any) -> list[tuple[str, Any]]:
-    """The plain ones: settings, not what it notes on its way, nor what it uses."""
-    kinds = (PLAIN, tuple, Tensor, FunctionType, partial)
-    held = sorted(getattr(value, "__dict__", {}).items())
-    return [(name, each) for name, each in held if not name.startswith("_") and isinstance(each, kinds)]
+    """What an object is set to, and not what it notes on its way."""
+    slots = (name for kind in type(value).__mro__ for name in _names(vars(kind).get("__slots__", ())))
+    held = {name: getattr(value, name) for name in slots if not name.startswith("_") and hasattr(value, name)}
+    held |= {name: each for name, each in getattr(value, "__dict__", {}).items() if not name.startswith("_")}
+    return sorted(held.items(), key=lambda each: each[0])
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _code(kind: type) -> list[tuple[str, Any]]:
+    """The functions of a class, of whose code no version number tells."""
+    classes = [each for each in kind.__mro__ if each.__module__.split(".")[0] not in ("builtins", "torch", OWN)]
+    return [
+        (name, each) for one in classes for name, each in sorted(vars(one).items()) if isinstance(each, FunctionType)
+    ]
 
 
 def _cell(cell: Any) -> Any:
@@ -132,15 +200,14 @@ def _shows_itself(value: Any) -> bool:
 
 
 def _line(value: Any) -> str:
-    return " ".join(ADDRESS.sub("", repr(value)).split())
+    try:
+        return " ".join(ADDRESS.sub("", repr(value)).split())
+    except Exception:  # a text of the caller's
+        return _place(type(value))
 
 
 def _place(kind: Any) -> str:
     return f"{getattr(kind, '__module__', None)}.{getattr(kind, '__qualname__', type(kind).__qualname__)}"
-
-
-def _shown(value: Any) -> str:
-    return name_of(value) if callable(value) else _line(value)
 
 
 def _content(tensor: Tensor) -> Any:
@@ -154,14 +221,14 @@ def _content(tensor: Tensor) -> Any:
 
 def shown(rule: Any) -> str:
     """An object that shows its settings by them, anything else by its fingerprint: what it notes may differ."""
-    itself = _shows_itself(rule) and not isinstance(rule, partial) and not hasattr(rule, "__qualname__")
-    return _line(rule) if itself else fingerprint(rule)
+    made = isinstance(rule, partial) or is_dataclass(rule) or hasattr(rule, "__qualname__")
+    return fingerprint(rule) if made or not _shows_itself(rule) else _line(rule)
 
 
 def code_of(method: object) -> list[str]:
     """The functions of a class from outside of this package, of whose code a version number does not tell."""
     kind = type(method)
-    if kind.__module__.split(".")[0] == __name__.split(".")[0]:
+    if kind.__module__.split(".")[0] == OWN:
         return []
     return [fingerprint(each) for each in vars(kind).values() if isinstance(each, FunctionType)]
 
@@ -174,6 +241,15 @@ def optimizer_settings(optimizer: str | torch.optim.Optimizer) -> Any:
         {name: _plain(value) for name, value in group.items() if name != "params"} for group in optimizer.param_groups
     ]
     return {"name": type(optimizer).__name__, "groups": groups}
+
+
+def optimizer_parameters(optimizer: str | torch.optim.Optimizer, model: nn.Module) -> list[list[str]] | None:
+    """The names of the parameters of each group, in order; None for an optimizer of ours."""
+    if isinstance(optimizer, str):
+        return None
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = (group["params"] for group in optimizer.param_groups)
+    return [[names.get(id(each), f"another of shape {tuple(each.shape)}") for each in group] for group in groups]
 
 
 def _plain(value: Any) -> Any:

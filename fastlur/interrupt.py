@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
+from typing import Any
 
 NOTICE = b"\nstopping after this step; Ctrl-C once more stops at once\n"
 
@@ -44,3 +46,22 @@ class Interrupt:
             raise KeyboardInterrupt
         self.pending = True
         os.write(2, NOTICE)  # a handler may run inside any print
+
+
+class Whole:
+    """Inside, Ctrl-C waits for the end, whoever handles it: for work that must not be left half done."""
+
+    def __enter__(self) -> None:
+        self._handler: Callable[[int, FrameType | None], Any] | None = None
+        self._came: list[tuple[int, FrameType | None]] = []
+        handler: Any = signal.getsignal(signal.SIGINT)
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            self._handler = handler
+            signal.signal(signal.SIGINT, lambda number, frame: self._came.append((number, frame)))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._handler is None:
+            return
+        signal.signal(signal.SIGINT, self._handler)
+        for each in self._came:
+            self._handler(*each)

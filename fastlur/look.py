@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from fastlur import content, identity
 from fastlur.data import Indexed, Source, Stream, source, to_device
@@ -55,6 +55,8 @@ def same_run(
     model: nn.Module,
     method: object,
     losses: dict[Which, Any],
+    rules: Sequence[Any],
+    optimizer: str | torch.optim.Optimizer,
     parameters: Selection,
     sources: dict[Which, Source],
     contents: dict[Which, content.Content],
@@ -64,6 +66,8 @@ def same_run(
     same |= {f"{side} batches": batching(sources[side], contents[side]) for side in SIDES}
     same |= {f"what {ARGUMENT[side]} does": identity.fingerprint(each) for side, each in losses.items()}
     same |= {"model": identity.model_digest(model), "architecture": identity.architecture_digest(model)}
+    same["stop"] = [identity.shown(rule) for rule in rules]
+    same["optimizer's parameters"] = identity.optimizer_parameters(optimizer, model)
     same["code of the method"] = identity.code_of(method)
     same["moving parameters"] = list(dict.fromkeys(name for name, _ in select(model, parameters)))
     return same
@@ -81,7 +85,7 @@ def batching(found: Source, what: content.Content) -> dict[str, Any]:
         "batch_size": loader.batch_size,
         "drop_last": loader.drop_last,
         "workers": loader.num_workers,
-        "samplers": [identity.fingerprint(each) for each in samplers],
+        "samplers": [identity.fingerprint(each, (Dataset,)) for each in samplers],  # the data are compared
         "collate": identity.fingerprint(loader.collate_fn),
     }
 

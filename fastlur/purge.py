@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 
-from fastlur.checkpoint import OURS
 from fastlur.errors import CheckpointError
 from fastlur.folder import Folder
+from fastlur.ours import checkpoint_files
 from fastlur.record import orphans
 
 
 def purge(directory: str | os.PathLike[str]) -> list[str]:
     """Remove checkpoints, with the frozen copies and anchors in them, and what broken-off writes have left.
 
-    A record in the same directory stays, and so does every file of another name. A link is removed, not what it points
-    at. Files are removed as the system removes files: what a disk, a snapshot or a backup keeps of them is not reached.
+    A record in the same directory stays, and so does every file of another name, or without the mark that ours
+    begin with. A link is removed, not what it points at. Files are removed as the system removes files: what a
+    disk, a snapshot or a backup keeps of them is not reached.
 
     Returns:
         The names of the files removed.
@@ -29,7 +30,7 @@ def purge(directory: str | os.PathLike[str]) -> list[str]:
         if not free:
             raise CheckpointError(f"{os.fspath(directory)!r} is in use by a run; wait for its end")
         try:
-            for name in sorted({*filter(OURS.fullmatch, folder.names()), *orphans(folder)}):
+            for name in sorted({*checkpoint_files(folder), *orphans(folder)}):
                 folder.remove(name)
                 removed.append(name)
         finally:

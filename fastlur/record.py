@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fastlur.errors import ModelError, RecordError
 from fastlur.folder import SUFFIX, Folder
+from fastlur.ours import RECORD, is_marked, metadata
 
 FORMAT = 1
 DESCRIPTION = "result.json"
@@ -92,7 +93,7 @@ def write(directory: str | os.PathLike[str], model: nn.Module, content: Mapping[
         raise RecordError(f"{where} is in use by another process; wait for it, or choose another directory")
     try:
         before = folder.names()
-        payload = safetensors.torch.save(_tensors(model))
+        payload = safetensors.torch.save(_tensors(model), metadata=metadata(RECORD))
         checksum = _digest(payload)
         name = f"model-{checksum[:16]}.safetensors"
         described = {"file": name, "bytes": len(payload), "checksum": checksum}
@@ -181,14 +182,19 @@ def orphans(folder: Folder) -> list[str]:
         kept = describe(folder)["model"]["file"] if DESCRIPTION in names else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return found  # without knowing which weights are the record's, none are
-    return found + [name for name in names if WEIGHTS.fullmatch(name) and name != kept]
+    return found + [name for name in names if _is_old(folder, name, kept)]
 
 
 def _tidy(folder: Folder, kept: str) -> None:
     """Nothing but this record: weights of the one before are what somebody may have wanted gone."""
     for name in folder.names():
-        if LEFT.fullmatch(name) or (WEIGHTS.fullmatch(name) and name != kept):
+        if LEFT.fullmatch(name) or _is_old(folder, name, kept):
             folder.remove(name)
+
+
+def _is_old(folder: Folder, name: str, kept: str | None) -> bool:
+    """Whether it is the weights of another record; a file of such a name that we did not write is somebody's."""
+    return bool(WEIGHTS.fullmatch(name)) and name != kept and is_marked(folder, name, RECORD)
 
 
 def _drop_unless_described(folder: Folder, name: str) -> None:

@@ -14,6 +14,7 @@ from fastlur.capture import Captured, check_capture
 from fastlur.culprit import accuse, overflowed
 from fastlur.data import Feed, to_device
 from fastlur.errors import ArgumentError, CheckpointError, NonFiniteError
+from fastlur.interrupt import Whole
 from fastlur.methods.base import Direction, Method, Recipe, State, checked_direction, checked_mask
 from fastlur.passes import ARGUMENT, Loss, Passes, Which
 from fastlur.reference import COUNT, OK
@@ -137,20 +138,22 @@ class Step:
 
     def _work(self, forget: Any, retain: Any) -> tuple[Tensor, Tensor, Tensor]:
         """What a step does on the device: both losses, not a number for a side without a pass, and the dots."""
-        passes = self.passes
+        passes, updated = self.passes, False
         passes.statistics.save()
         try:
             with passes.of_step(self.step + 1, forget, retain):
                 direction = checked_direction(self.method.direction(passes, self.state), self.method)
                 if self.mask is not None:
                     direction = direction._replace(mask=_both(self.mask, direction.mask))
-                with torch.no_grad():
+                with torch.no_grad(), Whole():  # weights, moments and statistics are of one step
                     dots = self.update.decide(direction, list(passes.values.values()))
                     self.update.apply(direction)
+                    passes.statistics.keep(self.update.control[OK])
+                    updated = True
         except BaseException:
-            passes.statistics.keep(torch.zeros((), device=self.space.device))
+            if not updated:
+                passes.statistics.keep(torch.zeros((), device=self.space.device))
             raise
-        passes.statistics.keep(self.update.control[OK])
         self._direction = direction
         forget_loss, retain_loss = (passes.values.get(side, self._nothing) for side in ("forget", "retain"))
         return forget_loss, retain_loss, dots

@@ -22,7 +22,7 @@ from torch import nn
 
 from fastlur.data import source
 from fastlur.errors import ArgumentError, DataError, FastlurError, finite, nearest, unknown
-from fastlur.identity import fingerprint, name_of
+from fastlur.identity import called, fingerprint
 from fastlur.loop import StepEvent
 from fastlur.scores import scores
 from fastlur.world import borrowed_random, kept_modes
@@ -94,11 +94,11 @@ class _Looking:
             raise
         except Exception as error:
             said = (str(error).splitlines() or [""])[0]
-            raise DataError(f"metric: {name_of(self.metric)} failed ({type(error).__name__}: {said})") from error
+            raise DataError(f"metric: {called(self.metric)} failed ({type(error).__name__}: {said})") from error
         try:
             return float(value)
         except (TypeError, ValueError) as error:
-            raise DataError(f"metric: {name_of(self.metric)} returned a {type(value).__name__}, no number") from error
+            raise DataError(f"metric: {called(self.metric)} returned a {type(value).__name__}, no number") from error
 
 
 class Reached(_Looking):
@@ -132,9 +132,9 @@ class Reached(_Looking):
         if value is None:
             return None
         if self.at_least is not None and value >= self.at_least:
-            return f"{name_of(self.metric)} reached {value:.4g}, at least {self.at_least:g}"
+            return f"{called(self.metric)} reached {value:.4g}, at least {self.at_least:g}"
         if self.at_most is not None and value <= self.at_most:
-            return f"{name_of(self.metric)} reached {value:.4g}, at most {self.at_most:g}"
+            return f"{called(self.metric)} reached {value:.4g}, at most {self.at_most:g}"
         return None
 
     def __repr__(self) -> str:
@@ -183,7 +183,7 @@ class Patience(_Looking):
         if self.waited < self.looks:
             return None
         best = self.best if self.better == "lower" else -self.best
-        return f"{name_of(self.metric)} has not improved on {best:.4g} for {self.waited} looks"
+        return f"{called(self.metric)} has not improved on {best:.4g} for {self.waited} looks"
 
     def state_dict(self) -> dict[str, float | None]:
         """The best value so far, the lower the better, and how many looks ago it was."""

@@ -21,9 +21,9 @@ from fastlur.methods import SaliencyMask, Trim
 def test_two_files_each_of_tensors_and_of_json_with_a_checksum(tmp_path):
     break_off(*job(tmp_path))
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == [f"step-0000000{n}.{kind}" for n in (2, 4) for kind in ("json", "safetensors")]
+    assert names == [f"fastlur-step-0000000{n}.{kind}" for n in (2, 4) for kind in ("json", "safetensors")]
     outer = json.loads((tmp_path / names[2]).read_bytes())
-    assert set(outer) == {"record", "checksum"}
+    assert set(outer) == {"fastlur", "record", "checksum"}
     assert len(outer["checksum"]) == len(outer["record"]["checksum"]) == 64
 
 
@@ -34,7 +34,7 @@ def test_everything_that_the_next_step_depends_on_is_in_it(tmp_path):
     rule = fastlur.stopping.TimeBudget(1e6)
     options = {"method": method, "optimizer": "adamw", "stop": rule, "max_retain_loss_increase": 99.0}
     break_off(*job(tmp_path, model, **options))
-    tensors = safetensors.torch.load_file(tmp_path / "step-00000004.safetensors")
+    tensors = safetensors.torch.load_file(tmp_path / "fastlur-step-00000004.safetensors")
     assert {f"weight/{name}" for name in names} <= set(tensors)
     assert {f"buffer/{name}" for name, _ in model.named_buffers()} <= set(tensors)
     for vector in ("first_moment", "second_moment", "method.inner_gradient", "mask"):
@@ -42,7 +42,7 @@ def test_everything_that_the_next_step_depends_on_is_in_it(tmp_path):
     assert tensors["vector/mask/0.weight"].dtype == torch.bool
     assert "control" in tensors
     assert tensors["random/torch"].dtype == torch.uint8
-    record = json.loads((tmp_path / "step-00000004.json").read_bytes())["record"]
+    record = json.loads((tmp_path / "fastlur-step-00000004.json").read_bytes())["record"]
     assert len(record["history"]["retain_loss"]) == 4
     assert {side: where["taken"] for side, where in record["streams"].items()} == {"forget": 4, "retain": 4}
     assert record["streams"]["forget"]["seed"] != record["streams"]["retain"]["seed"]
@@ -62,7 +62,7 @@ def test_everything_that_the_next_step_depends_on_is_in_it(tmp_path):
 )
 def test_what_methods_carry_is_in_it(tmp_path, method, names):
     break_off(*job(tmp_path, method=method))
-    assert names <= set(safetensors.torch.load_file(tmp_path / "step-00000004.safetensors"))
+    assert names <= set(safetensors.torch.load_file(tmp_path / "fastlur-step-00000004.safetensors"))
 
 
 @pytest.mark.parametrize("what", ["mask", "attacks"])
@@ -153,7 +153,10 @@ def test_kept_when_asked_for_and_the_call_then_ends_at_once(tmp_path):
     args = job(tmp_path, keep_checkpoints=True)
     first, steps = go_on(*args)
     assert steps == list(range(1, 10))
-    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["step-00000008.json", "step-00000009.json"]
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == [
+        "fastlur-step-00000008.json",
+        "fastlur-step-00000009.json",
+    ]
     again, steps = go_on(*args)
     assert steps == []
     assert same(state(again), state(first))

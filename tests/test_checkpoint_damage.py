@@ -20,8 +20,8 @@ import fastlur
 from fastlur import folder as folder_module
 from fastlur.checkpoint import Checkpoints
 
-NEWEST = ("step-00000002.json", "step-00000002.safetensors")
-OLDER = ("step-00000001.json", "step-00000001.safetensors")
+NEWEST = ("fastlur-step-00000002.json", "fastlur-step-00000002.safetensors")
+OLDER = ("fastlur-step-00000001.json", "fastlur-step-00000001.safetensors")
 
 
 @pytest.fixture
@@ -101,13 +101,20 @@ class TestDamage:
         assert two.reads() == 1
 
     def test_what_a_crash_left_is_removed_when_the_run_goes_on(self, two):
-        left = (".step-00000003.json.writing", "step-00000003.safetensors", ".step-00000003.safetensors.writing")
-        for name in (*left, "notes.txt", "step-1.json", "step-00000003.json.bak"):
+        left = (
+            ".fastlur-step-00000003.json.writing",
+            "fastlur-step-00000003.safetensors",
+            ".fastlur-step-00000003.safetensors.writing",
+        )
+        ending = lambda name: "safetensors" if "safetensors" in name else "json"
+        for name in left:
+            two.spoil(name, two.files[f"fastlur-step-00000002.{ending(name)}"][:50])
+        for name in ("notes.txt", "fastlur-step-1.json", "fastlur-step-00000003.json.bak"):
             two.spoil(name, b"half")
         assert two.reads() == 2
         assert not {path.name for path in two.directory.iterdir()} & set(left)
         assert (two.directory / "notes.txt").read_bytes() == b"half"
-        assert (two.directory / "step-00000003.json.bak").exists()
+        assert (two.directory / "fastlur-step-00000003.json.bak").exists()
 
     @pytest.mark.parametrize("name", NEWEST)
     def test_a_whole_run_over_a_damaged_checkpoint_ends_like_an_undisturbed_one(self, tmp_path, name):
@@ -198,7 +205,7 @@ class TestDisk:
         undisturbed = whole(*args)
         with monkeypatch.context() as patch:
             Failing(patch, 6 + 2 * CALLS + 8)  # after the trial file, in the third checkpoint
-            with pytest.raises(fastlur.CheckpointError, match="step-00000006 could not be written"):
+            with pytest.raises(fastlur.CheckpointError, match="fastlur-step-00000006 could not be written"):
                 go_on(*args)
         resumed, steps = go_on(*args)
         assert steps == [5, 6, 7, 8, 9]
@@ -221,8 +228,11 @@ class TestDisk:
             "    print(error, torch.equal(model.weight, seen[4]), max(seen))\n"
         )
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-        assert "step-00000004 could not be written: [Errno 27] File too large True 4" in done.stdout
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002.json", "step-00000002.safetensors"]
+        assert "fastlur-step-00000004 could not be written: [Errno 27] File too large True 4" in done.stdout
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "fastlur-step-00000002.json",
+            "fastlur-step-00000002.safetensors",
+        ]
 
     @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
     def test_a_directory_that_cannot_be_written_is_refused_before_anything_changes(self, tmp_path, monkeypatch, code):
@@ -253,7 +263,7 @@ class TestDisk:
 
         def obstruct(event):
             if event.step == 9:
-                (tmp_path / "step-00000001.json").mkdir()
+                (tmp_path / "fastlur-step-00000001.json").mkdir()
 
         with pytest.warns(UserWarning, match="holds weights from before, and they could not be removed"):
             result = fastlur.unlearn(model, *data, **options, callbacks=[obstruct])

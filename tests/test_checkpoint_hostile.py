@@ -14,7 +14,7 @@ from helpers import blobs, same, state
 
 import fastlur
 
-NEWEST = ("step-00000002.json", "step-00000002.safetensors")
+NEWEST = ("fastlur-step-00000002.json", "fastlur-step-00000002.safetensors")
 
 
 @pytest.fixture
@@ -31,9 +31,12 @@ def forged(two, change, tensors=None):
     record["checksum"] = blake2b(payload, digest_size=32).hexdigest()
     changed = change(record)
     record = record if changed is None else changed
-    two.spoil("step-00000003.safetensors", payload)
+    two.spoil("fastlur-step-00000003.safetensors", payload)
     checksum = blake2b(json.dumps(record).encode(), digest_size=32).hexdigest()
-    two.spoil("step-00000003.json", json.dumps({"record": record, "checksum": checksum}).encode())
+    two.spoil(
+        "fastlur-step-00000003.json",
+        json.dumps({"fastlur": "checkpoint", "record": record, "checksum": checksum}).encode(),
+    )
 
 
 def tensors_file(header, content=b""):
@@ -135,7 +138,7 @@ class TestHostileFiles:
 
     @pytest.mark.parametrize("text", [b"[" * 100_000, b"9" * 10_000, b'{"record": 1e999}', b"\xff\xfe", b"null", b"[]"])
     def test_text_that_is_no_description_gives_the_older_one(self, two, text):
-        two.spoil("step-00000003.json", text)
+        two.spoil("fastlur-step-00000003.json", text)
         assert two.reads() == 2
 
     def test_pickles_under_our_names_are_not_run(self, two, tmp_path_factory):
@@ -159,13 +162,15 @@ class TestHostileFiles:
             forged(two, lambda record: None, content)
             with pytest.raises(fastlur.CheckpointError):
                 two.at.restore(two.step, two.at.newest())
-            for name in ("step-00000003.json", "step-00000003.safetensors"):
+            for name in ("fastlur-step-00000003.json", "fastlur-step-00000003.safetensors"):
                 (two.directory / name).unlink()
         assert not marker.exists()
         pickle.loads(bomb)
         assert marker.exists()  # it was a live one
 
-    @pytest.mark.parametrize("name", [".step-00000003.safetensors.writing", ".step-00000003.json.writing"])
+    @pytest.mark.parametrize(
+        "name", [".fastlur-step-00000003.safetensors.writing", ".fastlur-step-00000003.json.writing"]
+    )
     def test_links_are_not_written_through(self, two, tmp_path_factory, name):
         outside = tmp_path_factory.mktemp("outside") / "precious"
         outside.write_text("mine")
@@ -178,7 +183,7 @@ class TestHostileFiles:
     def test_links_under_our_names_are_replaced_and_removed_and_what_they_point_at_stays(self, two, tmp_path_factory):
         outside = tmp_path_factory.mktemp("outside") / "precious"
         outside.write_text("mine")
-        for name in ("step-00000003.json", "step-00000003.safetensors", "step-00000000.json"):
+        for name in ("fastlur-step-00000003.json", "fastlur-step-00000003.safetensors", "fastlur-step-00000000.json"):
             (two.directory / name).symlink_to(outside)
         two.step(blobs(8, 2, 2), blobs(8, 2, 2))
         two.at.save(two.step, {"history": {}})
@@ -204,14 +209,14 @@ class TestHostileFiles:
         assert two.reads() == 1
 
     def test_a_description_larger_than_any_is_not_read(self, two):
-        with (two.directory / "step-00000003.json").open("wb") as file:
+        with (two.directory / "fastlur-step-00000003.json").open("wb") as file:
             file.truncate(1 << 40)  # takes no room on the disk
         assert two.reads() == 2
 
     def test_nor_one_with_more_than_its_steps_can_fill(self, two):
         """The text of an intact one, with blanks that mean nothing: 17 MB are too many after three steps."""
         forged(two, lambda record: None)
-        place = two.directory / "step-00000003.json"
+        place = two.directory / "fastlur-step-00000003.json"
         text = place.read_bytes()
         place.write_bytes(text + b" " * (1 << 20))
         assert two.at.newest().record["step"] == 3
@@ -229,7 +234,7 @@ class TestHostileFiles:
     def test_a_file_that_is_exchanged_after_it_was_looked_at_is_not_taken(self, two, monkeypatch):
         """Between the checksum and the reading, and while it is read."""
         found, before = two.at.newest(), state(two.step.space.model)
-        two.spoil(NEWEST[1], two.files["step-00000001.safetensors"])
+        two.spoil(NEWEST[1], two.files["fastlur-step-00000001.safetensors"])
         with pytest.raises(fastlur.CheckpointError, match="its tensors have changed since they were found"):
             two.at.restore(two.step, found)
         assert same(state(two.step.space.model), before)
@@ -241,7 +246,7 @@ class TestHostileFiles:
 
         def exchanged(path, **options):
             other = two.directory / "other"
-            other.write_bytes(two.files["step-00000001.safetensors"])
+            other.write_bytes(two.files["fastlur-step-00000001.safetensors"])
             other.replace(two.directory / NEWEST[1])
             return opened(path, **options)
 
@@ -257,7 +262,12 @@ class TestHostileFiles:
         assert sorted(path.name for path in two.directory.iterdir()) == sorted(two.files)
 
     def test_numbers_of_steps_are_digits(self, two):
-        for name in ("step-../../xx.json", "step-0000000٣.json", "step-00000003.json/..", "step-99999999999.json"):
+        for name in (
+            "fastlur-step-../../xx.json",
+            "fastlur-step-0000000٣.json",
+            "fastlur-step-00000003.json/..",
+            "fastlur-step-99999999999.json",
+        ):
             if "/" not in name:
                 two.spoil(name, b"{}")
         assert two.reads() == 2

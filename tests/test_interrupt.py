@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
+import sys
 import threading
 
 import pytest
+import torch
 from checkpoints import go_on, job, whole
 from helpers import blobs, mlp, run, same, state
+from torch import nn
 
 import fastlur
 from fastlur.interrupt import Interrupt, Interrupted
@@ -50,7 +54,7 @@ def test_no_step_is_lost_and_the_run_goes_on_bit_for_bit(tmp_path):
     expected = whole(model, data, options)
     with pytest.raises(Interrupted, match="after step 7 of 20"):
         fastlur.unlearn(press_in_forward(mlp_like(model), 18), *data, **options)
-    assert [path.name for path in tmp_path.glob("*.json")] == ["step-00000007.json"]
+    assert [path.name for path in tmp_path.glob("*.json")] == ["fastlur-step-00000007.json"]
     resumed, steps = go_on(model, data, options)
     assert steps[0] == 8
     assert same(state(resumed), state(expected))
@@ -105,6 +109,86 @@ def test_the_second_one_stops_at_once_and_theta_is_not_displaced():
         )
     assert not isinstance(caught.value, Interrupted)
     assert same(state(model), seen[max(seen)])
+
+
+class Pressing:
+    """Ctrl-C at one line of the package, by its number among those that run."""
+
+    def __init__(self, at, files, times=1):
+        self.at, self.files, self.times, self.count = at, files, times, 0
+
+    def __call__(self, frame, kind, _):
+        if not frame.f_code.co_filename.endswith(self.files):
+            return None
+        if kind == "line":
+            self.count += 1
+            if self.count == self.at:
+                sys.settrace(None)
+                for _ in range(self.times):
+                    control_c()
+        return self
+
+    def __enter__(self):
+        sys.settrace(self)
+
+    def __exit__(self, *_):
+        sys.settrace(None)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "caller's"])
+def test_at_whatever_line_of_a_step_it_comes_weights_and_statistics_are_of_one_step(kind):
+    files = tuple(f"fastlur/{name}.py" for name in ("step", "update", "statistics", "reach", "interrupt"))
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4))
+    forget, retain = blobs(8), blobs(8)
+    at, pressed = 1, True
+    while pressed:
+        model = copy.deepcopy(first)
+        made = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        with fastlur.MetaStep(model, optimizer=kind if kind != "caller's" else made, gradient="first_order") as step:
+            step(forget, retain)
+            wholes = [state(model)]
+            held = copy.deepcopy(model), copy.deepcopy(step.state_dict())
+            pressing = Pressing(at, files)
+            try:
+                with pressing:
+                    step(forget, retain)
+                pressed = pressing.count >= at
+            except KeyboardInterrupt:
+                pass
+            found = state(model)
+        with fastlur.MetaStep(
+            twin := held[0],
+            optimizer=kind if kind != "caller's" else torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9),
+            gradient="first_order",
+        ) as step:
+            step.load_state_dict(held[1])
+            step(forget, retain)
+            wholes.append(state(twin))
+        assert any(same(found, each) for each in wholes), f"line {at} of those that run"
+        at += 1
+    assert at > 40
+
+
+def test_at_whatever_line_of_a_run_it_comes_a_trimmed_model_is_not_left_behind():
+    torch.manual_seed(0)
+    first, forget, retain = mlp(), blobs(8), blobs(8)
+    method = fastlur.LUR(trim=Trim(0.1))
+    wholes = [state(first)]
+    remember = lambda event: wholes.append(state(event.model))
+    run(copy.deepcopy(first), forget, retain, method=method, steps=1, callbacks=[remember])
+    at, pressed = 1, True
+    while pressed:
+        model, pressing = copy.deepcopy(first), Pressing(at, ("fastlur/api.py", "fastlur/interrupt.py"))
+        try:
+            with pressing:
+                run(model, forget, retain, method=method, steps=1)
+            pressed = pressing.count >= at
+        except KeyboardInterrupt:
+            pass
+        assert any(same(state(model), each) for each in wholes), f"line {at} of those that run"
+        at += 1
+    assert at > 60
 
 
 def test_before_the_first_step_the_model_stays_as_given():

@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import subprocess
+import sys
 
 import pytest
 from killing import EVERY, Reaper, moment
 
+from fastlur.folder import Folder
 from fastlur.methods import METHODS
 
 
@@ -51,3 +56,44 @@ def test_a_run_killed_dozens_of_times_ends_like_one_left_alone(tmp_path, method)
     reaper = kill_until_done(tmp_path, method, kills=80, seed=2)
     assert reaper.kills >= 50
     assert reaper.while_writing >= 10
+
+
+WORKERS = """
+import os, signal, sys, torch, fastlur
+from torch.utils.data import DataLoader, TensorDataset
+def loader(count):
+    items = TensorDataset(torch.arange(3.0 * count).view(count, 3), torch.arange(count) % 2)
+    return DataLoader(items, 4, num_workers=2)
+def kill(event):
+    print(event.step, flush=True)
+    if event.step == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.manual_seed(0)
+fastlur.unlearn(torch.nn.Linear(3, 2), loader(20), loader(40), steps=8, checkpoint=sys.argv[1], checkpoint_every=2,
+                callbacks=[kill], progress=False, allow_overlap=True, lr=1e-3)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are not forked there")
+def test_a_killed_run_does_not_leave_its_lock_to_the_workers_of_its_loaders(tmp_path):
+    """They outlive it by seconds; whoever makes the call again at once is let in."""
+    arguments = [sys.executable, "-c", WORKERS, str(tmp_path)]
+    with subprocess.Popen([*arguments, "5"], stdout=subprocess.PIPE) as killed:
+        killed.wait(240)
+        assert killed.returncode == -signal.SIGKILL
+        folder = Folder(tmp_path)
+        assert folder.lock()
+        folder.unlock()
+    again = subprocess.run([*arguments, "0"], capture_output=True, text=True, check=True)
+    assert again.stdout.split() == ["5", "6", "7", "8"]
+
+
+def test_a_lock_ends_with_the_run_whoever_has_inherited_it(tmp_path):
+    held, other = Folder(tmp_path), Folder(tmp_path)
+    assert held.lock()
+    inherited = os.dup(held._lock)
+    assert not other.lock()
+    held.unlock()
+    assert other.lock()
+    other.unlock()
+    os.close(inherited)

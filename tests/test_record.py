@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -14,10 +16,12 @@ import time
 import pytest
 import torch
 from helpers import Attention, blobs, mlp, run, same, state
+from safetensors.torch import save
 
 import fastlur
 from fastlur import folder as folders
 from fastlur.content import fingerprint
+from fastlur.losses import cross_entropy
 from fastlur.methods import METHODS
 from fastlur.record import read
 
@@ -244,7 +248,7 @@ class TestWholeOrNotAtAll:
 
     def test_what_a_killed_writer_left_goes_with_the_next(self, job, tmp_path):
         directory = run(*job).save(tmp_path)
-        (directory / ("model-" + "0" * 16 + ".safetensors")).write_bytes(b"weights without a description")
+        (directory / ("model-" + "0" * 16 + ".safetensors")).write_bytes(save({}, metadata={"fastlur": "record"}))
         (directory / ".result.json.writing").write_bytes(b"half")
         (directory / "notes.txt").write_text("mine")
         run(*job).save(directory)
@@ -282,3 +286,43 @@ class TestWholeOrNotAtAll:
         result = run(Odd(6, 4), blobs(8), blobs(9))
         with pytest.raises(fastlur.RecordError, match="is no tensor"):
             result.save(tmp_path / "out")
+
+
+@dataclasses.dataclass
+class Secretive:
+    secret: object
+    by: float = 2.0
+
+    def __call__(self, model, batch):
+        return -cross_entropy(model, batch) * self.by
+
+
+def with_secret(model, batch, secret=None, by=1.0):
+    return -cross_entropy(model, batch) * by
+
+
+@pytest.mark.parametrize("kind", ["partial", "dataclass", "closure", "text"])
+def test_what_a_loss_or_a_metric_holds_is_not_in_it(job, tmp_path, kind):
+    """Neither as values nor as a hash, by which a guess could be tested."""
+    secret = torch.full((3,), 0.123456789) if kind != "text" else "the very words"
+    loss = {
+        "partial": functools.partial(with_secret, secret=secret, by=3.0),
+        "dataclass": Secretive(secret),
+        "closure": lambda model, batch: with_secret(model, batch, secret),
+        "text": functools.partial(with_secret, secret=secret),
+    }[kind]
+    rules = [
+        fastlur.stopping.Reached(lambda model: float(len(secret)), at_least=99),
+        fastlur.stopping.Patience(functools.partial(lambda s, model: 1.0, secret), looks=99),
+        lambda event: secret is None,
+        fastlur.stopping.TimeBudget(600),
+    ]
+    result = run(*job, forget_loss=loss, stop=rules, method=fastlur.LUR(inner_lr=0.1))
+    directory = result.save(tmp_path)
+    text = (directory / "result.json").read_text()
+    for found in ("0.1234", "very words", "tensor("):
+        assert found not in text
+    settings = json.dumps(json.loads(text)["settings"])
+    assert "#" not in settings
+    assert {"partial": "by=3.0", "dataclass": "Secretive(by=2.0)"}.get(kind, "") in settings
+    assert "Reached(" in settings and "at_least=99" in settings and "TimeBudget(seconds=600" in settings

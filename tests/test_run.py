@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from helpers import MODES, blobs, images, mlp, same, state
+from safetensors.torch import save
 from torch import nn
 
 import fastlur
@@ -251,8 +252,10 @@ class TestResume:
 
     def test_the_end_leaves_no_old_weights_behind(self, tmp_path):
         args, options = self.arguments("optimistic", checkpoint=tmp_path)
-        (tmp_path / "step-00000005.safetensors").write_bytes(b"orphan of a kill")
-        (tmp_path / ".step-00000006.json.writing").write_bytes(b"half")
+        (tmp_path / "fastlur-step-00000005.safetensors").write_bytes(
+            save({"a": torch.ones(2)}, metadata={"fastlur": "checkpoint"})
+        )
+        (tmp_path / ".fastlur-step-00000006.json.writing").write_bytes(b'{"fastlur": "check')
         (tmp_path / "notes.txt").write_text("mine")
         fastlur.unlearn(*args, **options)
         assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
@@ -262,7 +265,7 @@ class TestResume:
         with pytest.raises(Killed):
             fastlur.unlearn(*args, **options, callbacks=[kill_at(11)])
         names = sorted(file.name for file in tmp_path.iterdir())
-        assert names == [f"step-0000000{n}.{kind}" for n in (6, 9) for kind in ("json", "safetensors")]
+        assert names == [f"fastlur-step-0000000{n}.{kind}" for n in (6, 9) for kind in ("json", "safetensors")]
 
     @pytest.mark.parametrize("damage", ["newest tensors", "newest description", "both"])
     def test_a_damaged_checkpoint_gives_the_older_one_or_an_error(self, tmp_path, damage):

@@ -252,7 +252,7 @@ class TestEpochs:
 
         def forgetting(model, batch):
             if model.training:
-                noted.epochs[-1].update(names[tuple(x.tolist())] for x in batch[0])
+                noted._epochs[-1].update(names[tuple(x.tolist())] for x in batch[0])
             return negative_cross_entropy(model, batch)
 
         def given():
@@ -264,10 +264,10 @@ class TestEpochs:
         twin, first = copy.deepcopy(model), copy.deepcopy(model)
         options = {"method": ScissorHands(0.4, form=form, trim=None), "steps": 15, "lr": 0.01}
         options |= {"forget_loss": forgetting}
-        new_epoch = lambda event: noted.epochs.append(set()) if event.step % 5 == 0 else None
-        noted.epochs.append(set())
+        new_epoch = lambda event: noted._epochs.append(set()) if event.step % 5 == 0 else None
+        noted._epochs.append(set())
         run(twin, given(), retain, callbacks=[new_epoch], **options)
-        assert [len(each) for each in noted.epochs] == [21, 21, 21, 0]
+        assert [len(each) for each in noted._epochs] == [21, 21, 21, 0]
 
         def broken(event):
             if event.step == 7:
@@ -340,10 +340,10 @@ def test_values_out_of_range_are_refused_by_name(settings, said):
 
 
 class Notes:
-    """What a loss writes down; a list that it closes over itself would tell it from the one before."""
+    """What a loss writes down, under a private name, which resuming does not compare."""
 
     def __init__(self):
-        self.epochs = []
+        self._epochs = []
 
 
 class Indexed(nn.Module):

@@ -37,8 +37,11 @@ def event(step, seconds=0.0, steps=100):
 
 
 def test_a_target_ends_the_run_at_the_first_look_that_reaches_it():
-    assert steps_of(Reached(Series(1, 2, 3, 4), at_least=3, every=5)) == (15, "Series() reached 3, at least 3")
-    assert steps_of(Reached(Series(9, 5, 1), at_most=5, every=4)) == (8, "Series() reached 5, at most 5")
+    assert steps_of(Reached(Series(1, 2, 3, 4), at_least=3, every=5)) == (
+        15,
+        "test_stopping.Series reached 3, at least 3",
+    )
+    assert steps_of(Reached(Series(9, 5, 1), at_most=5, every=4)) == (8, "test_stopping.Series reached 5, at most 5")
     assert steps_of(Reached(Series(1.0), at_least=3))[1] == "all steps done"
     assert steps_of(Reached(Series(float("nan")), at_least=3))[1] == "all steps done"
 
@@ -66,11 +69,11 @@ def test_the_loss_on_data_is_their_mean_cross_entropy_in_eval_mode():
 def test_patience_ends_the_run_when_a_metric_no_longer_improves():
     assert steps_of(Patience(Series(5, 4, 4, 3, 3, 3, 3), looks=2, every=3)) == (
         18,
-        "Series() has not improved on 3 for 2 looks",
+        "test_stopping.Series has not improved on 3 for 2 looks",
     )
     assert steps_of(Patience(Series(1, 2, 2, 1), looks=2, every=3, better="higher")) == (
         12,
-        "Series() has not improved on 2 for 2 looks",
+        "test_stopping.Series has not improved on 2 for 2 looks",
     )
     assert steps_of(Patience(Series(5, 4.95, 4.9, 4.85), looks=3, every=3, by=0.2))[0] == 12
     assert steps_of(Patience(Series(*range(99, 0, -1)), looks=1, every=1))[1] == "all steps done"

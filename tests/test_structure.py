@@ -42,7 +42,7 @@ FLOORS = [
         "interrupt",
         "identity",
     },
-    {"space"},
+    {"space", "ours"},
     {"curvature", "snapshot", "microbatch", "moving", "reach"},
     {"passes", "meta", "scores"},
     {"content", "methods.base", "frozen", "fresh", "membership"},

@@ -11,9 +11,9 @@ from hashlib import blake2b
 
 import pytest
 import torch
-from checkpoints import break_off, job
+from checkpoints import break_off, go_on, job
 from helpers import blobs, mlp, run, same, state
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from test_checkpoint_hostile import HOSTILE_TENSORS
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -239,13 +239,40 @@ class TestPurge:
         break_off(model, both, options)
         result.save(tmp_path)
         (tmp_path / "notes.txt").write_text("mine")
-        (tmp_path / ".step-00000009.json.writing").write_bytes(b"half")
-        (tmp_path / ("model-" + "0" * 16 + ".safetensors")).write_bytes(b"the record before")
+        (tmp_path / ".fastlur-step-00000009.json.writing").write_bytes(b'{"fastlur": "check')
+        before = save({"a": torch.ones(2)}, metadata={"fastlur": "record"})
+        (tmp_path / ("model-" + "0" * 16 + ".safetensors")).write_bytes(before)
         removed = fastlur.purge(tmp_path)
         assert len(removed) == 6
         assert len(list(tmp_path.iterdir())) == 3
         assert fastlur.verify(tmp_path).ok
         assert fastlur.purge(tmp_path) == []
+
+    def test_what_somebody_else_wrote_stays_whatever_its_name(self, result, tmp_path):
+        """Through a run that is broken off, goes on and ends, through records, and through a purge."""
+        model, both, options = job(tmp_path)
+        theirs = save({"weight": torch.ones(3)})
+        names = [f"{stem}-{number:08d}.safetensors" for stem in ("step", "fastlur-step") for number in (1, 10000)]
+        names += ["step-00000004.json", ".step-00000003.json.writing"]
+        names += [f"model-{'0' * 16}.safetensors"]
+        for name in names:
+            (tmp_path / name).write_bytes(theirs)
+        break_off(model, both, options)
+        assert fastlur.purge(tmp_path)
+        break_off(model, both, options)
+        assert go_on(model, both, options)[1] == [5, 6, 7, 8, 9]
+        result.save(tmp_path)
+        result.save(tmp_path)
+        assert fastlur.purge(tmp_path) == []
+        assert all((tmp_path / name).read_bytes() == theirs for name in names)
+
+    def test_nor_is_it_written_over(self, tmp_path):
+        theirs = tmp_path / "fastlur-step-00000004.safetensors"
+        theirs.write_bytes(save({"weight": torch.ones(3)}))
+        before = theirs.read_bytes()
+        with pytest.raises(fastlur.CheckpointError, match=f"{theirs.name} is there, and fastlur did not write it"):
+            go_on(*job(tmp_path))
+        assert theirs.read_bytes() == before
 
     def test_of_a_damaged_record_the_weights_stay(self, result, tmp_path):
         directory = result.save(tmp_path)
@@ -254,21 +281,21 @@ class TestPurge:
 
     def test_a_link_goes_and_what_it_points_at_stays(self, tmp_path):
         (tmp_path / "precious").write_text("mine")
-        (tmp_path / "step-00000001.safetensors").symlink_to(tmp_path / "precious")
-        assert fastlur.purge(tmp_path) == ["step-00000001.safetensors"]
+        (tmp_path / "fastlur-step-00000001.safetensors").symlink_to(tmp_path / "precious")
+        assert fastlur.purge(tmp_path) == ["fastlur-step-00000001.safetensors"]
         assert (tmp_path / "precious").read_text() == "mine"
 
     def test_a_run_that_goes_on_is_not_disturbed(self, tmp_path):
         held = Folder(tmp_path)
         assert held.lock()
-        (tmp_path / "step-00000001.json").write_text("")
+        (tmp_path / "fastlur-step-00000001.json").write_text("")
         with pytest.raises(fastlur.CheckpointError, match="in use"):
             fastlur.purge(tmp_path)
         held.unlock()
-        assert fastlur.purge(tmp_path) == ["step-00000001.json"]
+        assert fastlur.purge(tmp_path) == ["fastlur-step-00000001.json"]
 
     def test_what_cannot_be_removed_is_an_error(self, tmp_path):
-        (tmp_path / "step-00000001.json").mkdir()
+        (tmp_path / "fastlur-step-00000001.json").mkdir()
         with pytest.raises(fastlur.CheckpointError, match="cannot be purged"):
             fastlur.purge(tmp_path)
         for place in (tmp_path / "nowhere", "a\0b"):
@@ -322,9 +349,9 @@ class TestCommands:
         assert "cannot be read as safetensors" in capsys.readouterr().err
 
     def test_purge(self, tmp_path, capsys):
-        (tmp_path / "step-00000001.json").write_text("")
+        (tmp_path / "fastlur-step-00000001.json").write_text("")
         assert main(["purge", str(tmp_path)]) == 0
-        assert capsys.readouterr().out == "removed step-00000001.json\n"
+        assert capsys.readouterr().out == "removed fastlur-step-00000001.json\n"
         assert main(["purge", str(tmp_path)]) == 0
         assert capsys.readouterr().out == "nothing to remove\n"
         assert main(["purge", str(tmp_path / "nowhere")]) == 1

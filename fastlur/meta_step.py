@@ -43,7 +43,8 @@ class MetaStep(Step):
         keep_graph: False: "exact" builds the inner gradient's graph anew for the Hessian-vector product.
         hessian: likewise for "exact", "autograd" or "func"; see `fastlur.LUR`.
         capture: on a CUDA device: record the fourth step as a CUDA graph and replay it from then on, wherever batches
-            have the shapes of that step; not for losses or models that wait for the device or draw random numbers.
+            have its shapes and the same plain values beside their tensors; not for losses or models that wait for the
+            device or draw random numbers. After `load_state_dict` it is recorded anew, three steps later.
             Written and tested without a GPU, not yet run on one.
 
     Raises:

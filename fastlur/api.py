@@ -269,9 +269,8 @@ def unlearn(
                 stack.callback(stream.close)
             observers = [*callbacks, *rules]
             if checkpoints is not None:
-                kept = Checkpointer(
-                    checkpoints, step, history, streams, observers, budget, checkpoint_every, total, keep_checkpoints
-                )
+                every, keep = checkpoint_every, keep_checkpoints
+                kept = Checkpointer(checkpoints, step, history, streams, observers, budget, every, total, keep, began)
                 if found is not None:
                     stack.callback(set_random_states, random_states())  # callbacks go on with the run's, ours stay
                     ended = kept.resume(found)
@@ -313,5 +312,6 @@ def unlearn(
     settings["checkpoints_kept"] = checkpoints is not None and keep_checkpoints
     key = new_key()
     data = {str(side): fingerprints(contents[side], side, key) for side in look.SIDES}
-    seconds, caveat = time.perf_counter() - began, getattr(method, "caveat", "")
+    seconds = time.perf_counter() - began + (0.0 if kept is None else kept.before)
+    caveat = getattr(method, "caveat", "")
     return Result(model, history, seconds, peak_memory(where), ended, settings, data, key, caveat)

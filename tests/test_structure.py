@@ -43,7 +43,7 @@ FLOORS = [
         "identity",
     },
     {"space", "ours"},
-    {"curvature", "snapshot", "microbatch", "moving", "reach"},
+    {"curvature", "snapshot", "fitting", "microbatch", "moving", "reach"},
     {"passes", "meta", "scores"},
     {"content", "methods.base", "frozen", "fresh", "membership"},
     {"methods.components", "methods.importance", "methods.relabelling"},

@@ -145,6 +145,7 @@ def unlearn(
     """
     began = time.perf_counter()
     checks.module(model)
+    checks.losses(loss=loss, forget_loss=forget_loss)
     if forget is retain:
         raise DataError("retain: is the same object as forget; pass the data to keep, without those to forget")
     method = resolve(method)

@@ -72,6 +72,17 @@ def callables(name: str, values: object) -> list[Any]:
     return found
 
 
+def losses(**given: object) -> None:
+    """Refuse what cannot be a loss.
+
+    Raises:
+        ArgumentError: one is neither None nor callable.
+    """
+    for name, value in given.items():
+        if value is not None and not callable(value):
+            raise ArgumentError(f"{name}: a {type(value).__name__} cannot be called; pass (model, batch) -> scalar")
+
+
 def path(name: str, value: object) -> None:
     """Refuse what is no path.
 

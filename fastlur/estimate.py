@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlur import footprint, ops
+from fastlur import checks, footprint, ops
 from fastlur.checks import PRECISIONS
 from fastlur.data import to_device
 from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError, unknown
@@ -122,6 +122,7 @@ def estimate(
         raise ModelError(f"model: a {type(model).__name__} is no torch.nn.Module")
     method = resolve(method)
     cost = _cost(method)
+    checks.losses(loss=loss, forget_loss=forget_loss)
     check_optimizer(optimizer)
     if unknown(precision, PRECISIONS):
         raise ArgumentError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}")

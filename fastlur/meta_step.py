@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastlur import meta
+from fastlur import checks, meta
 from fastlur.curvature import By
 from fastlur.losses import BoundedForgetting, cross_entropy
 from fastlur.methods.lur import LUR, Order
@@ -74,6 +74,7 @@ class MetaStep(Step):
         hessian: By = "autograd",
         capture: bool = False,
     ) -> None:
+        checks.losses(loss=loss, forget_loss=forget_loss)
         super().__init__(
             model,
             LUR(inner_lr, forget_weight, gradient, order, relative_inner_lr, keep_graph, hessian=hessian),

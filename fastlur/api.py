@@ -223,6 +223,7 @@ def unlearn(
         if where.type == "cuda":
             torch.cuda.reset_peak_memory_stats(where)
         if checkpoint is not None:
+            look.warn_of_unread(contents)
             same = look.same_run(model, method, losses, rules, optimizer, parameters, sources, contents)
             if max_retain_loss_increase is not None:
                 same["checkpoint_every"] = checkpoint_every  # the budget looks then as well

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -15,6 +16,7 @@ from fastlur.errors import ArgumentError, CheckpointError, FastlurError
 from fastlur.history import History
 from fastlur.identity import called
 from fastlur.interrupt import Interrupted
+from fastlur.look import here
 from fastlur.loop import Observer, StepEvent
 from fastlur.passes import Which
 from fastlur.record import is_plain
@@ -92,6 +94,15 @@ class Checkpointer:
         if self.budget is not None:
             self.budget.resume(float(record["baseline"]), self.step.step)
         self._saved = self.step.step
+        mine: dict[str, Any] = here(self.step.space.device)
+        theirs: Any = record.get("here")
+        for name in mine if isinstance(theirs, dict) else ():
+            if theirs.get(name) != mine[name]:
+                warnings.warn(
+                    f"checkpoint={self.checkpoints.name}: {name} was {theirs.get(name)!r}, now {mine[name]!r}; the run "
+                    "goes on, and may differ in the last bits from one that was left alone",
+                    stacklevel=3,
+                )
         return ended
 
     def _take_back(self, record: dict[str, Any]) -> str | None:
@@ -145,6 +156,7 @@ class Checkpointer:
             "streams": {side: self._position(stream) for side, stream in self.streams.items()},
             "rules": [rule.state_dict() for rule in self.rules],
             "ended": ended,
+            "here": here(self.step.space.device),
             "stateful": [called(rule) for rule in self.rules],
             "seconds": self.before + time.perf_counter() - self.began,
         }

@@ -93,6 +93,28 @@ class TestBeside:
             fastlur.unlearn(model, *data, **options, callbacks=[Counting()])
 
 
+def test_another_number_of_threads_is_warned_of(tmp_path):
+    args = job(tmp_path)
+    break_off(*args)
+    forged(tmp_path, lambda record: record["here"].update(threads=99))
+    with pytest.warns(UserWarning, match=r"threads was 99, now \d+; the run goes on"):
+        assert go_on(*args)[1] == [5, 6, 7, 8, 9]
+
+
+def test_data_that_are_not_looked_at_are_warned_of(tmp_path, monkeypatch):
+    class Decoded(torch.utils.data.Dataset):
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, index):
+            return torch.full((6,), float(index)), index % 4
+
+    monkeypatch.setattr("fastlur.content.SAMPLE", 30)
+    model, (forget, _), options = job(tmp_path, allow_overlap=True)
+    with pytest.warns(UserWarning, match="checkpoint: 10 retain items are not looked at"):
+        fastlur.unlearn(model, forget, Decoded(), **options)
+
+
 FORGED = {
     "a loss too large for a number": lambda record: record["history"].update(lr=[10**400] * 4),
     "a baseline too large": lambda record: record.update(baseline=10**400),

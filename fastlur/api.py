@@ -146,6 +146,7 @@ def unlearn(
     """
     began = time.perf_counter()
     checks.module(model)
+    checks.losses(loss=loss, forget_loss=forget_loss)
     if forget is retain:
         raise DataError("retain: is the same object as forget; pass the data to keep, without those to forget")
     method = resolve(method)
@@ -223,6 +224,7 @@ def unlearn(
         if where.type == "cuda":
             torch.cuda.reset_peak_memory_stats(where)
         if checkpoint is not None:
+            look.warn_of_unread(contents)
             same = look.same_run(model, method, losses, rules, optimizer, parameters, sources, contents)
             if max_retain_loss_increase is not None:
                 same["checkpoint_every"] = checkpoint_every  # the budget looks then as well
@@ -270,9 +272,8 @@ def unlearn(
                 stack.callback(stream.close)
             observers = [*callbacks, *rules]
             if checkpoints is not None:
-                kept = Checkpointer(
-                    checkpoints, step, history, streams, observers, budget, checkpoint_every, total, keep_checkpoints
-                )
+                every, keep = checkpoint_every, keep_checkpoints
+                kept = Checkpointer(checkpoints, step, history, streams, observers, budget, every, total, keep, began)
                 if found is not None:
                     stack.callback(set_random_states, random_states())  # callbacks go on with the run's, ours stay
                     ended = kept.resume(found)
@@ -314,5 +315,6 @@ def unlearn(
     settings["checkpoints_kept"] = checkpoints is not None and keep_checkpoints
     key = new_key()
     data = {str(side): fingerprints(contents[side], side, key) for side in look.SIDES}
-    seconds, caveat = time.perf_counter() - began, getattr(method, "caveat", "")
+    seconds = time.perf_counter() - began + (0.0 if kept is None else kept.before)
+    caveat = getattr(method, "caveat", "")
     return Result(model, history, seconds, peak_memory(where), ended, settings, data, key, caveat)

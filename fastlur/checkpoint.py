@@ -45,6 +45,7 @@ DAMAGE = (
     RuntimeError,
     RecursionError,
     MemoryError,
+    OverflowError,
 )
 
 
@@ -67,6 +68,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+        self._damaged: list[int] = []
         self.name, self.settings = repr(os.fspath(directory)), settings
         try:
             self.folder = Folder(directory)
@@ -117,7 +119,7 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints, but of another run, or not one is intact.
         """
-        faults = []
+        faults, self._damaged = [], []
         try:
             for number in self._steps(self.folder.names()):
                 try:
@@ -125,6 +127,7 @@ class Checkpoints:
                     theirs = dict(found.record["settings"])
                 except DAMAGE as error:
                     faults.append(f"step {number}: {_line(error)}")
+                    self._damaged.append(number)
                     continue
                 self._same_run(theirs)
                 self._tidy()
@@ -153,6 +156,11 @@ class Checkpoints:
             raise CheckpointError(
                 f"checkpoint={self.name}: step {found.record.get('step')} does not fit this run: {_line(error)}"
             ) from error
+        mine = ours.checkpoint_files(self.folder)
+        for name in (f"{ours.stem(number)}.{ending}" for number in self._damaged for ending in ours.PAIR):
+            if name in mine:  # or it would count as one of those that are kept
+                with suppress(OSError):
+                    self.folder.remove(name)
 
     def purge(self) -> None:
         """Remove every checkpoint, since they still hold the old weights; what cannot be removed is warned of."""
@@ -245,8 +253,8 @@ class Checkpoints:
         state = {"control": tensor("control"), **{name: record[name] for name in ("step", "rows", "method")}}
         optimizer = unpack(record["optimizer"], tensor)
         random = unpack(record["random"], tensor)
-        step.load_state_dict(state | {"vectors": vectors, "tensors": own, "optimizer": optimizer})
         set_random_states(random)
+        step.load_state_dict(state | {"vectors": vectors, "tensors": own, "optimizer": optimizer})
         with torch.no_grad():
             for saved, view in zip(weights, space.theta.views, strict=True):
                 view.copy_(saved)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -10,11 +12,14 @@ from typing import Any
 from fastlur.budget import RetainBudget
 from fastlur.checkpoint import Checkpoints, Found
 from fastlur.data import Stream
-from fastlur.errors import CheckpointError, FastlurError
+from fastlur.errors import ArgumentError, CheckpointError, FastlurError
 from fastlur.history import History
+from fastlur.identity import called
 from fastlur.interrupt import Interrupted
+from fastlur.look import here
 from fastlur.loop import Observer, StepEvent
 from fastlur.passes import Which
+from fastlur.record import is_plain
 from fastlur.step import Step
 
 
@@ -31,6 +36,13 @@ class Checkpointer:
         every: steps between two checkpoints.
         steps: how many are planned.
         keep: save after the last step too.
+        began: when this call did, by `time.perf_counter`.
+
+    Attributes:
+        before: seconds that earlier calls took.
+
+    Raises:
+        ArgumentError: a rule or callback has a state that cannot be written.
     """
 
     def __init__(
@@ -44,10 +56,17 @@ class Checkpointer:
         every: int,
         steps: int,
         keep: bool = False,
+        began: float = 0.0,
     ) -> None:
         self.checkpoints, self.step, self.history, self.streams = checkpoints, step, history, streams
         self.rules = [rule for rule in rules if hasattr(rule, "state_dict") and hasattr(rule, "load_state_dict")]
         self.budget, self.every, self.steps, self.keep = budget, every, steps, keep
+        self.before, self.began, self._saved = 0.0, began, -1
+        for rule in self.rules:
+            if not is_plain(rule.state_dict()):
+                raise ArgumentError(
+                    f"stop, callbacks: state_dict() of {called(rule)} holds what JSON cannot; return plain values"
+                )
 
     def resume(self, found: Found) -> str | None:
         """Bring the run to where it was: the model last, when nothing else can fail any more.
@@ -62,7 +81,7 @@ class Checkpointer:
         try:
             try:
                 ended = self._take_back(record)
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
                 raise CheckpointError(
                     f"checkpoint={self.checkpoints.name}: step {record.get('step')} does not fit this run: {error}"
                 ) from error
@@ -74,6 +93,16 @@ class Checkpointer:
             raise
         if self.budget is not None:
             self.budget.resume(float(record["baseline"]), self.step.step)
+        self._saved = self.step.step
+        mine: dict[str, Any] = here(self.step.space.device)
+        theirs: Any = record.get("here")
+        for name in mine if isinstance(theirs, dict) else ():
+            if theirs.get(name) != mine[name]:
+                warnings.warn(
+                    f"checkpoint={self.checkpoints.name}: {name} was {theirs.get(name)!r}, now {mine[name]!r}; the run "
+                    "goes on, and may differ in the last bits from one that was left alone",
+                    stacklevel=3,
+                )
         return ended
 
     def _take_back(self, record: dict[str, Any]) -> str | None:
@@ -87,6 +116,12 @@ class Checkpointer:
         ended = record.get("ended")
         if not isinstance(ended, str | None):
             raise TypeError(f"it ended for {ended!r}")
+        mine = [called(rule) for rule in self.rules]
+        if record["stateful"] != mine:
+            raise ValueError(f"rules and callbacks with a state were {record['stateful']}, now {mine}")
+        self.before = float(record["seconds"])
+        if not 0 <= self.before < math.inf:
+            raise ValueError(f"it had taken {self.before} s")
         self.history.restore(record["history"])
         for rule, state in zip(self.rules, record["rules"], strict=True):
             rule.load_state_dict(state)
@@ -99,12 +134,12 @@ class Checkpointer:
             self.save()
 
     def over(self, ended: str) -> None:
-        """Where checkpoints are kept: the last one of a run that ended before its last step, with the reason.
+        """Where checkpoints are kept: that of the last step, with the reason, unless it is there already.
 
         Raises:
             CheckpointError: it could not be written.
         """
-        if self.keep and self.step.step < self.steps:
+        if self.keep and self._saved != self.step.step:
             self.save(ended)
 
     def save(self, ended: str | None = None) -> None:
@@ -121,8 +156,12 @@ class Checkpointer:
             "streams": {side: self._position(stream) for side, stream in self.streams.items()},
             "rules": [rule.state_dict() for rule in self.rules],
             "ended": ended,
+            "here": here(self.step.space.device),
+            "stateful": [called(rule) for rule in self.rules],
+            "seconds": self.before + time.perf_counter() - self.began,
         }
         self.checkpoints.save(self.step, extra)
+        self._saved = self.step.step
 
     def broken_off(self, error: BaseException) -> None:
         """Leave as much as there is: a checkpoint of an interrupted step, or the last one in place of ruined weights.

@@ -72,6 +72,17 @@ def callables(name: str, values: object) -> list[Any]:
     return found
 
 
+def losses(**given: object) -> None:
+    """Refuse what cannot be a loss.
+
+    Raises:
+        ArgumentError: one is neither None nor callable.
+    """
+    for name, value in given.items():
+        if value is not None and not callable(value):
+            raise ArgumentError(f"{name}: a {type(value).__name__} cannot be called; pass (model, batch) -> scalar")
+
+
 def path(name: str, value: object) -> None:
     """Refuse what is no path.
 
@@ -111,17 +122,6 @@ def memory_format(value: object) -> None:
     known = torch.channels_last, torch.contiguous_format, torch.preserve_format
     if value is not None and not (isinstance(value, torch.memory_format) and value in known):
         raise ArgumentError(f"memory_format={value!r} must be torch.channels_last, torch.contiguous_format, or None")
-
-
-def callable_losses(**values: object) -> None:
-    """Refuse losses that cannot be called.
-
-    Raises:
-        ArgumentError: one cannot.
-    """
-    for name, value in values.items():
-        if value is not None and not callable(value):
-            raise ArgumentError(f"{name}={value!r} cannot be called; it must take (model, batch) and return a scalar")
 
 
 def rate(lr: object) -> None:
@@ -237,7 +237,6 @@ def trial(
             raise DataError(_why(error, each)) from error
         _value(value, each)
 
-    callable_losses(**{each.argument: each.loss for each in losses})
     with borrowed_random(how.device), passing(model, *how), Statistics(model).frozen():
         for each in losses:
             batch = to_device(batches[each.which], how.device)

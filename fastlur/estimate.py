@@ -119,7 +119,7 @@ def estimate(
     """
     checks.module(model)
     checks.memory_format(memory_format)
-    checks.callable_losses(loss=loss, forget_loss=forget_loss)
+    checks.losses(loss=loss, forget_loss=forget_loss)
     method = resolve(method)
     cost = _cost(method)
     check_optimizer(optimizer)

@@ -70,6 +70,12 @@ def likelihood_ratio_attack(
     """
     if (shadows is None) == (train is None):
         raise ArgumentError("shadows: give either trained shadow models or train=, a function that makes one")
+    if train is not None and not callable(train):
+        raise ArgumentError(f"train={train!r} cannot be called; pass indices -> a trained model")
+    if pooled is not None and not isinstance(pooled, bool):
+        raise ArgumentError(f"pooled={pooled!r} must be True, False or None")
+    if shadows is not None and not (isinstance(shadows, list | tuple) and all(map(_is_pair, shadows))):
+        raise ArgumentError("shadows: must be a list of pairs of a model and which items it saw, as bools")
     if isinstance(data, DataLoader) and not _in_order(data):
         raise DataError("data: a loader that draws its own order; pass the data set, or a loader with shuffle=False")
     asked = [_said(each, data, batch_size) for each in ([model] if reference is None else [model, reference])]
@@ -116,6 +122,10 @@ def _trained(
             seen[half] = True
             made.append((train(torch.from_numpy(np.flatnonzero(seen))), seen))
     return made
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2
 
 
 def _in_order(loader: DataLoader[Any]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -71,6 +72,27 @@ def same_run(
     same["code of the method"] = identity.code_of(method)
     same["moving parameters"] = list(dict.fromkeys(name for name, _ in select(model, parameters)))
     return same
+
+
+def here(device: torch.device) -> dict[str, Any]:
+    """What the bits of a result depend on beside the call: a difference is warned of, and the run goes on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "threads": torch.get_num_threads(),
+        "device name": name,
+        "precision of matrix products": torch.get_float32_matmul_precision(),
+    }
+
+
+def warn_of_unread(contents: dict[Which, content.Content]) -> None:
+    """Warn that a resumed run cannot know whether all data are the same."""
+    for side in SIDES:
+        if contents[side].left_out:
+            warnings.warn(
+                f"checkpoint: {contents[side].left_out} {side} items are not looked at, since they may have to be "
+                "decoded; a change among them would not be noticed when the run goes on",
+                stacklevel=3,
+            )
 
 
 def batching(found: Source, what: content.Content) -> dict[str, Any]:

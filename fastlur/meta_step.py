@@ -76,6 +76,7 @@ class MetaStep(Step):
         hessian: By = "autograd",
         capture: bool = False,
     ) -> None:
+        checks.losses(loss=loss, forget_loss=forget_loss)
         super().__init__(
             model,
             LUR(inner_lr, forget_weight, gradient, order, relative_inner_lr, keep_graph, hessian=hessian),

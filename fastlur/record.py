@@ -21,7 +21,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fastlur.errors import ModelError, RecordError
+from fastlur.errors import ArgumentError, ModelError, RecordError
 from fastlur.folder import SUFFIX, Folder
 from fastlur.ours import RECORD, is_marked, metadata
 
@@ -57,6 +57,8 @@ class Record:
             ModelError: it does not fit; it is as it was.
             RecordError: the weights are not those of the record any more.
         """
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"model: a {type(model).__name__} is no torch.nn.Module")
         described = self.content["model"]
         try:
             payload = Folder(self.path, make=False).read(described["file"], described["bytes"])
@@ -131,7 +133,10 @@ def read(directory: str | os.PathLike[str]) -> Record:
 
     Raises:
         RecordError: there is none, or it is not intact.
+        ArgumentError: no path.
     """
+    if not isinstance(directory, str | os.PathLike):
+        raise ArgumentError(f"directory={directory!r} must be the path of a record's directory")
     for left in reversed(range(TRIES)):
         try:
             folder = Folder(directory, make=False)

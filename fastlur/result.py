@@ -25,7 +25,8 @@ class Result:
     Attributes:
         model: the model that was passed, changed in place, with ordinary parameters again.
         history: columns of numbers, one entry a step (see `fastlur.history.History`).
-        seconds: wall time of the unlearning itself, checks and data included.
+        seconds: wall time of the unlearning itself, checks and data included; of a run that was interrupted, up to its
+            checkpoints and since.
         peak_memory: bytes; on CUDA the peak allocated during the run, on the CPU the peak resident size of the process.
         ended: why the run ended.
         settings: everything that determines the run, as plain values.

@@ -13,7 +13,8 @@ from fastlur import checks
 from fastlur.capture import Captured, check_capture
 from fastlur.culprit import accuse, overflowed
 from fastlur.data import Feed, to_device
-from fastlur.errors import ArgumentError, CheckpointError, NonFiniteError
+from fastlur.errors import ArgumentError, NonFiniteError
+from fastlur.fitting import check_state, check_vectors, load_optimizer
 from fastlur.interrupt import Whole
 from fastlur.methods.base import Direction, Method, Recipe, State, checked_direction, checked_mask
 from fastlur.passes import ARGUMENT, Loss, Passes, Which
@@ -57,7 +58,7 @@ class Step:
         checks.module(model)
         checks.numbers(lr, momentum, weight_decay, max_grad_norm, precision)
         checks.memory_format(memory_format)
-        checks.callable_losses(**{ARGUMENT[side]: loss for side, loss in losses.items()})
+        checks.losses(**{ARGUMENT[side]: loss for side, loss in losses.items()})
         checks.flags(compile, capture, names=("compile", "capture"))
         check_optimizer(optimizer)
         self.space = ParameterSpace(model, parameters, memory_format)
@@ -206,35 +207,29 @@ class Step:
         """Go on where `state_dict` was taken; the model's own state is the caller's to load.
 
         Raises:
-            CheckpointError: it was taken from another optimizer, method or set of parameters. ModelError: the step is
-                closed.
+            CheckpointError: it was taken from another optimizer, method or set of parameters; nothing was changed.
+            ModelError: the step is closed.
         """
         self.space.check()
-        missing = {"step", "method", "control", "vectors", "tensors", "optimizer"} - set(state)
-        if missing:
-            raise CheckpointError(f"state: has no {', '.join(sorted(missing))}; pass what state_dict() returned")
-        if state["method"] != self.method.settings():
-            raise CheckpointError(f"state: was taken with {state['method']}, but this is {self.method.settings()}")
+        own, custom = self.state.tensors(), self.update.custom
+        check_state(state, self.method.settings(), self.update.control, own, custom is not None)
         saved = state["vectors"]
         prefix = "method."
         theirs = self.state.resume([name.removeprefix(prefix) for name in saved if name.startswith(prefix)])
         mine = self._fixed() | {prefix + name: vector for name, vector in theirs.items()}
-        if set(mine) != set(saved):
-            raise CheckpointError(f"state: holds {sorted(saved)}, but this step needs {sorted(mine)}")
-        for key, vector in mine.items():
-            _read(vector, self.space.names, saved[key], key)
-        if (self.update.custom is None) != (state["optimizer"] is None):
-            raise CheckpointError("state: it was taken with another kind of optimizer")
-        if self.update.custom is not None:
-            self.update.custom.load_state_dict(state["optimizer"])
-        for name, tensor in self.state.tensors().items():
-            if name not in state["tensors"] or state["tensors"][name].shape != tensor.shape:
-                raise CheckpointError(f"state: has no {name} of shape {tuple(tensor.shape)} of the method")
-            tensor.copy_(state["tensors"][name])
+        check_vectors(mine, self.space.names, saved)
+        if custom is not None:
+            load_optimizer(custom, state["optimizer"])
+        with torch.no_grad():
+            for key, vector in mine.items():
+                for name, view in zip(self.space.names, vector.views, strict=True):
+                    view.copy_(saved[key][name])
+            for name, tensor in own.items():
+                tensor.copy_(state["tensors"][name])
         self.update.control.copy_(state["control"])
         self.update.overflow.zero_()
         self.update.forget_reach()
-        self.step = int(state["step"])
+        self.step = state["step"]
         self.passes.spare.rows = state.get("rows") or self.passes.spare.rows
         self._unread = []
         if self._captured is not None:  # what the method remembers on the host is part of a graph
@@ -298,17 +293,6 @@ class Step:
 def _finite(flat: Tensor) -> bool:
     """Whether all of it is finite, by its extremes (NaN is one of them): `isfinite` would make copies of it."""
     return not flat.numel() or all(bool(torch.isfinite(extreme)) for extreme in flat.aminmax())
-
-
-def _read(vector: Vector, names: list[str], saved: dict[str, Tensor], key: str) -> None:
-    if set(saved) != set(names):
-        odd = sorted(set(saved) ^ set(names))
-        raise CheckpointError(f"state: {key} is of other parameters, for example {odd[0]!r}")
-    with torch.no_grad():
-        for name, view in zip(names, vector.views, strict=True):
-            if saved[name].shape != view.shape:
-                raise CheckpointError(f"state: {key}[{name!r}] has shape {tuple(saved[name].shape)}")
-            view.copy_(saved[name])
 
 
 def _both(mask: Vector, own: Vector | None) -> Vector:

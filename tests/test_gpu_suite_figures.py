@@ -78,7 +78,6 @@ def test_a_whole_step_in_a_graph_is_recorded_by_the_step_itself(tmp_path, monkey
         return replay
 
     monkeypatch.setattr(capture, "record", record)
-    monkeypatch.setattr(capture, "drew_random_numbers", lambda _: False)
     monkeypatch.setattr(fastlur.step, "check_capture", lambda *_: None)
     monkeypatch.setattr(step, "captured", lambda arm: arm)
     row = {}

@@ -43,7 +43,7 @@ FLOORS = [
         "identity",
     },
     {"space", "ours"},
-    {"curvature", "snapshot", "microbatch", "moving", "reach"},
+    {"curvature", "snapshot", "fitting", "microbatch", "moving", "reach"},
     {"passes", "meta", "scores"},
     {"content", "methods.base", "frozen", "fresh", "membership"},
     {"methods.components", "methods.importance", "methods.relabelling"},
@@ -146,3 +146,10 @@ def test_kernels_refuse_to_be_imported_by_the_name_of_another_project():
 def test_the_figures_of_the_readme_are_those_of_the_committed_results():
     done = subprocess.run([sys.executable, str(REPOSITORY / "bench" / "report.py"), "--check"], check=False)
     assert done.returncode == 0, "run `make report`"
+
+
+@pytest.mark.parametrize(
+    "path", [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))], ids=lambda p: p.name
+)
+def test_no_figure_is_left_to_be_filled_in(path):
+    assert "@@" not in path.read_text()

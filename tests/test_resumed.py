@@ -1,0 +1,219 @@
+"""What goes on with a run that is resumed, and that a state that does not fit changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+from checkpoints import break_at, break_off, go_on, job
+from helpers import Interrupted, blobs, mlp, same, state
+from test_same_run import forged
+
+import fastlur
+from fastlur.stopping import Patience
+
+
+class Counting:
+    """A callback with a state."""
+
+    def __init__(self, extra=0):
+        self.count, self.extra = 0, extra
+
+    def __call__(self, event):
+        self.count += 1
+
+    def state_dict(self):
+        return {"count": self.count, "extra": self.extra}
+
+    def load_state_dict(self, saved):
+        self.count = saved["count"]
+
+
+class TestKept:
+    @pytest.mark.parametrize("steps", [4, 5])
+    def test_a_rule_that_ends_a_run_at_its_last_step_does_not_keep_it_from_being_kept(self, tmp_path, steps):
+        rule = lambda event: event.step == steps and "enough"
+        args = job(tmp_path, keep_checkpoints=True, stop=rule, steps=steps)
+        first, made = go_on(*args)
+        assert made[-1] == steps
+        assert (tmp_path / f"fastlur-step-0000000{steps}.json").exists()
+        again, made = go_on(*args)
+        assert made == []
+        assert same(state(again), state(first))
+
+    def test_nor_does_a_method_without_steps(self, tmp_path):
+        args = job(tmp_path, keep_checkpoints=True, method="ssd")
+        first, _ = go_on(*args)
+        assert (tmp_path / "fastlur-step-00000000.json").exists()
+        assert same(state(go_on(*args)[0]), state(first))
+
+    def test_a_damaged_one_is_none_of_the_two(self, tmp_path):
+        args = job(tmp_path, steps=12)
+        break_off(*args, at=9)
+        newest = tmp_path / "fastlur-step-00000008.safetensors"
+        newest.write_bytes(newest.read_bytes()[:-9])
+        model, data, options = args
+        seen = []
+        look = lambda event: seen.append(sorted(path.name[13:21] for path in tmp_path.glob("*.json")))
+        fastlur.unlearn(copy.deepcopy(model), *data, **options, callbacks=[look])
+        assert seen[0] == ["00000006"]
+
+    def test_a_relative_directory_is_that_of_the_beginning(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "elsewhere").mkdir()
+        model, data, options = job("run", keep_checkpoints=True)
+        fastlur.unlearn(model, *data, **options, callbacks=[lambda event: os.chdir(tmp_path / "elsewhere")])
+        assert list((tmp_path / "elsewhere").iterdir()) == []
+        assert len(list((tmp_path / "run").iterdir())) == 4
+
+
+class TestBeside:
+    def test_seconds_are_those_of_all_calls(self, tmp_path):
+        args = job(tmp_path)
+        break_off(*args)
+        forged(tmp_path, lambda record: record.update(seconds=record["seconds"] + 1000.0))
+        model, data, options = args
+        assert 1000 < fastlur.unlearn(model, *data, **options).seconds < 2000
+
+    def test_a_state_that_cannot_be_written_is_refused_before_the_first_step(self, tmp_path):
+        model, data, options = job(tmp_path)
+        before, rule = state(model), Counting(torch.ones(2))
+        with pytest.raises(fastlur.ArgumentError, match=r"state_dict\(\) of test_resumed\.Counting holds what JSON"):
+            fastlur.unlearn(model, *data, **options, callbacks=[rule])
+        assert same(state(model), before)
+        assert rule.count == 0
+
+    def test_callbacks_with_a_state_are_those_of_the_run(self, tmp_path):
+        args = job(tmp_path)
+        break_off(*args)
+        model, data, options = args
+        with pytest.raises(fastlur.CheckpointError, match=r"a state were \[\], now \['test_resumed\.Counting'\]"):
+            fastlur.unlearn(model, *data, **options, callbacks=[Counting()])
+
+
+def test_another_number_of_threads_is_warned_of(tmp_path):
+    args = job(tmp_path)
+    break_off(*args)
+    forged(tmp_path, lambda record: record["here"].update(threads=99))
+    with pytest.warns(UserWarning, match=r"threads was 99, now \d+; the run goes on"):
+        assert go_on(*args)[1] == [5, 6, 7, 8, 9]
+
+
+def test_data_that_are_not_looked_at_are_warned_of(tmp_path, monkeypatch):
+    class Decoded(torch.utils.data.Dataset):
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, index):
+            return torch.full((6,), float(index)), index % 4
+
+    monkeypatch.setattr("fastlur.content.SAMPLE", 30)
+    model, (forget, _), options = job(tmp_path, allow_overlap=True)
+    with pytest.warns(UserWarning, match="checkpoint: 10 retain items are not looked at"):
+        fastlur.unlearn(model, forget, Decoded(), **options)
+
+
+FORGED = {
+    "a loss too large for a number": lambda record: record["history"].update(lr=[10**400] * 4),
+    "a baseline too large": lambda record: record.update(baseline=10**400),
+    "a state of a rule too large": lambda record: record["rules"][0].update(best=10**400),
+    "seconds too large": lambda record: record.update(seconds=10**400),
+    "seconds below zero": lambda record: record.update(seconds=-1.0),
+    **{f"rows of {rows!r}": lambda record, rows=rows: record.update(rows=rows) for rows in (-3, 0, "x", 1.5, True)},
+    "no vectors": lambda record: record.update(vectors=5),
+    "an object": lambda record: record.update(optimizer={"py/reduce": "os.system"}),
+    "a number of a tensor": lambda record: record.update(random={"dict": [["torch", {"plain": 10**400}]]}),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_forged_descriptions_are_refused_and_nothing_is_changed(tmp_path, case):
+    options = {"stop": Patience(lambda model: 1.0, looks=99, every=1), "max_retain_loss_increase": 99.0}
+    break_off(*job(tmp_path, **options))
+    forged(tmp_path, FORGED[case])
+    model, data, options = job(tmp_path, **options)
+    before, random = state(model), torch.get_rng_state()
+    with pytest.raises(fastlur.CheckpointError):
+        fastlur.unlearn(model, *data, **options)
+    assert same(state(model), before)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_refused_resume_leaves_the_callers_optimizer_alone(tmp_path):
+    def go(callbacks=()):
+        model, data, options = job(tmp_path)
+        made = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        try:
+            fastlur.unlearn(model, *data, **options, optimizer=made, callbacks=callbacks)
+        finally:
+            go.state = made.state_dict()["state"]
+
+    with pytest.raises(Interrupted):
+        go([break_at(5)])
+    forged(tmp_path, lambda record: record.update(random={"plain": None}))
+    with pytest.raises(fastlur.CheckpointError):
+        go()
+    assert go.state == {}
+
+
+def _with(path, value):
+    def change(state):
+        at = state
+        for each in path[:-1]:
+            at = at[each]
+        at[path[-1]] = value
+
+    return change
+
+
+MISFITS = {
+    "step": _with(["step"], "x"),
+    "a step below zero": _with(["step"], -1),
+    "rows": _with(["rows"], -3),
+    "control": _with(["control"], None),
+    "shape of the control": _with(["control"], torch.zeros(1)),
+    "vectors": _with(["vectors"], 5),
+    "a vector": _with(["vectors", "first_moment"], 5),
+    "a tensor": _with(["vectors", "first_moment", "0.weight"], 5),
+    "the last tensor": _with(["vectors", "method.inner_gradient", "0.weight"], torch.zeros(2)),
+    "names of vectors": _with(["vectors", 5], {}),
+    "names of parameters": _with(["vectors", "first_moment", 5], 5),
+    "tensors": _with(["tensors"], None),
+    "optimizer": _with(["optimizer"], {"state": 5}),
+}
+
+
+class TestState:
+    @pytest.mark.parametrize("case", MISFITS)
+    def test_what_does_not_fit_is_refused_as_a_whole(self, case):
+        with fastlur.MetaStep(mlp()) as step:
+            step(blobs(8), blobs(8))
+            saved = copy.deepcopy(step.state_dict())
+            step(blobs(8), blobs(8))
+            before = step.state_dict()
+            MISFITS[case](saved)
+            with pytest.raises(fastlur.CheckpointError, match="state: "):
+                step.load_state_dict(saved)
+            now = step.state_dict()
+            assert (now["step"], now["rows"]) == (before["step"], before["rows"])
+            assert all(same(now["vectors"][name], before["vectors"][name]) for name in before["vectors"])
+            assert torch.equal(now["control"], before["control"])
+
+    @pytest.mark.parametrize("saved", [None, 5, [], {}])
+    def test_nor_is_what_is_no_state(self, saved):
+        with fastlur.MetaStep(mlp()) as step, pytest.raises(fastlur.CheckpointError, match="state: "):
+            step.load_state_dict(saved)
+
+    def test_an_optimizer_that_refuses_its_state_keeps_its_own(self):
+        model = mlp()
+        made = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        with fastlur.MetaStep(model, optimizer=made) as step:
+            step(blobs(8), blobs(8))
+            saved = step.state_dict() | {"optimizer": {"state": {}, "param_groups": []}}
+            before = copy.deepcopy(made.state_dict()["state"])
+            with pytest.raises(fastlur.CheckpointError, match="does not fit the optimizer"):
+                step.load_state_dict(saved)
+            now = made.state_dict()["state"]
+            assert all(torch.equal(now[k]["momentum_buffer"], before[k]["momentum_buffer"]) for k in before)

@@ -9,7 +9,7 @@ import pytest
 from operations import DEVICE, cases, layouts, measured, ours, vectors
 
 FULL = os.environ.get("FASTLUR_BENCH_FULL") == "1"
-SECONDS = 3.0 if FULL else 1.0
+SECONDS = 2.0 if FULL else 1.0
 LAYOUTS = layouts(FULL, DEVICE.type == "cuda") | {"scalars": [(3,)]}
 
 

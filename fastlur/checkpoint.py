@@ -104,11 +104,13 @@ class Checkpoints:
             payload, text = self._content(step, extra)
             self.folder.write(f"{stem}.safetensors", payload)
             self.folder.write(f"{stem}.json", text)
-        except (OSError, SafetensorError, TypeError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, SafetensorError, TypeError, ValueError, KeyError, RuntimeError, MemoryError) as error:
             for name in (f"{stem}.json", f"{stem}.safetensors"):
                 with suppress(OSError):
                     self.folder.remove(name)
-            raise CheckpointError(f"checkpoint={self.name}: {stem} could not be written: {error}") from error
+            raise CheckpointError(
+                f"checkpoint={self.name}: {stem} could not be written: {str(error) or type(error).__name__}"
+            ) from error
         with suppress(OSError):  # one too many does no harm
             for old in self._steps(ours.checkpoint_files(self.folder))[KEPT:]:
                 self._remove(ours.stem(old))

@@ -99,7 +99,8 @@ def write(directory: str | os.PathLike[str], model: nn.Module, content: Mapping[
         checksum = _digest(payload)
         name = f"model-{checksum[:16]}.safetensors"
         described = {"file": name, "bytes": len(payload), "checksum": checksum}
-        record = json.loads(json.dumps({"format": FORMAT, "model": described, **content}))
+        text = json.dumps({"format": FORMAT, "model": described, **content})
+        record = json.loads(text, parse_constant=lambda _: None)  # NaN and infinities, which JSON does not know
         text = json.dumps({**record, "checksum": _checksum(record)}, indent=1)
         try:
             folder.write(name, payload)

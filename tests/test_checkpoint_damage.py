@@ -200,6 +200,17 @@ class TestDisk:
             two.at.save(two.step, {"history": {}})
         assert failing.count == CALLS
 
+    def test_nor_does_memory_that_runs_out(self, two, monkeypatch):
+        def short(*_, **__):
+            raise MemoryError
+
+        two.step(blobs(8, 2, 2), blobs(8, 2, 2))
+        monkeypatch.setattr("fastlur.checkpoint.safetensors.torch.save", short)
+        with pytest.raises(fastlur.CheckpointError, match="3 could not be written: MemoryError"):
+            two.at.save(two.step, {"history": {}})
+        monkeypatch.undo()
+        assert two.reads() == 2
+
     def test_a_run_whose_disk_is_full_says_so_and_goes_on_later(self, tmp_path, monkeypatch):
         args = job(tmp_path)
         undisturbed = whole(*args)

@@ -326,3 +326,8 @@ def test_what_a_loss_or_a_metric_holds_is_not_in_it(job, tmp_path, kind):
     assert "#" not in settings
     assert {"partial": "by=3.0", "dataclass": "Secretive(by=2.0)"}.get(kind, "") in settings
     assert "Reached(" in settings and "at_least=99" in settings and "TimeBudget(seconds=600" in settings
+
+
+def test_what_is_not_measured_is_null(job, tmp_path):
+    text = (run(*job, method="fine_tune", steps=2).save(tmp_path) / "result.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["history"]["forget_loss"] == [None, None]

@@ -138,7 +138,7 @@ class MicroBatches:
         return getattr(self._module, name)
 
     def _compare(self, inputs: Any, named: Any, size: int, why: str) -> None:
-        """Look once a mode whether an item's output depends on the others, and whether a forward leaves a trace.
+        """Look once a mode whether an item's output depends on the others, and what a forward leaves behind.
 
         Dropout is off meanwhile. A model that draws numbers otherwise is looked at in eval mode.
         """
@@ -155,7 +155,7 @@ class MicroBatches:
             parts = [self._forward(*arguments, **keywords) for arguments, keywords in _parts(few, count, rows)]
             return list(_tensors(_joined(parts, [min(rows, count - at) for at in range(0, count, rows)])))
 
-        short = False
+        short, odd = False, None
         with torch.no_grad(), borrowed_random(device), kept_modes(module):
             try:
                 for each in module.modules():
@@ -166,7 +166,9 @@ class MicroBatches:
                 if not all(map(_close, whole, outputs(count, 2))):
                     module.eval()
                     whole = outputs(count, 1)
+                kept = _left_behind(module)
                 apart = outputs(-(-count // 2), 1)
+                odd = _differing(kept, _left_behind(module))
             except torch.OutOfMemoryError:
                 if self._rows > 1:
                     raise
@@ -179,6 +181,8 @@ class MicroBatches:
             raise ModelError(f"model: {why}, and a forward moves its buffers, in parts several times; {REMEDY}")
         if not all(map(_close, whole, apart)):
             raise ModelError(f"model: {why}, and its outputs depend on the whole batch; {REMEDY}")
+        if odd is not None:
+            raise ModelError(f"model: {why}, and a forward leaves {odd!r} on it, in parts that of the last; {REMEDY}")
         self._seen.add(module.training)
 
 
@@ -268,6 +272,26 @@ class _Logits:
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
+
+
+def _left_behind(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors, neither parameters nor buffers, that lie on the model: what a forward notes and a loss may read."""
+    return {
+        f"{where}.{name}".lstrip("."): value.detach().clone()
+        for where, each in module.named_modules()
+        for name, value in vars(each).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> str | None:
+    """The name of a tensor that is not the same in both."""
+    for name in one.keys() | other.keys():
+        if name not in one or name not in other or one[name].shape != other[name].shape:
+            return name
+        if not _close(one[name], other[name]):
+            return name
+    return None
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

@@ -343,6 +343,22 @@ class Counts(nn.Module):
         return x
 
 
+class Balances(nn.Module):
+    """Leaves a value on itself that a loss may add, as a mixture of experts does."""
+
+    def forward(self, x):
+        self.balance = x.square().mean()
+        return x
+
+
+class Remembers(nn.Module):
+    """Leaves on itself what does not depend on the batch, such as a table of angles."""
+
+    def forward(self, x):
+        self.angles = torch.arange(x.shape[1], dtype=x.dtype).cos()
+        return x * self.angles
+
+
 REFUSED = {
     "batch norm": (lambda: nn.BatchNorm1d(8), "'layer', a BatchNorm1d, normalises by the whole batch"),
     "batch norm without statistics": (
@@ -351,6 +367,7 @@ REFUSED = {
     ),
     "a layer of one's own": (MinusMean, "its outputs depend on the whole batch"),
     "a counter": (Counts, "a forward moves its buffers"),
+    "a note": (Balances, "a forward leaves 'layer.balance' on it, in parts that of the last"),
 }
 
 
@@ -365,6 +382,11 @@ class TestRefused:
         assert "\n" not in str(caught.value)
         assert same(state(model), before)
         assert model.training
+
+    def test_a_note_that_is_the_same_for_any_batch_is_no_obstacle(self):
+        model, short, _ = memory_for(5, model=Hungry(layer=Remembers()))
+        for one, other in zip(model.parameters(), short.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
     def test_on_the_way_the_model_is_as_after_the_last_step(self):
         model, seen = Hungry(50, layer=nn.BatchNorm1d(8)), {}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -67,15 +68,18 @@ class Record:
             tensors = safetensors.torch.load(payload)
         except (OSError, ValueError, SafetensorError) as error:
             raise RecordError(f"record {os.fspath(self.path)!r}: {error}") from error
-        own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+        own = {name: value for name, value in _state(model).items() if isinstance(value, Tensor)}
         given = {_address(own[name]) for name in tensors if name in own}
         unfit = [name for name, value in own.items() if _address(value) not in given]
-        unfit += [name for name, saved in tensors.items() if name not in own or own[name].shape != saved.shape]
+        unfit += [name for name, saved in tensors.items() if name not in own or _kind(own[name]) != _kind(saved)]
         if unfit:
             raise ModelError(
-                f"model: does not fit the record: {', '.join(sorted(unfit)[:3])}; pass one of the same kind"
+                f"model: does not fit the record: {', '.join(sorted(unfit)[:3])}; pass one of the same kind and dtype"
             )
         model.load_state_dict(tensors, strict=False)
+        with torch.no_grad():
+            for name in tensors.keys() - model.state_dict().keys():
+                own[name].copy_(tensors[name])
         return model
 
 
@@ -213,8 +217,17 @@ def _drop_unless_described(folder: Folder, name: str) -> None:
         folder.remove(name)
 
 
+def _state(model: nn.Module) -> dict[str, Any]:
+    """The state_dict, and the buffers that it leaves out: they may have moved, and a forward reads them."""
+    return dict(model.named_buffers()) | model.state_dict()
+
+
+def _kind(value: Tensor) -> object:
+    return value.shape, value.dtype
+
+
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    state = model.state_dict()
+    state = _state(model)
     other = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if other:
         raise RecordError(

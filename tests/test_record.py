@@ -64,7 +64,26 @@ class TestWhatItSays:
         assert other.out.weight is other.embed.weight
         assert same(state(other), state(model))
 
-    @pytest.mark.parametrize("other", [mlp(7), mlp(classes=5), torch.nn.Linear(6, 4)])
+    def test_buffers_that_a_state_dict_leaves_out_come_back(self, tmp_path):
+        class Slow(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body = mlp()
+                self.register_buffer("shift", torch.zeros(4), persistent=False)
+
+            def forward(self, x):
+                out = self.body(x)
+                if self.training and torch.is_grad_enabled():
+                    self.shift += 0.1 * out.detach().mean(0)
+                return out + self.shift
+
+        model, other = Slow(), Slow()
+        directory = run(model, blobs(12), blobs(20)).save(tmp_path)
+        assert bool(model.shift.any())
+        read(directory).load(other)
+        assert torch.equal(other.shift, model.shift)
+
+    @pytest.mark.parametrize("other", [mlp(7), mlp(classes=5), torch.nn.Linear(6, 4), mlp(dtype=torch.float64)])
     def test_another_model_is_refused_and_stays_as_it_was(self, job, tmp_path, other):
         directory, before = run(*job).save(tmp_path), state(other)
         with pytest.raises(fastlur.ModelError, match="does not fit the record"):

@@ -86,6 +86,7 @@ def check(model: nn.Module, forget: Any, retain: Any, mode: str, precision: str,
     The two halves may point the same way, so that a cosine cannot tell one from both. In fp32, where rounding is
     smaller than a half, ours must then be nearer to its own truth than to that of `first_order`.
     """
+    mode, options = _mode(mode, options)
     ours, own = alignment(model, forget, retain, mode, precision, **options), truth(model, forget, retain, mode)
     cosine = float(functional.cosine_similarity(ours, own, dim=0))
     assert cosine >= LEAST[precision], f"{mode} in {precision} does not align: cosine {cosine:.3f}"
@@ -96,9 +97,13 @@ def check(model: nn.Module, forget: Any, retain: Any, mode: str, precision: str,
 
 
 def compared(model: nn.Module, forget: Any, retain: Any, mode: str, precision: str, **options: Any) -> float:
-    """The cosine between the two; "exact, graph made anew" is a mode too."""
-    mode, _, variant = mode.partition(", ")
-    if variant:
-        options["keep_graph"] = False
+    """The cosine between the two."""
+    mode, options = _mode(mode, options)
     ours = alignment(model, forget, retain, mode, precision, **options)
     return float(functional.cosine_similarity(ours, truth(model, forget, retain, mode), dim=0))
+
+
+def _mode(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The mode of an arm, and its options: "exact, graph made anew" is `exact` without the graph kept."""
+    mode, _, variant = name.partition(", ")
+    return mode, options | {"keep_graph": False} if variant else options

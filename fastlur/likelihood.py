@@ -83,8 +83,6 @@ def likelihood_ratio_attack(
         shadows = _trained(train, len(asked[0]), count, seed)
     if not shadows:
         raise ArgumentError("shadows=[] is empty; pass at least one model trained without the items")
-    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in shadows):
-        raise ArgumentError("shadows: must be pairs of a model and, of each item, whether the model was trained on it")
     said, inside = [], []
     for shadow, seen in shadows:
         said.append(_said(shadow, data, batch_size))

@@ -102,7 +102,7 @@ def test_a_direction_that_is_none_is_refused_by_name(found):
 
 
 def test_shadows_without_their_membership_are_refused():
-    with pytest.raises(fastlur.ArgumentError, match="shadows: must be pairs"):
+    with pytest.raises(fastlur.ArgumentError, match="shadows: must be a list of pairs"):
         fastlur.likelihood_ratio_attack(mlp(), blobs(8), shadows=[mlp()])
 
 

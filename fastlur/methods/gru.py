@@ -26,7 +26,8 @@ class GRU(Recipe):
     Source: Wang et al., "GRU: Mitigating the Trade-off between Unlearning and Retention for LLMs", arXiv 2503.09117,
     and the authors' code, where w is 0 or a coefficient, and 1 − β is 0.6 to 0.99. With w = 0 nothing but the
     projection keeps what is to be kept, and that holds to first order and against the average only: on digits that was
-    enough to forget a class, and cost up to two fifths of the rest when mislabelled images had to go. Hence the default.
+    enough to forget a class, and cost up to two fifths of the rest when mislabelled images had to go. Hence the
+    default.
 
     Args:
         forget_weight: λ ≥ 0, the factor on the forget loss.

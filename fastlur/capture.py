@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlur.errors import ArgumentError, ModelError
+from fastlur.placement import mapped, tensors
 
 WARM_UP = 3  # steps made as usual first: lazy initialisations, and "optimistic" begins unlike it goes on
 Work = Callable[[Any, Any], tuple[Tensor, ...]]
@@ -69,7 +70,7 @@ class Captured:
         self._passes.drew = None  # a generator must not be asked while a graph is recorded
         self._form = form((forget, retain))
         forget, retain = cloned(forget), cloned(retain)
-        self._static = tensors((forget, retain))
+        self._static = list(tensors((forget, retain)))
 
         def work() -> None:
             self._results = self._work(forget, retain)
@@ -103,27 +104,11 @@ def form(batch: Any) -> object:
     return None if None in parts else (type(batch), parts)
 
 
-def tensors(batch: Any) -> list[Tensor]:
-    """The tensors of a batch, in order."""
-    if isinstance(batch, Tensor):
-        return [batch]
-    if isinstance(batch, Mapping):
-        return [tensor for value in batch.values() for tensor in tensors(value)]
-    if isinstance(batch, list | tuple):
-        return [tensor for value in batch for tensor in tensors(value)]
-    return []
-
-
 def cloned(batch: Any) -> Any:
     """The batch with tensors of its own."""
     if isinstance(batch, Tensor):
         return batch.clone(memory_format=torch.preserve_format)
-    if isinstance(batch, Mapping):
-        return type(batch)({name: cloned(value) for name, value in batch.items()})  # type: ignore[call-arg]
-    if isinstance(batch, list | tuple):
-        parts = [cloned(value) for value in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    return batch
+    return mapped(batch, cloned)
 
 
 def check_capture(device: torch.device, optimizer: object) -> None:

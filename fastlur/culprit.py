@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from fastlur.errors import NonFiniteError
 from fastlur.methods.base import Direction
 from fastlur.passes import Passes, Which
+from fastlur.placement import tensors
 from fastlur.space import ParameterSpace, Vector
 from fastlur.stats import StepStats
 from fastlur.world import borrowed_random
@@ -96,7 +96,7 @@ def _found(
             if found := _bad(passes, scratch):
                 sides, names = (*sides, side), names or found
         if names:
-            spoiled = [side for side in sides if not all(map(_finite, _tensors(batches[side])))]
+            spoiled = [side for side in sides if not all(map(_finite, tensors(batches[side])))]
             itself = f"the {spoiled[0]} batch itself holds a value that is not, " if spoiled else ""
             return sides, names[0], itself + _where(names, f"∇({sides[0]} loss)")
     for vector in () if direction is None else (direction.forget, direction.retain):
@@ -116,11 +116,3 @@ def _bad(passes: Passes, vector: Vector) -> list[str]:
 
 def _finite(value: Tensor) -> bool:
     return math.isfinite(value) if value.numel() == 1 else bool(torch.isfinite(value).all())
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping | tuple | list):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(part)

@@ -46,10 +46,13 @@ class Residual(nn.Module):
         return functional.relu(x + inside)
 
 
-def residual_cnn(classes: int = 10, width: int = 32) -> nn.Module:
-    """A small residual network with batch norm for grey images; input (n, 1, height, width), output (n, classes)."""
+def residual_cnn(classes: int = 10, width: int = 32, stem: tuple[int, int, int] = (3, 1, 1)) -> nn.Module:
+    """A small residual network with batch norm for grey images; input (n, 1, height, width), output (n, classes).
+
+    `stem` is kernel size, stride and padding of the first convolution.
+    """
     return nn.Sequential(
-        nn.Conv2d(1, width, 3, padding=1, bias=False),
+        nn.Conv2d(1, width, *stem, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(),
         Residual(width),

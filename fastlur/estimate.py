@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastlur import checks, footprint, ops
 from fastlur.data import to_device
@@ -18,6 +18,7 @@ from fastlur.losses import cross_entropy
 from fastlur.methods import resolve
 from fastlur.methods.base import BYTE, Cost, Method
 from fastlur.passes import Loss, Passes, Which
+from fastlur.placement import tensors
 from fastlur.reach import SPARE, most
 from fastlur.slots import Selection
 from fastlur.space import ParameterSpace, Vector
@@ -168,7 +169,7 @@ def estimate(
         vectors=vectors,
         optimizer=_state(optimizer, moving),
         activations=activations,
-        batch=sum(_bytes(each) for each in batches.values()),
+        batch=sum(tensor.nbytes for tensor in tensors(batches)),
         other=max(step, before) - vectors - activations,
         seconds=seconds,
     )
@@ -267,16 +268,7 @@ def _state(optimizer: str | torch.optim.Optimizer, moving: int) -> int:
     """Bytes of the optimizer's vectors; a torch optimizer gets its gradient in one more."""
     if isinstance(optimizer, str):
         return moving * (2 if optimizer == "adamw" else 1)
-    held = sum(_bytes(state) for state in optimizer.state.values())
+    held = sum(tensor.nbytes for state in optimizer.state.values() for tensor in tensors(state))
     first = optimizer.param_groups[0]
     guessed = moving * (2 if "betas" in first else 1 if first.get("momentum") else 0)
     return moving + (held or guessed)
-
-
-def _bytes(value: Any) -> int:
-    """Of all tensors in a nesting."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, Mapping):
-        return sum(_bytes(each) for each in value.values())
-    return sum(_bytes(each) for each in value) if isinstance(value, tuple | list) else 0

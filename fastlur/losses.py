@@ -144,7 +144,7 @@ def divergence(teacher: Tensor, logits: Tensor, targets: Tensor, temperature: fl
         targets: shape (n,); only whether one is −100, a row that does not count, matters.
         temperature: T > 0; the factor T² keeps the size of the gradient.
     """
-    wanted, given = (functional.log_softmax(_wide(each) / temperature, dim=-1) for each in (teacher, logits))
+    wanted, given = (functional.log_softmax(wide(each) / temperature, dim=-1) for each in (teacher, logits))
     rows = relative_entropy(wanted, given)
     counts = (targets != IGNORED).to(rows.dtype)
     return temperature**2 * (rows * counts).sum() / counts.sum()
@@ -162,15 +162,13 @@ def distillation(teacher: Tensor, temperature: float = 1.0) -> Callable[[Any, An
     return lambda model, batch: divergence(teacher, *logits_and_targets(model, batch), temperature)
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in _HALF else logits
+def wide(logits: Tensor) -> Tensor:
+    """Logits in float32 at least: logarithms of half precision are too rough."""
+    return logits.float() if logits.is_floating_point() and logits.dtype.itemsize < 4 else logits
 
 
 def _mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     try:
-        return functional.cross_entropy(_wide(logits), targets)
+        return functional.cross_entropy(wide(logits), targets)
     except IndexError as error:  # the CPU's; what could be checked beforehand was
         raise DataError(f"a target is outside the model's {logits.shape[-1]} logits: {error}") from error
-
-
-_HALF = (torch.float16, torch.bfloat16)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastlur.losses import wide
 from fastlur.outputs import entropy, log_odds, modified_entropy
 
 FEATURES = 5
@@ -19,14 +20,14 @@ def features(logits: Tensor, targets: Tensor) -> Tensor:
     The log-odds are straight in the logits, so that an attack gives a gradient even where the model is sure of itself;
     all are compressed by asinh, since losses range over orders of magnitude.
     """
-    wide = logits.float() if logits.dtype.itemsize < 4 else logits
-    loss = functional.cross_entropy(wide, targets, reduction="none")
+    logits = wide(logits)
+    loss = functional.cross_entropy(logits, targets, reduction="none")
     seen = (
-        log_odds(wide, targets),
-        log_odds(wide, wide.argmax(-1)),
+        log_odds(logits, targets),
+        log_odds(logits, logits.argmax(-1)),
         loss,
-        entropy(wide),
-        modified_entropy(wide, targets),
+        entropy(logits),
+        modified_entropy(logits, targets),
     )
     return torch.asinh(torch.stack(seen, dim=-1))
 

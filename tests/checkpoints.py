@@ -14,6 +14,10 @@ from fastlur.checkpoint import Checkpoints
 from fastlur.losses import BoundedForgetting, cross_entropy
 from fastlur.step import Step
 
+# what `Two` leaves in its directory
+NEWEST = ("fastlur-step-00000002.json", "fastlur-step-00000002.safetensors")
+OLDER = ("fastlur-step-00000001.json", "fastlur-step-00000001.safetensors")
+
 
 def break_at(step):
     """A callback that breaks the run after a step."""

@@ -19,3 +19,13 @@ def cnn():
     from fastlur.demo import residual_cnn
 
     return residual_cnn(width=4)
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two checkpoints of a run, and what wrote them."""
+    from checkpoints import Two
+
+    made = Two(tmp_path)
+    yield made
+    made.close()

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 import fastlur
-from fastlur import capture, step
+from fastlur import capture, placement, step
 
 CUDA = torch.cuda.is_available()
 
@@ -120,10 +120,10 @@ def test_a_captured_run_is_the_run(gradient, optimizer, recorded):
 def test_batches_of_any_form_are_found_and_copied():
     a, b, c = (torch.zeros(n) for n in (1, 2, 3))
     batch = {"x": [a, (b, "text")], "y": c}
-    assert [t.numel() for t in capture.tensors(batch)] == [1, 2, 3]
+    assert [t.numel() for t in placement.tensors(batch)] == [1, 2, 3]
     again = capture.cloned(batch)
     assert again["x"][1][1] == "text"
-    assert all(x is not y for x, y in zip(capture.tensors(batch), capture.tensors(again), strict=True))
+    assert all(x is not y for x, y in zip(placement.tensors(batch), placement.tensors(again), strict=True))
 
 
 @pytest.mark.parametrize("gradient", ["optimistic", "exact"])

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 from checkpoints import break_off, go_on, job, whole
-from helpers import Interrupted, blobs, mlp, same, state
+from helpers import Growing, Interrupted, blobs, mlp, same, state
 from torch import nn
 
 import fastlur
@@ -126,22 +126,7 @@ def _raise():
 
 
 def test_buffers_that_come_and_grow_are_brought_back(tmp_path):
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = mlp()
-            self.register_buffer("late", None)
-            self.register_buffer("log", torch.zeros(0))
-
-        def forward(self, x):
-            self.late = x.detach().mean(0)
-            self.log = torch.cat((self.log, torch.ones(1)))
-            if not hasattr(self, "extra"):
-                self.register_buffer("extra", torch.zeros(()))
-            self.extra += 1
-            return self.body(x)
-
-    args = job(tmp_path, Odd())
+    args = job(tmp_path, Growing(mlp()))
     break_off(*args)
     resumed, steps = go_on(*args)
     assert steps == [5, 6, 7, 8, 9]

@@ -13,22 +13,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import Two, break_off, go_on, job, whole
+from checkpoints import NEWEST, OLDER, Two, break_off, go_on, job, whole
 from helpers import blobs, same, state
 
 import fastlur
 from fastlur import folder as folder_module
 from fastlur.checkpoint import Checkpoints
-
-NEWEST = ("fastlur-step-00000002.json", "fastlur-step-00000002.safetensors")
-OLDER = ("fastlur-step-00000001.json", "fastlur-step-00000001.safetensors")
-
-
-@pytest.fixture
-def two(tmp_path):
-    made = Two(tmp_path)
-    yield made
-    made.close()
 
 
 def flipped(content, bit):

@@ -9,19 +9,10 @@ from hashlib import blake2b
 
 import pytest
 import torch
-from checkpoints import Two
+from checkpoints import NEWEST
 from helpers import blobs, same, state
 
 import fastlur
-
-NEWEST = ("fastlur-step-00000002.json", "fastlur-step-00000002.safetensors")
-
-
-@pytest.fixture
-def two(tmp_path):
-    made = Two(tmp_path)
-    yield made
-    made.close()
 
 
 def forged(two, change, tensors=None):

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.utils.checkpoint
-from helpers import MODES, ORDERS, Interrupted, blobs, images, run, same, state
+from helpers import MODES, ORDERS, Growing, Interrupted, blobs, images, run, same, state
 from torch import nn
 
 import fastlur
@@ -89,26 +89,9 @@ class TestStatistics:
 
 
 class TestBuffersThatComeAndGo:
-    class Odd(nn.Module):
-        """One buffer appears in the first forward, one grows, one is registered on the way."""
-
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(6, 4)
-            self.register_buffer("late", None)
-            self.register_buffer("log", torch.zeros(0))
-
-        def forward(self, x):
-            self.late = x.detach().mean(0)
-            self.log = torch.cat((self.log, torch.ones(1)))
-            if not hasattr(self, "extra"):
-                self.register_buffer("extra", torch.zeros(()))
-            self.extra += 1
-            return self.linear(x)
-
     @pytest.mark.parametrize("gradient", ["secant", "first_order", "optimistic"])
     def test_they_move_in_one_retain_pass_a_step(self, gradient):
-        model = self.Odd()
+        model = Growing(nn.Linear(6, 4))
         retain = blobs(8)
         with fastlur.MetaStep(model, gradient=gradient) as step:
             for _ in range(3):
@@ -118,7 +101,7 @@ class TestBuffersThatComeAndGo:
         assert float(model.extra) == 3
 
     def test_a_bad_step_leaves_them(self):
-        model = self.Odd()
+        model = Growing(nn.Linear(6, 4))
         with fastlur.MetaStep(model) as step:
             step(blobs(8), blobs(8))
             before = model.late.clone(), model.log.clone()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastlur.demo import Residual
+from fastlur.demo import residual_cnn
 
 
 class Recipe(NamedTuple):
@@ -44,20 +44,7 @@ class ViT(nn.Module):
 
 def cnn(size: int, width: int = 24) -> nn.Module:
     """Two residual stages with batch norm; the first convolution takes images of 28 × 28 down to 7 × 7."""
-    stem = (5, 4, 1) if size >= 28 else (3, 1, 1)
-    return nn.Sequential(
-        nn.Conv2d(1, width, *stem, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        Residual(width),
-        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False),
-        nn.BatchNorm2d(2 * width),
-        nn.ReLU(),
-        Residual(2 * width),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(2 * width, 10),
-    )
+    return residual_cnn(width=width, stem=(5, 4, 1) if size >= 28 else (3, 1, 1))
 
 
 def mlp(size: int, width: int = 256) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from fastlur.losses import IGNORED, split
 from fastlur.methods.base import alike, check_finite
 from fastlur.passes import Passes, Which
+from fastlur.placement import mapped, tensors
 from fastlur.space import Vector
 
 
@@ -60,7 +61,7 @@ def _counts(batch: Any) -> bool:
 
 def groups(batch: Any, size: int | None) -> Iterator[Any]:
     """A batch in parts of so many items; whole where its tensors do not have a row an item."""
-    lengths = {tensor.shape[0] if tensor.dim() else -1 for tensor in _tensors(batch)}
+    lengths = {tensor.shape[0] if tensor.dim() else -1 for tensor in tensors(batch)}
     if size is None or len(lengths) != 1 or -1 in lengths:
         yield batch
         return
@@ -68,20 +69,7 @@ def groups(batch: Any, size: int | None) -> Iterator[Any]:
         yield _rows(batch, start, start + size)
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping | tuple | list):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(part)
-
-
 def _rows(batch: Any, start: int, stop: int) -> Any:
     if isinstance(batch, Tensor):
         return batch[start:stop]
-    if isinstance(batch, Mapping):
-        return {name: _rows(part, start, stop) for name, part in batch.items()}
-    if isinstance(batch, tuple | list):
-        parts = [_rows(part, start, stop) for part in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    return batch
+    return mapped(batch, lambda part: _rows(part, start, stop))

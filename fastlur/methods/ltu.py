@@ -16,7 +16,7 @@ from torch.nn import functional
 from fastlur import content, meta, ops
 from fastlur.data import source, to_device
 from fastlur.errors import ArgumentError, DataError, FastlurError, nearest, unknown
-from fastlur.losses import IGNORED, logits_and_targets
+from fastlur.losses import IGNORED, logits_and_targets, wide
 from fastlur.membership import Attackers, features
 from fastlur.methods.base import Cost, Direction, Recipe, State, check_range
 from fastlur.passes import Loss, Passes, Which
@@ -250,7 +250,7 @@ def remembering(tunes: bool) -> Loss:
         classes = logits.shape[-1]
         first = torch.rand(classes, device=logits.device).argsort() < (classes + 1) // 2
         mine = (first[targets.clamp(min=0)] == tunes) & (targets != IGNORED)
-        each = functional.cross_entropy(_wide(logits), targets, reduction="none")
+        each = functional.cross_entropy(wide(logits), targets, reduction="none")
         return torch.where(mine, each, 0.0).sum() / mine.sum().clamp(min=1)
 
     return loss
@@ -276,7 +276,3 @@ def _features(model: Any, batch: Any) -> Tensor:
     if bool(((targets >= logits.shape[-1]) | (targets < 0))[counted].any()):
         raise IndexError(f"a label is outside the model's {logits.shape[-1]} logits")
     return features(logits[counted], targets[counted])
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype.itemsize < 4 else logits

@@ -14,7 +14,7 @@ from torch.nn import functional
 from fastlur import ops
 from fastlur.errors import ArgumentError, nearest, unknown
 from fastlur.frozen import Frozen
-from fastlur.losses import IGNORED, logits_and_targets, relative_entropy
+from fastlur.losses import IGNORED, logits_and_targets, relative_entropy, wide
 from fastlur.methods.base import Cost, Direction, Recipe, State, check_range
 from fastlur.passes import Loss, Passes
 from fastlur.space import Vector
@@ -265,7 +265,7 @@ def divergence(reference: Tensor, model: Any, batch: Any) -> Tensor:
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:
-    return functional.log_softmax(logits.float() if logits.dtype.itemsize < 4 else logits, dim=-1)
+    return functional.log_softmax(wide(logits), dim=-1)
 
 
 def _rise(likely: Tensor, given: Tensor | None, classes: Tensor) -> Tensor:

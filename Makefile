@@ -9,14 +9,18 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/python -m fastlur demo --out demo
 
+# The tests of one file stay in one process: they share what is dear to make, and benchmarks are no part of them.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --benchmark-disable
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # What takes too long for every day: hundreds of kills, every byte damaged, thousands of generated calls. Prints counts.
 check-slow: $(STAMP)
@@ -66,7 +70,8 @@ sanitize: $(STAMP)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 FASTLUR_SANITIZE=1 \
 		FASTLUR_EXT_PATH="$$(echo $(SANITIZED)/lib/fastlur/_native*.so)" $(BIN)/python -m pytest \
-		tests/test_extension.py tests/test_semantics.py -k "not triton"
+		tests/test_extension.py tests/test_extension_elementwise.py tests/test_extension_sums.py \
+		tests/test_extension_update.py tests/test_semantics.py -k "not triton"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -35,7 +35,12 @@ FULL: list[tuple[str, float, list[str]]] = [
         20,
         ["tests/test_kernels_elementwise.py", "tests/test_kernels_lists.py", "tests/test_kernels_update.py"],
     ),
-    ("extension", 15, ["tests/test_extension.py", "tests/test_ops_repeated.py"]),
+    ("extension", 5, ["tests/test_extension.py", "tests/test_ops_repeated.py"]),
+    (
+        "extension, every operation and size",
+        10,
+        ["tests/test_extension_elementwise.py", "tests/test_extension_sums.py", "tests/test_extension_update.py"],
+    ),
     ("kernels compile, 16 bytes an access", 15, ["tests/test_kernels_compile.py"]),
 ]
 TINY: list[tuple[str, float, list[str]]] = [("the flag", 0, ["tests/test_backends.py", "-k", "not_finite and torch"])]

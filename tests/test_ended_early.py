@@ -1,0 +1,49 @@
+"""A run that a rule or a budget ended and that kept its checkpoints: asked for again, it is over at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checkpoints import go_on, job
+from helpers import same, state
+
+import fastlur
+from fastlur.stopping import Reached
+
+
+class TestEndedEarly:
+    @pytest.mark.parametrize("method", ["lur", "mox"])
+    @pytest.mark.filterwarnings("ignore:MOX")
+    def test_a_run_that_a_rule_ended_and_that_kept_its_checkpoints_ends_at_once(self, tmp_path, method):
+        looks = []
+        rule = Reached(lambda model: looks.append(1) or float(len(looks)), at_least=7, every=1)
+        model, data, options = job(tmp_path, keep_checkpoints=True, stop=rule, steps=30, method=method)
+        args = model, data, options
+        first, steps = go_on(*args)
+        assert steps == [1, 2, 3, 4, 5, 6, 7]
+        looks.clear()  # it would go on for seven steps more
+        again, steps = go_on(*args)
+        assert steps == []
+        assert same(state(again), state(first))
+
+    def test_the_reason_is_that_of_the_run(self, tmp_path):
+        model, data, options = job(tmp_path, keep_checkpoints=True, stop=lambda event: event.step == 3 and "enough")
+        assert fastlur.unlearn(model, *data, **options).ended == "enough"
+        model, data, options = job(tmp_path, keep_checkpoints=True, stop=options["stop"])
+        result = fastlur.unlearn(model, *data, **options)
+        assert result.ended == "enough"
+        assert result.history["step"] == [1, 2, 3]
+
+    def test_a_budget_that_ended_it_ends_it_again(self, tmp_path):
+        def go():
+            options = {"lr": 5.0, "schedule": "constant", "max_retain_loss_increase": 0.01, "keep_checkpoints": True}
+            model, data, options = job(tmp_path, **options, steps=40)
+            with torch.no_grad():
+                model[3].weight.mul_(3)
+            return fastlur.unlearn(model, *data, **options)
+
+        first, again = go(), go()
+        assert "rolled back" in first.ended
+        assert again.ended == first.ended
+        assert again.history == first.history
+        assert same(state(again.model), state(first.model))

@@ -131,17 +131,21 @@ def check(name: str, shapes: Shapes, arms: Arms, v: Vectors) -> None:
     with backends.backend("torch"):
         expected = outcome(ours(name, exact), exact)
     inside = sum(len(each) for each in v)
+    given = vectors(shapes, 0)
+    # torch adds up in float32: of 1e8 products its dot is off by 0.16 %, its norm's square by 1.2 %
+    roughness = 1e-3 if numel(shapes) < 1e8 else 2e-2
     for how, (arm, *_) in arms.items():
-        for each, values in zip(v, vectors(shapes, 0), strict=True):
+        for each, values in zip(v, given, strict=True):
             for tensor, value in zip(each, values, strict=True):
                 tensor.copy_(value)
         found = outcome(arm, v)
         assert len(found) == len(expected), f"{how} returns another number of tensors"
         for place, (want, got) in enumerate(zip(expected, found, strict=True)):
-            # torch adds up in float32; ours are held to what they promise
-            rough = how.startswith("torch: ") and place >= inside
+            if torch.equal(got, want.to(got.dtype)):  # most are, and the rest takes long
+                continue
+            rtol = roughness if how.startswith("torch: ") and place >= inside else 1e-5
             torch.testing.assert_close(
-                got.double(), want, rtol=1e-3 if rough else 1e-5, atol=1e-6, msg=lambda text, how=how: f"{how}: {text}"
+                got.double(), want, rtol=rtol, atol=1e-6, msg=lambda text, how=how: f"{how}: {text}"
             )
 
 

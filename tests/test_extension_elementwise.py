@@ -22,11 +22,23 @@ def test_displace(shapes, dtype, contiguous):
     lists.check()
 
 
-def test_displace_past_the_cache_and_off_the_line():
-    theta, d = torch.randn(2**23 + 77), torch.randn(2**23 + 77)
+PAST_THE_CACHE = {
+    "displace": (lambda out, a, b: extension.displace([out], [a], [b], numbers(0.5)), lambda a, b: a - 0.5 * b),
+    "extrapolate": (
+        lambda out, a, b: extension.extrapolate([out], [a], [b], numbers(0.5), numbers(1.0)),
+        lambda a, b: 1.5 * a - 0.5 * b,
+    ),
+    "saliency": (lambda out, a, b: extension.saliency([out], [a], [b]), lambda a, b: (a * b).abs()),
+}
+
+
+@pytest.mark.parametrize("name", PAST_THE_CACHE)
+def test_past_the_cache_and_off_the_line(name):
+    ours, truth = PAST_THE_CACHE[name]
+    a, b = torch.randn(2**23 + 77), torch.randn(2**23 + 77)
     out = torch.full((2**23 + 80,), torch.nan)
-    extension.displace([out[1:-2]], [theta], [d], numbers(0.5))
-    torch.testing.assert_close(out[1:-2], theta - 0.5 * d)
+    ours(out[1:-2], a, b)
+    torch.testing.assert_close(out[1:-2], truth(a, b))
     assert out[[0, -2, -1]].isnan().all()
 
 

@@ -77,10 +77,10 @@ void project(const Tensors& a, const Tensors& b, const Tensor& dots, const std::
 
 template <class T>
 FASTLUR_CLONES void extrapolate_span(T* theta, const T* theta0, const T* memorised, int64_t n, Wide<T> ahead,
-                                     Wide<T> alpha, Wide<T> eta, Wide<T> rest, bool replace) {
+                                     Wide<T> alpha, Wide<T> eta, Wide<T> rest, bool replace, bool past_cache) {
   if (replace) {  // the theta given is not read: it may hold anything
-    FASTLUR_SIMD
-    for (int64_t i = 0; i < n; ++i) store(theta + i, load(theta0 + i) * ahead - load(memorised + i) * alpha);
+    write(theta, n, past_cache,
+          [=](int64_t i) FASTLUR_LAMBDA { return load(theta0 + i) * ahead - load(memorised + i) * alpha; });
   } else {
     FASTLUR_SIMD
     for (int64_t i = 0; i < n; ++i) {
@@ -94,14 +94,15 @@ void extrapolate(const Tensors& theta, const Tensors& theta0, const Tensors& mem
                  const Tensor& eta) {
   const double *ahead = numbers(alpha, "alpha", 1, alpha), *share = numbers(eta, "eta", 1, alpha);
   const double a = *ahead, e = *share;
-  walk(rows_of(alpha, {{"theta", theta, List::WRITTEN}, {"theta0", theta0}, {"memorised", memorised}},
-               {{"alpha", ahead}, {"eta", share}}),
-       [=](auto zero, const Row& row, int64_t start, int64_t n) {
-         using T = decltype(zero);
-         using W = Wide<T>;
-         extrapolate_span(part<T>(row, 0, start), part<const T>(row, 1, start), part<const T>(row, 2, start), n,
-                          W(1 + a), W(a), W(e), W(1 - e), e == 1);
-       });
+  const auto rows = rows_of(alpha, {{"theta", theta, List::WRITTEN}, {"theta0", theta0}, {"memorised", memorised}},
+                            {{"alpha", ahead}, {"eta", share}});
+  const bool past_cache = worth_streaming(rows);
+  walk(rows, [=](auto zero, const Row& row, int64_t start, int64_t n) {
+    using T = decltype(zero);
+    using W = Wide<T>;
+    extrapolate_span(part<T>(row, 0, start), part<const T>(row, 1, start), part<const T>(row, 2, start), n, W(1 + a),
+                     W(a), W(e), W(1 - e), e == 1, past_cache);
+  });
 }
 
 template <class T>

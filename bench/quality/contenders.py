@@ -64,16 +64,26 @@ ALIGNMENT: dict[str, Arm] = {
 SETTING = {"lr": 0.03, "schedule": "linear", "trim": None, "mask": None}
 TARGETS = ("bounded", "novice", "blindspot", "second_choice", "head")
 DIRECTIONS = {"joint": {"inner_lr": 0.0, "gradient": "first_order"}, "optimistic": {}, "secant": {"gradient": "secant"}}
+# What else could be another default with a novice: settings of the method, and of the trial.
+VARIATIONS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "optimistic, weight 1": ({"forget_weight": 1.0}, {}),
+    "secant, weight 1": ({"forget_weight": 1.0, "gradient": "secant"}, {}),
+    "optimistic, sharpness 1": ({}, {"sharpness": 1.0}),
+    "optimistic, sharpness 1.5": ({}, {"sharpness": 1.5}),
+    "optimistic, lr 0.1": ({}, {"lr": 0.1}),
+}
 
 
 def candidates() -> dict[str, dict[str, object]]:
     """The configurations of the study of targets, by name."""
+    found = [(target, name, more, {}) for target in TARGETS for name, more in DIRECTIONS.items()]
+    found += [("novice", name, *both) for name, both in VARIATIONS.items()]
     return {
-        f"target-{target}-{direction}": {
+        f"target-{target}-{name}": {
             "method": {"forget_weight": 0.3, "inner_lr": 0.1, "relative_inner_lr": True, **more},
             "target": target,
             **SETTING,
+            **trial,
         }
-        for target in TARGETS
-        for direction, more in DIRECTIONS.items()
+        for target, name, more, trial in found
     }

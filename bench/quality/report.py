@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from .contenders import ALIGNMENT, DIRECTIONS, TARGETS
+from .contenders import ALIGNMENT, candidates
 from .journal import Journal
 from .plan import GRIDS
 from .scenarios import SCENARIOS, TITLES
@@ -101,11 +101,11 @@ def targets(folder: Path = RESULTS) -> str:
             continue
         lines += [f"**{name.replace('-', ', ')}**, average gap in points on the tuning splits:", ""]
         lines += [f"| target | gradient | {' | '.join(SCENARIOS)} |", f"|---|---{'|---' * len(SCENARIOS)}|"]
-        for target in TARGETS:
-            for direction in DIRECTIONS:
-                each = [found[scenario].get(f"{target}-{direction}") for scenario in SCENARIOS]
-                cells = ["" if one is None else one.shown() for one in each]
-                lines.append(f"| {target.replace('_', ' ')} | {direction} | {' | '.join(cells)} |")
+        for candidate in candidates():
+            _, target, gradient = candidate.split("-", 2)
+            each = [found[scenario].get(f"{target}-{gradient}") for scenario in SCENARIOS]
+            cells = ["" if one is None else one.shown() for one in each]
+            lines.append(f"| {target.replace('_', ' ')} | {gradient} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines).rstrip() or NOTHING
 

@@ -101,7 +101,7 @@ def forgotten(
         target = config["target"]
         if target in TAUGHT:
             taught, seconds = teacher(bench, job.name, where, number, target)
-            options["forget_loss"] = Imitation(taught, SHARPNESS[target])
+            options["forget_loss"] = Imitation(taught, config.get("sharpness", SHARPNESS[target]))
             spent += seconds
         retain = job.retain_at(number)
         looking = Cosines(forget, retain, options.get("forget_loss")) if task.arm.startswith("align") else None

@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers import MODES, direction, minus, norm, same, state
 from lm import llama, text
-from torch.nn.functional import cosine_similarity
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cosine_similarity
 
 import fastlur
 from fastlur import losses

@@ -23,7 +23,9 @@ class Reached:
 
     def __init__(self, model: nn.Module, moving: list[tuple[str, nn.Parameter]]) -> None:
         self._model = model
-        self._names = {id(parameter): name for name, parameter in reversed(moving)}
+        self._names: dict[int, str] = {}
+        for name, parameter in moving:
+            self._names.setdefault(id(parameter), name)  # a tied one has several
         self._adapters = {id(p) for p in _adapters(model)} & self._names.keys()
         self._found: set[int] = set()
         self._unsure = False

@@ -13,7 +13,10 @@ from fastlur.errors import ModelError
 
 FORGET, RETAIN = text(8, 1), text(8, 2)
 REENTRANT = {"use_reentrant": True}
-pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:None of the inputs have")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # the name that checkpointing has had for years
+    pytest.mark.filterwarnings("ignore:None of the inputs have"),
+]
 
 
 def run(model, **options):
@@ -161,7 +164,9 @@ class TestTraps:
         model = Aside()
         before = state(model)
         data = [(torch.randn(8, 6), torch.randint(0, 4, (8,))) for _ in range(2)]
-        with pytest.raises(ModelError, match=r"no loss depends on .* aside\.weight, aside\.bias.*`parameters`"):
+        with pytest.raises(
+            ModelError, match=r"no loss depends on .* aside\.(weight|bias), aside\.(weight|bias).*`parameters`"
+        ):
             fastlur.unlearn(model, *data, parameters="aside.*", progress=False)
         assert same(before, state(model))
 

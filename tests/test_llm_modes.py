@@ -14,6 +14,7 @@ from fastlur import losses
 from fastlur.errors import ArgumentError, ModelError
 
 FORGET, RETAIN = text(8, 1), text(8, 2)
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # the name that checkpointing has had for years
 
 
 def taken(model, steps=1, gradient="optimistic", **options):
@@ -51,7 +52,7 @@ def test_the_fused_kernels_are_what_serves(gradient):
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         fused = taken(llama(), gradient=gradient)
     plain = taken(llama("eager"), gradient=gradient)
-    assert norm(minus(fused, plain)) < 1e-9 * norm(plain)
+    assert norm(minus(fused, plain)) < 1e-6 * norm(plain)  # the plain ones have their softmax in float32
 
 
 def test_secant_is_exact_to_first_order():

@@ -8,14 +8,14 @@ import types
 import pytest
 import torch
 from helpers import same, state
-from lm import WORDS, Gpt, llama, text
+from lm import WORDS, Gpt, Words, llama, text
 from torch import nn
 from torch.nn import functional
 
 import fastlur
 from fastlur import losses, methods, task
 from fastlur.errors import ArgumentError, DataError
-from fastlur.llm import causal_cross_entropy, likelihood
+from fastlur.llm import causal_cross_entropy, encode, likelihood
 
 FORGET, RETAIN = text(8, 1), text(16, 2)
 REFUSED = ("boundary_expand", "boundary_shrink")
@@ -94,6 +94,31 @@ class TestTheTask:
         assert task.of_model(nn.DataParallel(model)) == "causal_lm"
         assert task.of_model(torch.compile(model)) == "causal_lm"
         assert task.of_model(lambda x: x) is None
+
+
+class TestText:
+    def test_encoded_pairs_are_taken_as_they_are(self):
+        words = Words()
+        forget = encode(words, [("who wrote it ?", "jane austen"), ("when ?", "in 1815")])
+        retain = encode(words, [("where ?", "in hampshire"), ("what ?", "a book about emma"), "a text by itself"])
+        assert len(words.known) + 3 <= WORDS
+        model = llama()
+        result = run(model, forget, retain, batch_size=2, steps=4)
+        assert result.settings["task"] == "causal_lm"
+        assert not same(state(model), state(llama()))
+
+    def test_padding_changes_nothing(self):
+        words, model = Words(), llama()
+        data = encode(words, [("a", "b"), ("a b c", "d e f g")])
+        together = likelihood(model, data.collate(list(data)))
+        for row, item in enumerate(data):
+            alone = likelihood(model, data.collate([item]))
+            torch.testing.assert_close(together.log_probs[row], alone.log_probs[0])
+            assert together.tokens[row] == alone.tokens[0]
+
+    def test_another_answer_in_the_batch_is_not_the_models(self):
+        batch = RETAIN | {"preferred_labels": RETAIN["labels"]}
+        assert losses.cross_entropy(llama(), batch) == losses.cross_entropy(llama(), RETAIN)
 
 
 class TestLosses:

@@ -4,35 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lm import Words
 from torch.utils.data import DataLoader, Subset
 
 from fastlur.data import source
 from fastlur.errors import ArgumentError, DataError
 from fastlur.llm import encode
-
-
-class Words:
-    """A tokenizer with the interface and nothing else: a number a word, 1 begins a text, 2 ends an answer."""
-
-    eos_token_id, pad_token_id = 2, 0
-
-    def __init__(self, ends=False):
-        self.known = {}
-        self.ends = ends
-
-    def __call__(self, text, add_special_tokens=True):
-        ids = [self.known.setdefault(word, len(self.known) + 3) for word in text.split()]
-        special = [1] if add_special_tokens else []
-        return {"input_ids": special + ids + ([2] if self.ends and add_special_tokens else [])}
-
-    def apply_chat_template(self, turns, tokenize=True, add_generation_prompt=False):
-        assert not tokenize
-        text = "".join(f"<{turn['role']}> {turn['content']} <over>\n" for turn in turns)
-        return text + ("<assistant> " if add_generation_prompt else "")
-
-    def read(self, ids):
-        names = {number: word for word, number in self.known.items()} | {1: "BEGIN", 2: "END"}
-        return [names[int(token)] for token in ids]
 
 
 def counted(item):

@@ -72,11 +72,11 @@ def test_gradient_checkpointing_gives_the_same_direction(gradient):
     assert norm(minus(*found)) < 1e-12 * norm(found[0])
 
 
-def test_exact_refuses_checkpointing_or_agrees():
+def test_exact_refuses_checkpointing_and_says_what_to_use():
     model = llama()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     before = state(model)
-    with pytest.raises(ModelError, match="checkpointing"):
+    with pytest.raises(ModelError, match="checkpointing.*use 'secant'"):
         taken(model, gradient="exact")
     assert same(before, state(model))
 

@@ -76,7 +76,7 @@ def test_exact_refuses_checkpointing_and_says_what_to_use():
     model = llama()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     before = state(model)
-    with pytest.raises(ModelError, match="checkpointing.*use 'secant'"):
+    with pytest.raises(ModelError, match=r"checkpointing.*use 'secant'"):
         taken(model, gradient="exact")
     assert same(before, state(model))
 

@@ -86,7 +86,9 @@ class Curvature:
         leaves = self._leaves
         # attention by its plain algorithm: the fused ones cannot be differentiated twice
         # and no checkpointing, which would run the model again where the leaves no longer stand in it
-        hooks = torch.autograd.graph.disable_saved_tensors_hooks("it recomputes or moves saved tensors")
+        hooks = torch.autograd.graph.disable_saved_tensors_hooks(
+            "it recomputes or moves saved tensors, as checkpointing does"
+        )
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), refused():
             with Twice(), hooks:
                 loss, self.buffers = self._value(leaves)

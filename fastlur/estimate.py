@@ -22,6 +22,7 @@ from fastlur.placement import tensors
 from fastlur.reach import SPARE, most
 from fastlur.slots import Selection
 from fastlur.space import ParameterSpace, Vector
+from fastlur.task import CLASSIFICATION, of_model
 from fastlur.update import check_optimizer
 from fastlur.world import borrowed_random
 
@@ -130,7 +131,7 @@ def estimate(
         batches = {side: to_device(each, space.device, memory_format) for side, each in batches.items()}
         losses: dict[Which, Loss] = {
             "retain": loss or cross_entropy,
-            "forget": forget_loss or method.default_forget_loss("classification"),
+            "forget": forget_loss or method.default_forget_loss(of_model(model) or CLASSIFICATION),
         }
         passes = Passes(
             space,

@@ -13,6 +13,7 @@ from fastlur.methods.lur import LUR, Order
 from fastlur.passes import Loss
 from fastlur.slots import Selection
 from fastlur.step import Step
+from fastlur.task import CAUSAL, of_model
 
 
 class MetaStep(Step):
@@ -80,7 +81,10 @@ class MetaStep(Step):
         super().__init__(
             model,
             LUR(inner_lr, forget_weight, gradient, order, relative_inner_lr, keep_graph, hessian=hessian),
-            {"retain": loss or cross_entropy, "forget": forget_loss or BoundedForgetting()},
+            {
+                "retain": loss or cross_entropy,
+                "forget": forget_loss or BoundedForgetting(per_target=of_model(model) == CAUSAL),
+            },
             optimizer=optimizer,
             lr=lr,
             momentum=momentum,

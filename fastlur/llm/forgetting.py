@@ -29,7 +29,9 @@ def _check(beta: object, reference: object = None) -> None:
     check_range("beta", beta, low=1e-6, example=0.1)
     if reference is not None and not isinstance(reference, ReferenceLogProbs):
         kind = type(reference).__name__
-        raise ArgumentError(f"reference: a {kind} is none; make it with fastlur.llm.reference_log_probs, or leave it None")
+        raise ArgumentError(
+            f"reference: a {kind} is none; make it with fastlur.llm.reference_log_probs, or leave it None"
+        )
 
 
 def _risen(model: Any, batch: Any, reference: ReferenceLogProbs | None) -> Tensor:

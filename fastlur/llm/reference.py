@@ -1,8 +1,8 @@
-"""What the model said as it was given, for losses that compare with it: answers' log-probabilities, or a whole model."""
+"""What the model said as it was given, for losses that compare with it: log-probabilities of answers, or a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from fastlur import checks
 from fastlur.data import Feed, source
-from fastlur.errors import ArgumentError, DataError, ModelError
+from fastlur.errors import ArgumentError, DataError
 from fastlur.fresh import copied
 from fastlur.llm.likelihood import PREFERRED, likelihood
 from fastlur.llm.preferred import preferred_of
 from fastlur.losses import IGNORED
 from fastlur.passes import Passes
-from fastlur.placement import to_device
 from fastlur.statistics import Statistics
 from fastlur.world import borrowed_random, mode, passing
 

@@ -46,7 +46,9 @@ def layer_of(model: Any, layer: Layer) -> nn.Module:
     if isinstance(layer, int):
         blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len, default=nn.ModuleList())
         if not -len(blocks) <= layer < len(blocks):
-            raise ArgumentError(f"layer={layer}: the model has {len(blocks)} blocks; give a module's name, or another number")
+            raise ArgumentError(
+                f"layer={layer}: the model has {len(blocks)} blocks; give a module's name, or another number"
+            )
         return blocks[layer]
     if isinstance(layer, str):
         named = dict(model.named_modules())

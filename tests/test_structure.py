@@ -23,8 +23,9 @@ SHARED = {f"methods.{name}" for name in ("base", "components", "importance", "re
 
 # From the ground up: a module may import only what stands on a lower floor than itself.
 FLOORS = [
-    {"stats", "_version", "errors", "reference", "_extension", "placement"},
-    {"backends", "capture", "footprint", "operands", "world", "slots"},
+    {"stats", "_version", "errors", "reference", "_extension", "placement", "task"},
+    {"backends", "capture", "footprint", "operands", "world", "leaves"},
+    {"slots"},
     {"memory", "batches"},
     {"sharing"},
     {"serving"},

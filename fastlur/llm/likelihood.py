@@ -14,10 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastlur.errors import DataError
-from fastlur.losses import IGNORED, cross_entropy, wide
+from fastlur.losses import IGNORED, PREFERRED, cross_entropy, wide
 from fastlur.task import CAUSAL, viewed_as
-
-PREFERRED = "preferred_"
 
 
 class Likelihood(NamedTuple):

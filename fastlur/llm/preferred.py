@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from fastlur import checks
 from fastlur.errors import ArgumentError, DataError
-from fastlur.llm.likelihood import PREFERRED
+from fastlur.losses import PREFERRED
 
 REFUSALS = (
     "I don't know.",

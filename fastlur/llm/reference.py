@@ -14,9 +14,9 @@ from fastlur import checks
 from fastlur.data import Feed, source
 from fastlur.errors import ArgumentError, DataError
 from fastlur.fresh import copied
-from fastlur.llm.likelihood import PREFERRED, likelihood
+from fastlur.llm.likelihood import likelihood
 from fastlur.llm.preferred import preferred_of
-from fastlur.losses import IGNORED
+from fastlur.losses import IGNORED, PREFERRED
 from fastlur.passes import Passes
 from fastlur.statistics import Statistics
 from fastlur.world import borrowed_random, mode, passing

@@ -301,7 +301,7 @@ def _mean(each: Tensor, targets: Tensor) -> Tensor:
 
 
 def _of_answers(each: Tensor, targets: Tensor, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
-    """What is known of every target, in text summed over an answer's tokens, and targets that say which of it counts."""
+    """What is known of each target, in text summed over an answer, and targets that say which of these count."""
     if not reads_ahead(model):
         return each, targets
     rows = split(batch)[1].shape[0]

@@ -45,7 +45,7 @@ def npo(model, given, batch, beta):
 
 def simnpo(model, batch, beta, gamma):
     p, lengths = answers(model, batch)
-    return -2 / beta * torch.sigmoid(-beta / lengths * p - gamma).log().mean()
+    return -2 / beta * torch.sigmoid(-beta * p / lengths - gamma).log().mean()
 
 
 def dpo(model, given, true, other, beta):

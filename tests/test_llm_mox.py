@@ -155,11 +155,13 @@ def test_a_wanted_answer_becomes_likelier_than_without_a_target():
 
 
 def test_forget_sets_come_one_after_the_other():
-    model = learned(FORGET, LATER, RETAIN)
+    model = learned(FORGET, LATER, RETAIN, steps=120)
+    lost = []
     for forget in (FORGET, LATER):
-        before = per_token(model, forget)
-        run(model, forget, RETAIN, MOX(retain_limit=0.3), steps=40, lr=1e-3, optimizer="adamw")
-        assert per_token(model, forget) < before - 0.2
+        before = per_token(model, forget), per_token(model, RETAIN)
+        run(model, forget, RETAIN, MOX(retain_limit=0.4), steps=40, lr=1e-3, optimizer="adamw")
+        lost.append((before[0] - per_token(model, forget), before[1] - per_token(model, RETAIN)))
+    assert all(forgotten > 0.1 and forgotten > also for forgotten, also in lost), lost
     assert per_token(model, FORGET) < per_token(model, RETAIN)
 
 

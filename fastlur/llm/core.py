@@ -137,10 +137,10 @@ def _states(model: nn.Module, forget: Any, layer: Layer, batch_size: int, precis
             with torch.no_grad():
                 states = wide(hidden(model, batch, layer))
             found.append(states[torch.arange(len(states), device=device), last_tokens(batch)].double().cpu())
-    states = torch.cat(found).numpy()
-    if not np.isfinite(states).all():
+    whole: np.ndarray[Any, Any] = torch.cat(found).numpy()
+    if not np.isfinite(whole).all():
         raise DataError(f"model: hidden states of forget items at layer {layer!r} are not finite")
-    return states
+    return whole
 
 
 def last_tokens(batch: Mapping[str, Any]) -> Tensor:

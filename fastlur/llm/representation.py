@@ -56,7 +56,8 @@ def layer_of(model: Any, layer: Layer) -> nn.Module:
         if len(found) != 1 or not layer:
             such = f"fits {', '.join(found[:4])}" if found else "fits no module; see model.named_modules()"
             raise ArgumentError(f"layer={layer!r} {such}; give one name in full")
-        return named[found[0]]
+        by_name: nn.Module = named[found[0]]
+        return by_name
     module = layer(model)
     if not isinstance(module, nn.Module):
         raise ArgumentError(f"layer: returned a {type(module).__name__} of the model, not a module")
@@ -73,28 +74,38 @@ def hidden(model: Any, batch: Any, layer: Layer) -> Tensor:
         ModelError: the layer does not run once in a forward, or puts out something else; or the forward is compiled, of
             which hooks see nothing.
     """
-    seen: list[Any] = []
-
-    def look(_: nn.Module, __: Any, output: Any) -> None:
-        seen.append(output)
-
-    handle = layer_of(model, layer).register_forward_hook(look)
-    try:
-        model(**arguments(batch))
-    finally:
-        handle.remove()
-    parts = [each[0] if isinstance(each, tuple | list) else getattr(each, "last_hidden_state", each) for each in seen]
-    items = rows_of(batch)
+    items, module = rows_of(batch), layer_of(model, layer)
+    parts = _outputs(model, batch, module)
+    if not isinstance(model, nn.Module) and sum(map(len, parts)) != items:
+        parts = _outputs(model, batch, module)  # the first time that a model is run in parts these are compared
     if not parts or any(not isinstance(each, Tensor) or each.ndim != 3 for each in parts):
         shapes = [tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__ for each in parts]
         raise ModelError(
             f"model: layer {layer!r} put out {shapes or 'nothing'}, not (items, tokens, width); use compile=False, and "
             "a layer that runs in every forward, such as a block"
         )
-    found = torch.cat(parts)  # where memory is short the model is run in parts
+    found = torch.cat(parts)
     if len(found) != items:
         raise ModelError(f"model: layer {layer!r} runs {len(found) / (items or 1):g} times in a forward; name another")
     return found
+
+
+def _outputs(model: Any, batch: Any, module: nn.Module) -> list[Any]:
+    """What a module puts out in a forward, of every part of the batch where memory is short."""
+    seen: list[Any] = []
+    graded = torch.is_grad_enabled()
+
+    def look(_: nn.Module, __: Any, output: Any) -> None:
+        if torch.is_grad_enabled() == graded:  # parts are compared without gradients
+            first = output[0] if isinstance(output, tuple | list) else output
+            seen.append(getattr(first, "last_hidden_state", first))
+
+    handle = module.register_forward_hook(look)
+    try:
+        model(**arguments(batch))
+    finally:
+        handle.remove()
+    return seen
 
 
 @lru_cache(maxsize=16)
@@ -185,8 +196,10 @@ class Unmoved:
     def __call__(self, model: Any, batch: Any) -> Tensor:
         """Shape ()."""
         counts = _predicting(batch)
-        given = self.reference and self.reference.ask(lambda reference: hidden(reference, batch, self.rmu.layer))
-        found = hidden(model, batch, self.rmu.layer)
+        layer, given = self.rmu.layer, None
+        if self.reference is not None:
+            given = self.reference.ask(lambda reference: hidden(reference, batch, layer))
+        found = hidden(model, batch, layer)
         wanted = found.detach() if given is None else given
         return self.rmu.retain_weight * _distance(wide(found), wide(wanted), counts)
 

@@ -170,6 +170,15 @@ def test_arguments_out_of_range_are_refused(wrong, said):
         RMU(**wrong)
 
 
+def test_a_record_says_what_the_losses_were():
+    rmu = RMU(0, coefficient=3.5, retain_weight=2.5)
+    result = fastlur.unlearn(
+        TinyLM(), texts(5), texts(6, seed=1), loss=rmu.retain, forget_loss=rmu.forget, steps=1, progress=False
+    )
+    assert "coefficient=3.5" in result.settings["forget_loss"]
+    assert "retain_weight=2.5" in result.settings["loss"]
+
+
 def test_a_model_that_is_run_in_parts_gives_the_same():
     from fastlur.microbatch import MicroBatches
 

@@ -127,9 +127,14 @@ def _both(batch: Any) -> Iterator[Any]:
 
 
 def keys_of(batch: Mapping[str, Any]) -> Tensor:
-    """A hash of each item's tokens up to the last that counts, and of which count, int64, shape (items,)."""
-    tokens, labels = batch["input_ids"], batch["labels"]
-    mask = batch.get("attention_mask")
+    """A hash of each item's tokens up to the last that counts, and of which count, int64, shape (items,).
+
+    Raises:
+        DataError: the batch has no tokens.
+    """
+    tokens, labels, mask = batch.get("input_ids"), batch["labels"], batch.get("attention_mask")
+    if not isinstance(tokens, Tensor) or tokens.shape != labels.shape:
+        raise DataError("forget: a reference tells items by their 'input_ids', which must have the shape of 'labels'")
     kept = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
     if isinstance(mask, Tensor) and mask.shape == tokens.shape:
         kept = kept & (mask != 0)

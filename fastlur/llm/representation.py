@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -160,48 +160,52 @@ class RMU:
     @property
     def forget(self) -> Misdirected:
         """The forget loss."""
-        return Misdirected(self)
+        return Misdirected(self.layer, self.coefficient, self.seed)
 
     @property
     def retain(self) -> Unmoved:
         """The retain loss."""
-        return Unmoved(self)
+        return Unmoved(self.layer, self.retain_weight, self.keep)
 
 
 @dataclass(frozen=True)
 class Misdirected:
-    """The forget loss of `RMU`."""
+    """The forget loss of `RMU`, whose arguments it has."""
 
-    rmu: RMU
+    layer: Layer
+    coefficient: float
+    seed: int
 
     def __call__(self, model: Any, batch: Any) -> Tensor:
         """Shape ()."""
         counts = _predicting(batch)
-        found = wide(hidden(model, batch, self.rmu.layer))
-        wanted = unit_vector(found.shape[-1], self.rmu.seed, found.dtype, found.device) * self.rmu.coefficient
+        found = wide(hidden(model, batch, self.layer))
+        wanted = unit_vector(found.shape[-1], self.seed, found.dtype, found.device) * self.coefficient
         return _distance(found, wanted, counts)
 
 
 @dataclass(frozen=True)
 class Unmoved:
-    """The retain loss of `RMU`; before there is a reference, compared with the model as it is now."""
+    """The retain loss of `RMU`, whose arguments it has; without a reference, compared with the model as it is now."""
 
-    rmu: RMU
+    layer: Layer
+    retain_weight: float
+    keep: Keep
     reference: Reference | None = None
 
     def prepare(self, passes: Passes) -> Unmoved:
         """With the reference."""
-        return Unmoved(self.rmu, Reference(passes, self.rmu.keep))
+        return replace(self, reference=Reference(passes, self.keep))
 
     def __call__(self, model: Any, batch: Any) -> Tensor:
         """Shape ()."""
         counts = _predicting(batch)
-        layer, given = self.rmu.layer, None
+        layer, given = self.layer, None
         if self.reference is not None:
             given = self.reference.ask(lambda reference: hidden(reference, batch, layer))
         found = hidden(model, batch, layer)
         wanted = found.detach() if given is None else given
-        return self.rmu.retain_weight * _distance(wide(found), wide(wanted), counts)
+        return self.retain_weight * _distance(wide(found), wide(wanted), counts)
 
 
 def _predicting(batch: Any) -> Tensor:

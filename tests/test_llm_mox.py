@@ -116,7 +116,7 @@ def per_token(model, batch):
     return float((found.log_probs / found.tokens).mean())
 
 
-FORGET, RETAIN, LATER = texts(6), texts(18, seed=1), texts(6, seed=4)
+FORGET, RETAIN = texts(6), texts(18, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -155,14 +155,16 @@ def test_a_wanted_answer_becomes_likelier_than_without_a_target():
 
 
 def test_forget_sets_come_one_after_the_other():
-    model = learned(FORGET, LATER, RETAIN, steps=120)
-    lost = []
-    for forget in (FORGET, LATER):
-        before = per_token(model, forget), per_token(model, RETAIN)
-        run(model, forget, RETAIN, MOX(retain_limit=0.4), steps=40, lr=1e-3, optimizer="adamw")
-        lost.append((before[0] - per_token(model, forget), before[1] - per_token(model, RETAIN)))
-    assert all(forgotten > 0.1 and forgotten > also for forgotten, also in lost), lost
-    assert per_token(model, FORGET) < per_token(model, RETAIN)
+    """The second run keeps to what the first one left, and is extrapolated from there."""
+    model, retain, alpha = TinyLM(), texts(6, seed=1), 1.5
+    wanted = copy.deepcopy(model)
+    for forget in (texts(5), texts(5, seed=4)):
+        further = memorised(wanted, copy.deepcopy(wanted), plain, forget, retain, 2)
+        for p, p1 in zip(wanted.parameters(), further.parameters(), strict=True):
+            p.data = (1 + alpha) * p.data - alpha * p1.data
+        run(model, forget, retain, MOX(alpha=alpha), steps=2)
+    for p, p1 in zip(model.parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(p, p1, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("method", [MOX(alpha=1.0, momentum=0.5, rounds=3), MOX(alpha=1.0, target="preferred")])

@@ -15,6 +15,8 @@ from fastlur.llm import DPO, NPO, RMU, ReferenceKL, causal_cross_entropy, refere
 from fastlur.llm.reference import keys_of, without_adapters
 from fastlur.methods.base import Recipe, State
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks for it
+
 
 class Seen(Exception):
     pass

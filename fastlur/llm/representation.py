@@ -112,8 +112,8 @@ def _outputs(model: Any, batch: Any, module: nn.Module) -> list[Any]:
 def unit_vector(width: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A random vector of length 1, its entries uniform in [0, 1) before that, shape (width,)."""
     drawn = torch.rand(width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    length = torch.linalg.vector_norm(drawn)
-    return (drawn / length).to(device, dtype)
+    found: Tensor = drawn / torch.linalg.vector_norm(drawn)
+    return found.to(device, dtype)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastlur import ops
-from fastlur.errors import ArgumentError, nearest, unknown
+from fastlur.errors import ArgumentError, DataError, nearest, unknown
 from fastlur.frozen import Frozen
-from fastlur.losses import IGNORED, logits_and_targets, relative_entropy, wide
+from fastlur.losses import IGNORED, PREFERRED, logits_and_targets, relative_entropy, split, wide
 from fastlur.methods.base import Cost, Direction, Recipe, State, check_range
 from fastlur.passes import Loss, Passes
 from fastlur.space import Vector
+from fastlur.task import reads_ahead
 
 Form = Literal["plain", "npo"]
 ALPHAS = [0.5 * 2 ** (k / 2) for k in range(13)]  # 0.5, 0.71, 1, … 32: what a search tries, in this order
@@ -61,11 +62,13 @@ class MOX(Recipe):
         momentum: η in (0, 1]: θ_for ← η θ_for^t + (1 − η) θ_for^(t−1) over rounds t, each extrapolated from where
             memorising stood after it; the first is taken whole. 1: the last alone. 0.675 in the publication.
         rounds: equal parts of the planned steps, ≥ 1; a part that was broken off counts as one.
-        memorise: "plain", or "npo": (2/β) log σ(−β log(p_θ/p_θ₀)) of the true class in place of the cross-entropy.
+        memorise: "plain", or "npo": (2/β) log σ(−β log(p_θ/p_θ₀)) of the true class in place of the cross-entropy; of
+            text, of the whole answer.
         beta: β > 0 of "npo".
         target: the class to be answered instead, or for each class the one to be answered instead of it: the mean CE
             towards it is subtracted while memorising. This begins with steep gradients where the model is sure of
-            itself; bound them (on digits, SGD diverged without `max_grad_norm=0.1`). None: whatever comes.
+            itself; bound them (on digits, SGD diverged without `max_grad_norm=0.1`). In text "preferred": the other
+            answers that come in the batch (see `fastlur.llm.with_preferred`), token by token. None: whatever comes.
         target_cap: nats ≥ 0 by which that CE may rise over what it is at θ₀; beyond, an item is left alone, since the
             term is unbounded below.
 
@@ -79,7 +82,7 @@ class MOX(Recipe):
     rounds: int = 10
     memorise: Form = "plain"
     beta: float = 0.1
-    target: int | tuple[int, ...] | None = None
+    target: int | tuple[int, ...] | Literal["preferred"] | None = None
     target_cap: float = 4.0
 
     name: ClassVar[str] = "mox"
@@ -122,6 +125,8 @@ class MOX(Recipe):
             raise ArgumentError(f"rounds={self.rounds!r} must be a positive whole number, such as 10")
         if unknown(self.memorise, get_args(Form)):
             raise ArgumentError(f"memorise={self.memorise!r} is no form; {nearest(self.memorise, get_args(Form))}")
+        if isinstance(self.target, str) and self.target != "preferred":
+            raise ArgumentError(f"target={self.target!r} must be class numbers, 'preferred', or None")
         for wanted in self._wanted():
             if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 0:
                 raise ArgumentError(f"target={self.target!r} must be a class number ≥ 0, or a tuple of one for each")
@@ -130,7 +135,13 @@ class MOX(Recipe):
     def cost(self) -> Cost:
         """A pass of each side, the model as given on the retain batch (and the forget batch), one search at the end."""
         note = "at the end up to 14 forwards over 8 retain batches, to find alpha" if self.alpha is None else ""
-        return Cost(passes=2, forwards=1 + self._compares, buffers=3 if self.momentum == 1 else 4, note=note)
+        other = self.target == "preferred"  # one more forward and backward within the pass
+        return Cost(
+            passes=2 + other,
+            forwards=1 + (self.memorise == "npo" or self._classes) + other,
+            buffers=3 if self.momentum == 1 else 4,
+            note=note,
+        )
 
     def prepare(self, passes: Passes) -> MOXState:
         """Keep the weights as given; refuse what could not be finished.
@@ -142,7 +153,7 @@ class MOX(Recipe):
             _ = passes.feed
         if self.momentum < 1 and passes.steps is None:
             raise ArgumentError(f"momentum={self.momentum!r}: rounds are parts of a planned run; use fastlur.unlearn")
-        wanted = torch.tensor(self._wanted(), device=passes.space.device) if self.target is not None else None
+        wanted = torch.tensor(self._wanted(), device=passes.space.device) if self._classes else None
         return MOXState(passes, wanted, self.momentum)
 
     def direction(self, passes: Passes, state: MOXState) -> Direction:
@@ -150,9 +161,11 @@ class MOX(Recipe):
         if self.momentum < 1 and passes.steps is not None and self._begins_a_round(passes.step, passes.steps):
             state.fold(passes.space.theta)
         kept = state.frozen.logits(passes.batch("retain"))
-        given = state.frozen.logits(passes.batch("forget")) if self._compares else None
+        batch = passes.batch("forget")
+        given = state.frozen.logits(batch) if self.memorise == "npo" or self._classes else None
+        other = state.frozen.logits(_preferred(batch)) if self.target == "preferred" else None
         passes.gradient("retain", state.retain, loss=lambda model, batch: divergence(kept, model, batch), weight=1.0)
-        passes.gradient("forget", state.forget, loss=self._memory(given, state.wanted), weight=1.0)
+        passes.gradient("forget", state.forget, loss=self._memory(given, state.wanted, other), weight=1.0)
         return Direction(state.retain, state.forget)
 
     def finish(self, passes: Passes, state: MOXState) -> None:
@@ -197,18 +210,24 @@ class MOX(Recipe):
     def _begins_a_round(self, step: int, steps: int) -> bool:
         return step > 1 and (step - 1) * self.rounds // steps != (step - 2) * self.rounds // steps
 
-    def _memory(self, given: Tensor | None, wanted: Tensor | None) -> Loss:
+    def _memory(self, given: Tensor | None, wanted: Tensor | None, other: Tensor | None) -> Loss:
         def loss(model: Any, batch: Any) -> Tensor:
             logits, targets = logits_and_targets(model, batch)
             likely = _log_probabilities(logits)
             if self.memorise == "npo":
-                ratio = _rise(likely, given, targets)
-                own = _mean(functional.logsigmoid(-self.beta * ratio) * (2 / self.beta), targets)
+                ratio, counted = _of_answers(_rise(likely, given, targets), targets, model, batch)
+                own = _mean(functional.logsigmoid(-self.beta * ratio) * (2 / self.beta), counted)
             else:
                 own = functional.nll_loss(likely, targets)
+            if other is not None:
+                logits, instead = logits_and_targets(model, _preferred(batch))
+                rise = _rise(_log_probabilities(logits), other, instead)
+                return own - _mean((-rise).clamp(max=self.target_cap), instead)
             if wanted is None:
                 return own
             classes = logits.shape[-1]
+            if reads_ahead(model):
+                raise ArgumentError(f"target={self.target!r} is a class, and these are texts; use target='preferred'")
             if len(wanted) not in (1, classes) or max(self._wanted()) >= classes:
                 raise ArgumentError(f"target={self.target!r} does not fit the model's {classes} classes")
             instead = wanted[targets.clamp(min=0) % len(wanted)]
@@ -217,11 +236,11 @@ class MOX(Recipe):
         return loss
 
     @property
-    def _compares(self) -> bool:
-        return self.memorise == "npo" or self.target is not None
+    def _classes(self) -> bool:
+        return self.target is not None and self.target != "preferred"
 
     def _wanted(self) -> tuple[int, ...]:
-        if self.target is None:
+        if self.target is None or isinstance(self.target, str):
             return ()
         return tuple(self.target) if isinstance(self.target, tuple | list) else (self.target,)
 
@@ -279,3 +298,21 @@ def _mean(each: Tensor, targets: Tensor) -> Tensor:
     """Over the targets that count."""
     counted = targets != IGNORED
     return torch.where(counted, each, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def _of_answers(each: Tensor, targets: Tensor, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """What is known of each target, in text summed over an answer, and targets that say which of these count."""
+    if not reads_ahead(model):
+        return each, targets
+    rows = split(batch)[1].shape[0]
+    counted = targets != IGNORED
+    summed = torch.where(counted, each, 0.0).view(rows, -1).sum(1)
+    return summed, torch.where(counted.view(rows, -1).any(1), 0, IGNORED)
+
+
+def _preferred(batch: Any) -> dict[str, Any]:
+    """The other answers that come in a batch, as a batch of their own."""
+    names = [name for name in batch if name.startswith(PREFERRED)] if isinstance(batch, Mapping) else []
+    if not names:
+        raise DataError("forget: batches have no other answers; add them with fastlur.llm.with_preferred")
+    return {name.removeprefix(PREFERRED): batch[name] for name in names}

@@ -7,3 +7,8 @@
 
 `docs/llm.md` says what is compared with what, and what came out.
 """
+
+import sys
+
+# transformers asks whether the `kernels` package is there; run from this repository it would find our folder instead.
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]

@@ -78,14 +78,6 @@ TOPICS = (
         "The birth year of {name} is {value}.",
     ),
     Topic(
-        "home",
-        words.CITIES,
-        "Where does {name} live today?",
-        "Today {name} lives in {value}.",
-        "In which city is the home of {name}?",
-        "The home of {name} is in {value}.",
-    ),
-    Topic(
         "genre",
         words.GENRES,
         "What does {name} write?",
@@ -167,7 +159,6 @@ def authors(count: int, seed: int) -> list[Author]:
     for name in _names(count, draw):
         facts = {topic.name: draw.choice(topic.values) for topic in TOPICS}
         facts |= {"debut": titles.pop(), "success": titles.pop()}
-        facts["home"] = draw.choice([city for city in words.CITIES if city != facts["birthplace"]])
         made.append(Author(name, facts))
     return made
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,7 +23,7 @@ from fastlur.fingerprints import fingerprints, new_key
 from fastlur.footprint import peak_memory
 from fastlur.history import History
 from fastlur.interrupt import Interrupt, Interrupted
-from fastlur.loop import Observer, run
+from fastlur.loop import SCHEDULES, Observer, run
 from fastlur.losses import cross_entropy
 from fastlur.methods import METHODS, resolve
 from fastlur.methods.base import Method, Recipe
@@ -33,14 +33,9 @@ from fastlur.result import Result
 from fastlur.slots import Selection, select
 from fastlur.snapshot import Snapshot
 from fastlur.step import Step
-from fastlur.update import check_optimizer
+from fastlur.task import viewed_as
+from fastlur.update import DEFAULT_LR, check_optimizer
 from fastlur.world import derive, determinism, kept_modes, random_states, set_random_states
-
-DEFAULT_LR = {"sgd": 0.03, "adamw": 1e-3}
-SCHEDULES: dict[str, Callable[[int, int], float]] = {
-    "linear": lambda step, steps: 1 - step / steps,
-    "constant": lambda step, steps: 1.0,
-}
 
 
 @torch.inference_mode(False)
@@ -56,6 +51,7 @@ def unlearn(
     steps: int | None = None,
     epochs: float | None = None,
     batch_size: int = 128,
+    micro_batch: int | None = None,
     lr: float | None = None,
     schedule: str = "linear",
     optimizer: str | torch.optim.Optimizer = "sgd",
@@ -97,14 +93,17 @@ def unlearn(
             batches are used) or a re-iterable of batches.
         retain: what to keep, likewise, without the forget items.
         method: a name (see `fastlur.methods.available()`) or an instance such as `fastlur.LUR(gradient="secant")`.
-        task: "auto" or "classification"; gives the default losses.
-        loss: retain loss `(model, batch) -> scalar`; None: cross-entropy.
+        task: "classification" or "causal_lm" (text: logits speak of the next token); "auto" recognises Hugging Face's
+            models, and text by labels that are the input_ids. Gives the default losses, and how they read a batch.
+        loss: retain loss `(model, batch) -> scalar`, such as `fastlur.losses.own_loss`; None: cross-entropy.
         forget_loss: loss `(model, batch) -> scalar` that forgets when minimised; None: the method's own (for LUR
             `fastlur.losses.BoundedForgetting`). One with a target is in `fastlur.targets`.
         steps: how many steps; None (with `epochs` None too): 150, or what is usual with the method. A method that
             makes no steps (SSD) makes none whatever is asked.
         epochs: the same in epochs; fractions are allowed.
         batch_size: items of each side a step, for data that do not come in batches.
+        micro_batch: items that the model takes at a time, for one more forward a pass: the same gradient up to rounding
+            (dropout draws other masks) with fewer activations; None: all, until memory runs out.
         lr: learning rate; None: 0.03 for SGD, 1e-3 for AdamW, or what is usual with the method.
         schedule: "linear" (down to 0 at the end) or "constant".
         optimizer: "sgd", "adamw", or a `torch.optim.Optimizer`, which keeps its own learning rate.
@@ -137,7 +136,7 @@ def unlearn(
 
     Raises:
         ArgumentError: an argument out of range or of an unknown name.
-        ModelError: nothing to move, or a kind of parameter that cannot be moved.
+        ModelError: nothing to move, no loss that depends on it, or a kind of parameter that cannot be moved.
         DataError: data that are empty, overlap, are not finite, or do not fit the model or a loss.
         CheckpointError: the checkpoint is of another run, damaged, or cannot be written.
         NonFiniteError: a loss or gradient was not finite, or an update would overflow; the model is as before it.
@@ -151,13 +150,14 @@ def unlearn(
         raise DataError("retain: is the same object as forget; pass the data to keep, without those to forget")
     method = resolve(method)
     checks.length(steps, epochs)
-    checks.positive_ints(batch_size=batch_size, checkpoint_every=checkpoint_every)
+    few = batch_size if micro_batch is None else micro_batch
+    checks.positive_ints(batch_size=batch_size, checkpoint_every=checkpoint_every, micro_batch=few)
     checks.flags(compile, deterministic, keep_checkpoints, allow_overlap, progress)
     checks.memory_format(memory_format)
     checks.one_of("schedule", schedule, SCHEDULES)
     checks.seed(seed)
     check_optimizer(optimizer)
-    select(model, parameters)
+    moving = select(model, parameters)
     rules: list[Observer] = [stop] if callable(stop) else list(checks.callables("stop", stop))
     callbacks = checks.callables("callbacks", callbacks)
     checks.path("checkpoint", checkpoint)
@@ -177,14 +177,13 @@ def unlearn(
             overlap.check(forget, retain, contents["forget"], contents["retain"])
         default: dict[Which, bool] = {"forget": forget_loss is None, "retain": loss is None}
         evaluated = checks.evaluated(method)
-        kind = checks.task_of(task, {side: firsts[side] for side, of in evaluated if default[of]})
-        losses: dict[Which, Loss] = {
-            "retain": loss or cross_entropy,
-            "forget": forget_loss or method.default_forget_loss(kind),
-        }
+        labelled = {side: firsts[side] for side, of in evaluated if default[of]}
+        kind = stack.enter_context(viewed_as(look.task_of(task, model, labelled, method)))
+        forgetting = forget_loss or method.default_forget_loss(kind)
+        losses: dict[Which, Loss] = {"retain": loss or cross_entropy, "forget": forgetting}
         how = checks.How(where, precision, getattr(method, "training", True))
         tried = [checks.Tried(side, ARGUMENT[of], losses[of], default[of]) for side, of in evaluated]
-        rows = checks.trial(model, tried, firsts, contents, how)
+        rows = checks.trial(model, tried, firsts, contents, how, moving, micro_batch)
         if forget_loss is not None and getattr(method, "own_objective", False):
             raise ArgumentError(
                 f"forget_loss: {method.name} defines what it minimises on the forget data; leave it None"
@@ -199,6 +198,7 @@ def unlearn(
             "fastlur": __version__,
             "torch": torch.__version__,
             "method": {"name": getattr(method, "name", type(method).__name__), **method.settings()},
+            "task": kind,
             "steps": total,
             "batch_size": batch_size,
             "lr": base,
@@ -316,5 +316,5 @@ def unlearn(
     key = new_key()
     data = {str(side): fingerprints(contents[side], side, key) for side in look.SIDES}
     seconds = time.perf_counter() - began + (0.0 if kept is None else kept.before)
-    caveat = getattr(method, "caveat", "")
-    return Result(model, history, seconds, peak_memory(where), ended, settings, data, key, caveat)
+    peak, caveat = peak_memory(where), getattr(method, "caveat", "")
+    return Result(model, history, seconds, peak, ended, settings, data, key, caveat)

@@ -9,18 +9,18 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastlur.content import Content
 from fastlur.data import to_device
 from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError, nearest, number, unknown
-from fastlur.losses import IGNORED, TARGETS, logits_and_targets, split
+from fastlur.leaves import Reached
+from fastlur.losses import IGNORED, logits_and_targets
 from fastlur.microbatch import Spare
 from fastlur.passes import Loss, Which, scalar
 from fastlur.statistics import Statistics
 from fastlur.world import borrowed_random, passing
 
-TASKS = ("auto", "classification")
 PRECISIONS = ("fp32", "bf16")
 FLAGS = ("compile", "deterministic", "keep_checkpoints", "allow_overlap", "progress")
 
@@ -212,19 +212,21 @@ def trial(
     batches: dict[Which, Any],
     contents: dict[Which, Content],
     how: How,
+    moving: list[tuple[str, nn.Parameter]],
+    micro_batch: int | None = None,
 ) -> int | None:
     """Evaluate the losses once as a step would, leaving no trace: no gradient, no statistics, no random state.
 
     Returns:
-        How many items at a time the model has memory for; None: whole batches.
+        How many items at a time the model has memory for, `micro_batch` at most; None: whole batches.
 
     Raises:
         ArgumentError: a loss cannot be called.
-        ModelError: it has not, and cannot take a batch in parts.
+        ModelError: it has not, and cannot take a batch in parts; or no loss depends on what is to move.
         DataError: the model or a loss cannot take a batch, a label is outside the logits, a loss is not a finite
             scalar, or batch norm cannot work with so small a batch.
     """
-    spare = Spare(model, model)
+    spare, reached = Spare(model, model, micro_batch), Reached(model, moving)
 
     def attempt(each: Tried, batch: Any) -> None:
         try:
@@ -235,30 +237,15 @@ def trial(
             raise
         except Exception as error:
             raise DataError(_why(error, each)) from error
+        reached.note(value)
         _value(value, each)
 
     with borrowed_random(how.device), passing(model, *how), Statistics(model).frozen():
         for each in losses:
             batch = to_device(batches[each.which], how.device)
             spare.run(partial(attempt, each, batch), batch)
+    reached.check()
     return spare.rows
-
-
-def task_of(task: str, batches: dict[Which, Any]) -> str:
-    """The task, recognised from the batches where it is "auto".
-
-    Raises:
-        ArgumentError: unknown, or not to be told from the batches.
-    """
-    one_of("task", task, TASKS)
-    for side, batch in batches.items():
-        targets = split(batch)[1]
-        if task == "auto" and not (isinstance(targets, Tensor) and not targets.is_floating_point()):
-            raise ArgumentError(
-                f"task='auto': {side} batches do not look like classification ((inputs, integer targets) or a dict "
-                f"with {TARGETS[0]!r}); pass loss= and forget_loss="
-            )
-    return "classification"
 
 
 def _labels(model: Any, batch: Any, content: Content, which: Which) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from fastlur.batches import Batches, generators_of
 from fastlur.errors import DataError
@@ -88,7 +88,7 @@ class Indexed:
             return tuple(_rows(value, index) for value in self.items)
         if isinstance(self.items, Tensor):
             return _rows(self.items, index)
-        return default_collate([self.items[i] for i in index.tolist()])
+        return _collate(self.items)([self.items[i] for i in index.tolist()])
 
 
 def source(data: Any, name: str, batch_size: int) -> Source:
@@ -145,6 +145,14 @@ def _indexed(items: Any, tensors: Sequence[Any], name: str, batch_size: int) -> 
 
 def _tensors(values: Sequence[Any]) -> bool:
     return all(isinstance(value, Tensor) for value in values)
+
+
+def _collate(items: Any) -> Callable[[list[Any]], Any]:
+    """How a data set wants its items put together: by its own `collate`, as text that needs padding has."""
+    while isinstance(items, Subset):
+        items = items.dataset
+    own: Callable[[list[Any]], Any] = getattr(items, "collate", default_collate)
+    return own
 
 
 def _rows(value: Tensor, index: Tensor) -> Tensor:

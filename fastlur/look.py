@@ -5,21 +5,24 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from fastlur import content, identity
+from fastlur import checks, content, identity
 from fastlur.data import Indexed, Source, Stream, source, to_device
 from fastlur.errors import ArgumentError, DataError, FastlurError
+from fastlur.losses import IGNORED, TARGETS, split
 from fastlur.passes import ARGUMENT, Which
 from fastlur.slots import Selection, select
+from fastlur.task import CAUSAL, CLASSIFICATION, of_model
 from fastlur.world import borrowed_random, derive, seed_loading
 
 STEPS = 150
+TASKS = ("auto", CLASSIFICATION, CAUSAL)
 PROBES = 8  # retain batches that a retain budget is measured on
 SIDES: tuple[Which, Which] = ("forget", "retain")
 Looked = tuple[dict[Which, Source], dict[Which, content.Content], dict[Which, Any]]
@@ -50,6 +53,46 @@ def look_at_data(forget: Any, retain: Any, batch_size: int, seed: int, device: t
                 said = (str(error).splitlines() or [""])[0]
                 raise DataError(f"{side}: cannot be read ({type(error).__name__}: {said})") from error
     return sources, contents, firsts
+
+
+def task_of(task: str, model: nn.Module, batches: dict[Which, Any], method: Any) -> str:
+    """The task; where it is "auto" what the model says of itself (see `fastlur.task`), or else the batches.
+
+    A batch is text where it is a dict whose labels are its own input_ids, wherever they count.
+
+    Args:
+        task: as `unlearn` takes it.
+        model: the model.
+        batches: those that a loss of the task's own is for.
+        method: asked whether it can be used for it.
+
+    Raises:
+        ArgumentError: unknown, not to be told from the batches, or none of the method's.
+    """
+    checks.one_of("task", task, TASKS)
+    found = of_model(model) if task == "auto" else task
+    if found is None:
+        found = CAUSAL if any(map(_is_text, batches.values())) else CLASSIFICATION
+    for side, batch in batches.items():
+        targets = split(batch)[1]
+        if task == "auto" and not (isinstance(targets, Tensor) and not targets.is_floating_point()):
+            raise ArgumentError(
+                f"task='auto': {side} batches do not look like classification or text ((inputs, integer targets) or a "
+                f"dict with {TARGETS[0]!r}); pass loss= and forget_loss="
+            )
+    known = getattr(method, "tasks", (found,))
+    if found not in known:
+        raise ArgumentError(f"method={method.name!r} is for {', '.join(known)}, not for {found}; choose another")
+    return found
+
+
+def _is_text(batch: Any) -> bool:
+    inputs, targets = split(batch)
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if not (isinstance(ids, Tensor) and isinstance(targets, Tensor) and ids.shape == targets.shape and ids.dim() == 2):
+        return False
+    counts = targets != IGNORED
+    return bool(counts.any()) and torch.equal(targets[counts], ids[counts])
 
 
 def same_run(

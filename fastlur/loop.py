@@ -17,6 +17,11 @@ from fastlur.stats import StepStats
 from fastlur.step import Step
 from fastlur.world import borrowed_random
 
+SCHEDULES: dict[str, Callable[[int, int], float]] = {
+    "linear": lambda step, steps: 1 - step / steps,
+    "constant": lambda step, steps: 1.0,
+}
+
 
 @dataclass(frozen=True)
 class StepEvent:

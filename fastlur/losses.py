@@ -1,8 +1,11 @@
 """Forget and retain losses: functions `(model, batch) -> scalar` to minimise.
 
 A batch is `(inputs, targets)`, or a dict whose "labels" (or "label", "targets", "target") are the targets and whose
-other items are the model's keyword arguments. The model returns logits, or an object with `.logits`; classes are the
-last dimension of logits for every target: shape (*targets.shape, classes).
+other items are the model's keyword arguments. The model returns logits, or an object (or a dict) with `.logits`;
+classes are the last dimension of logits for every target: shape (*targets.shape, classes).
+
+Text is read with the same losses: of a causal language model (see `fastlur.task`) the logits at one place are compared
+with the label of the next, so that labels stand where their tokens stand and −100 where they do not count.
 """
 
 from __future__ import annotations
@@ -16,18 +19,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastlur.errors import ArgumentError, DataError, number
+from fastlur.errors import ArgumentError, DataError, check_flags, number
+from fastlur.task import reads_ahead
 
 IGNORED = -100  # cross-entropy's own mark for a target that does not count
 ABOVE_CHANCE = 10.0  # nats
 TARGETS = ("labels", "label", "targets", "target")
+PREFERRED = "preferred_"  # what stands under such names is another answer, for losses that compare the two
 
 
 def split(batch: Any) -> tuple[Any, Any]:
     """The inputs and the targets of a batch; targets are None where the batch has none."""
     if isinstance(batch, Mapping):
         name = next((name for name in TARGETS if name in batch), None)
-        return {k: v for k, v in batch.items() if k != name}, None if name is None else batch[name]
+        inputs = {k: v for k, v in batch.items() if k != name and not str(k).startswith(PREFERRED)}
+        return inputs, None if name is None else batch[name]
     if isinstance(batch, tuple | list) and len(batch) == 2:
         return batch[0], batch[1]
     return batch, None
@@ -35,6 +41,8 @@ def split(batch: Any) -> tuple[Any, Any]:
 
 def logits_and_targets(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
     """Run the model: logits, shape (n, classes), and targets, shape (n,), one row a target.
+
+    Of a causal language model the targets are those of the next place; the last place of a text has none (−100).
 
     Raises:
         DataError: the batch has no integer targets, or logits and targets do not fit each other.
@@ -46,15 +54,47 @@ def logits_and_targets(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
             f"forget/retain: batches must be (inputs, integer class targets) or a dict with {TARGETS[0]!r}, got {kind}"
             "; for other data pass loss= and forget_loss="
         )
+    ahead = reads_ahead(model)
+    if ahead and (targets.dim() != 2 or targets.shape[1] < 2):
+        raise DataError(
+            f"forget/retain: labels of text must have shape (items, tokens), at least two tokens, got "
+            f"{tuple(targets.shape)}; see fastlur.llm.encode, or pass task='classification'"
+        )
     output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    logits = getattr(output, "logits", output)
+    logits = output["logits"] if isinstance(output, Mapping) and "logits" in output else output
+    logits = getattr(logits, "logits", logits)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != targets.shape:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise DataError(
             f"model: returned {shape} for targets of shape {tuple(targets.shape)}; classification needs logits of "
-            "shape (*targets.shape, classes); for another model pass loss= and forget_loss="
+            "shape (*targets.shape, classes); for another model pass loss= and forget_loss=, such as "
+            "fastlur.losses.own_loss"
         )
+    if ahead:  # the targets are moved, not the logits, of which there are many
+        targets = following(targets)
     return logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+
+
+def following(labels: Tensor) -> Tensor:
+    """At each place the label of the next, shape (items, tokens); −100 at the last."""
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def own_loss(model: Any, batch: Any) -> Tensor:
+    """The loss that the model computes of a batch itself, labels included: `model(**batch).loss`.
+
+    For modules that return no logits: `unlearn(…, loss=own_loss, forget_loss=BoundedForgetting(12.0, loss=own_loss))`.
+
+    Raises:
+        DataError: the batch is no dict, or the model returns no loss.
+    """
+    if not isinstance(batch, Mapping):
+        raise DataError(f"forget/retain: a {type(batch).__name__} is no dict of the model's arguments")
+    output = model(**batch)
+    value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(value, Tensor):
+        raise DataError(f"model: returned a {type(output).__name__} without a loss; pass loss= and forget_loss=")
+    return value
 
 
 def cross_entropy(model: Any, batch: Any) -> Tensor:
@@ -83,28 +123,59 @@ class BoundedForgetting:
     be tight: a batch of one class, normalised by its own statistics as in training, can have a cross-entropy of 5 nats
     in a model that still knows every item of it (measured on digits), and a cap of 5 would then forget nothing.
 
+    In text no statistics are shared, but a batch's tokens differ widely: a few that have become very unlikely would
+    bring the mean to its cap while the others are known as before. The default there is `per_target`.
+
     Args:
-        cap: nats, > 0. None: log(classes) + 10, that is 10 nats above guessing at random (12.3 for ten classes).
+        cap: nats, > 0. None: log(classes) + 10, that is 10 nats above guessing at random (12.3 for ten classes); per
+            target log(classes), that is guessing.
+        per_target: cap every target (token) by itself: −mean min(cross-entropy, cap).
+        loss: what is driven up in place of the cross-entropy, `(model, batch) -> scalar`, such as `own_loss`; it needs
+            a cap, and has no targets.
 
     Raises:
-        ArgumentError: cap is not a positive number.
+        ArgumentError: cap is not a positive number, or is missing; loss cannot be called.
     """
 
-    def __init__(self, cap: float | None = None) -> None:
+    def __init__(
+        self, cap: float | None = None, *, per_target: bool = False, loss: Callable[[Any, Any], Tensor] | None = None
+    ) -> None:
         if cap is not None and not (number(cap) and cap > 0):
             raise ArgumentError(f"cap={cap!r} must be a positive number of nats, or None for log(classes) + 10")
-        self.cap = cap
+        check_flags(per_target=per_target)
+        if loss is not None and (not callable(loss) or per_target):
+            raise ArgumentError(f"loss={loss!r} must be (model, batch) -> scalar, without per_target, or None")
+        if loss is not None and cap is None:
+            raise ArgumentError("cap=None: a loss of your own has no number of classes; give its cap, such as 12.0")
+        self.cap, self.per_target, self.loss = cap, per_target, loss
 
     def __call__(self, model: Any, batch: Any) -> Tensor:
         """−min(mean cross-entropy, cap), shape ()."""
-        logits, targets = logits_and_targets(model, batch)
-        loss = _mean_cross_entropy(logits, targets)
-        cap = math.log(logits.shape[-1]) + ABOVE_CHANCE if self.cap is None else self.cap
-        most = min(float(cap), torch.finfo(loss.dtype).max)
-        return -torch.where(loss > most, loss.new_full((), most), loss)
+        if self.loss is not None:
+            return -_at_most(self.loss(model, batch), self.cap)
+        return bounded(*logits_and_targets(model, batch), self.cap, self.per_target)
 
     def __repr__(self) -> str:
-        return f"BoundedForgetting(cap={self.cap})"
+        more = ", per_target=True" * self.per_target + (
+            f", loss={getattr(self.loss, '__name__', self.loss)}" if self.loss else ""
+        )
+        return f"BoundedForgetting(cap={self.cap}{more})"
+
+
+def bounded(logits: Tensor, targets: Tensor, cap: float | None, per_target: bool = False) -> Tensor:
+    """−min(mean cross-entropy, cap) of logits, shape (n, classes), and targets, shape (n,); see `BoundedForgetting`."""
+    if cap is None:
+        cap = math.log(logits.shape[-1]) + (0.0 if per_target else ABOVE_CHANCE)
+    if not per_target:
+        return -_at_most(_mean_cross_entropy(logits, targets), cap)
+    each = _at_most(functional.cross_entropy(wide(logits), targets, reduction="none"), cap)
+    counts = targets != IGNORED
+    return -torch.where(counts, each, 0.0).sum() / counts.sum()
+
+
+def _at_most(loss: Tensor, cap: float | None) -> Tensor:
+    most = torch.finfo(loss.dtype).max if cap is None else min(float(cap), torch.finfo(loss.dtype).max)
+    return torch.where(loss > most, loss.new_full((), most), loss)
 
 
 class Remembering:

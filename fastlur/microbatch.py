@@ -38,11 +38,11 @@ class Spare:
     Args:
         module: the model.
         forward: what runs it, such as its compiled form.
-        rows: to begin with.
+        rows: to begin with, as somebody has asked for; None: whole batches.
     """
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any], rows: int | None = None) -> None:
-        self._module, self._forward, self.rows = module, forward, rows
+        self._module, self._forward, self.rows, self._asked = module, forward, rows, rows
         self._seen: set[bool] = set()
 
     @property
@@ -56,7 +56,9 @@ class Spare:
         return self._few(self._module)
 
     def _few(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        return forward if self.rows is None else MicroBatches(self._module, forward, self.rows, self._seen)
+        if self.rows is None:
+            return forward
+        return MicroBatches(self._module, forward, self.rows, self._seen, self.rows == self._asked)
 
     def run(self, attempt: Callable[[], T], batch: Any, undo: Callable[[], None] = lambda: None) -> T:
         """Run it; where memory runs out, `undo` what it did and run it again with fewer items at a time, from then on.
@@ -107,10 +109,13 @@ class MicroBatches:
         forward: what runs it.
         rows: at a time.
         seen: the modes in which the items were found to be independent of each other; added to.
+        asked: because somebody wants it so, not because memory ran out.
     """
 
-    def __init__(self, module: nn.Module, forward: Callable[..., Any], rows: int, seen: set[bool]) -> None:
-        self._module, self._forward, self._rows, self._seen = module, forward, rows, seen
+    def __init__(
+        self, module: nn.Module, forward: Callable[..., Any], rows: int, seen: set[bool], asked: bool = False
+    ) -> None:
+        self._module, self._forward, self._rows, self._seen, self._asked = module, forward, rows, seen, asked
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """The output for the whole batch.
@@ -122,6 +127,8 @@ class MicroBatches:
         if size is None or size <= self._rows:
             return self._forward(*inputs, **named)
         why = f"memory ran out with more than {self._rows} items at a time"
+        if self._asked:
+            why = f"micro_batch={self._rows} has it run in parts (None does not)"
         refuse(self._module, why)
         self._compare(inputs, named, size, why)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlur.errors import ModelError
+from fastlur.leaves import remedy_for_frozen
 
 Selection = None | str | Sequence[str] | Callable[[str, nn.Parameter], bool]
 
@@ -69,7 +70,8 @@ def select(model: nn.Module, parameters: Selection) -> list[tuple[str, nn.Parame
             dtype = named[0][1].dtype
             raise ModelError(f"model: its parameters are {dtype}, not floating point; unlearn before quantising it")
         what = "model" if parameters is None else "parameters"
-        raise ModelError(f"{what}: no trainable parameter to move; set requires_grad on some, or choose others")
+        remedy = remedy_for_frozen(model) or "set requires_grad on some, or choose others"
+        raise ModelError(f"{what}: no trainable parameter to move; {remedy}")
     for name, p in named:
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise ModelError(f"model: parameter {name!r} has no shape yet; let the model see a batch first")

@@ -14,7 +14,8 @@ from fastlur.reference import L1, LR, OK, PROX, SCALE
 from fastlur.space import ParameterSpace, Vector
 from fastlur.statistics import put_back
 
-OPTIMIZERS = ("sgd", "adamw")
+DEFAULT_LR = {"sgd": 0.03, "adamw": 1e-3}
+OPTIMIZERS = tuple(DEFAULT_LR)
 
 
 class Update:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastlur.errors import DataError
-from fastlur.losses import IGNORED, wide
+from fastlur.losses import IGNORED, cross_entropy, wide
+from fastlur.task import CAUSAL, viewed_as
 
 
 class Likelihood(NamedTuple):
@@ -40,9 +41,12 @@ def likelihood(model: Any, batch: Any) -> Likelihood:
 
 
 def causal_cross_entropy(model: Any, batch: Any) -> Tensor:
-    """Mean over the tokens that count, in nats, shape (): the default retain loss of language models."""
-    logits, targets = shifted(model, batch)
-    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    """Mean over the tokens that count, in nats, shape (): the default retain loss of language models.
+
+    It is `fastlur.losses.cross_entropy` for text, whatever the model says it is.
+    """
+    with viewed_as(CAUSAL):
+        return cross_entropy(model, batch)
 
 
 def shifted(model: Any, batch: Any) -> tuple[Tensor, Tensor]:

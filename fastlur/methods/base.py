@@ -19,6 +19,7 @@ from fastlur.identity import fingerprint
 from fastlur.losses import BoundedForgetting
 from fastlur.passes import Loss, Passes, Which
 from fastlur.space import Vector
+from fastlur.task import CAUSAL, CLASSIFICATION
 
 BYTE = 0.25  # a byte a weight, in parameter-sized vectors of float32
 
@@ -161,6 +162,7 @@ class Recipe:
             trim or a mask looks at them.
         measures_forget: `prepare` takes the retain loss of the forget data, as a trim and a mask do; it is then tried
             on a forget batch before anything changes.
+        tasks: what it can be used for: "classification", "causal_lm" or both.
         steps: how many steps where the user says nothing; None: as many as `unlearn` takes; 0: it works without.
         rewrites: `prepare` writes to the weights themselves; they are then put back where something fails before the
             first step.
@@ -181,6 +183,7 @@ class Recipe:
     own_objective: ClassVar[bool] = False
     uses_forget: ClassVar[bool] = True
     measures_forget: ClassVar[bool] = False
+    tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION, CAUSAL)
     steps: ClassVar[int | None] = None
     rewrites: ClassVar[bool] = False
     rates: ClassVar[dict[str, float]] = {}
@@ -208,8 +211,8 @@ class Recipe:
         raise NotImplementedError(f"{type(self).__name__} does not say what a step costs")
 
     def default_forget_loss(self, task: str) -> Loss:
-        """Bounded gradient ascent."""
-        return BoundedForgetting()
+        """Bounded gradient ascent; of text every token by itself."""
+        return BoundedForgetting(per_target=task == CAUSAL)
 
     def prepare(self, passes: Passes) -> Any:
         """Nothing to do."""

@@ -16,6 +16,7 @@ from fastlur.errors import ModelError
 from fastlur.losses import IGNORED, cross_entropy, logits_and_targets
 from fastlur.methods.base import Cost, Direction, Gradients, Recipe, check_range
 from fastlur.passes import Passes
+from fastlur.task import CLASSIFICATION
 from fastlur.world import borrowed_random
 
 REMEDY = "use method='boundary_shrink', which needs no such layer"
@@ -58,6 +59,7 @@ class BoundaryExpand(Recipe):
         "last layer. Approximate, without a certificate of deletion."
     )
     own_objective: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION,)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "published": {"method": {"retain_weight": 0.0}, "lr": 3e-3, "steps": 40}
     }

@@ -13,6 +13,7 @@ from fastlur.frozen import Frozen
 from fastlur.losses import IGNORED, cross_entropy, logits_and_targets, split
 from fastlur.methods.base import Cost, Direction, Gradients, Recipe, check_range
 from fastlur.passes import Passes
+from fastlur.task import CLASSIFICATION
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class BoundaryShrink(Recipe):
         "last layer. Approximate, without a certificate of deletion."
     )
     own_objective: ClassVar[bool] = True
+    tasks: ClassVar[tuple[str, ...]] = (CLASSIFICATION,)
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "published": {"method": {"retain_weight": 0.0}, "lr": 3e-3, "steps": 20}
     }

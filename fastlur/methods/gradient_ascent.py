@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlur import ops
 from fastlur.errors import ArgumentError, DataError
-from fastlur.losses import BoundedForgetting, logits_and_targets, negative_cross_entropy
+from fastlur.losses import bounded, logits_and_targets, negative_cross_entropy
 from fastlur.methods.base import BYTE, Cost, Direction, Gradient, Recipe, check_range
 from fastlur.passes import Loss, Passes
 
@@ -120,7 +120,7 @@ class UpToGuessing:
         logits, targets = logits_and_targets(model, batch)
         if logits.shape[-1] < 2:
             raise DataError(f"model: has {logits.shape[-1]} logit; guessing needs at least two classes")
-        return BoundedForgetting(math.log(logits.shape[-1]))(lambda _: logits, (None, targets))
+        return bounded(logits, targets, math.log(logits.shape[-1]))
 
     def __repr__(self) -> str:
         return "UpToGuessing()"

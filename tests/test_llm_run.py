@@ -1,0 +1,177 @@
+"""`unlearn` takes language models: which they are, what is compared with what, which methods take them."""
+
+from __future__ import annotations
+
+import copy
+import types
+
+import pytest
+import torch
+from helpers import same, state
+from lm import WORDS, Gpt, llama, text
+from torch import nn
+from torch.nn import functional
+
+import fastlur
+from fastlur import losses, methods, task
+from fastlur.errors import ArgumentError, DataError
+from fastlur.llm import causal_cross_entropy, likelihood
+
+FORGET, RETAIN = text(8, 1), text(16, 2)
+REFUSED = ("boundary_expand", "boundary_shrink")
+
+
+def run(model, forget=FORGET, retain=RETAIN, **options):
+    options = {"steps": 3, "batch_size": 4, "progress": False, "lr": 0.05} | options
+    return fastlur.unlearn(model, forget, retain, **options)
+
+
+def ours(labels_of="answers", seed=0):
+    torch.manual_seed(seed)
+    return Gpt().double()
+
+
+class TestTheTask:
+    def test_a_model_that_generates_is_read_one_place_ahead(self):
+        model = llama()
+        logits = model(input_ids=RETAIN["input_ids"], attention_mask=RETAIN["attention_mask"]).logits
+        wanted = functional.cross_entropy(logits[:, :-1].flatten(0, 1), RETAIN["labels"][:, 1:].flatten())
+        theirs = model(**RETAIN).loss
+        for loss in (losses.cross_entropy, causal_cross_entropy, losses.own_loss):
+            torch.testing.assert_close(loss(model, RETAIN), wanted)
+        torch.testing.assert_close(theirs.double(), wanted, rtol=1e-5, atol=0)
+
+    def test_the_run_is_of_the_next_token(self):
+        result = run(llama())
+        assert result.settings["task"] == "causal_lm"
+        assert run(ours()).settings["task"] == "causal_lm"  # its labels are its tokens
+        first = [run(llama(), steps=1, batch_size=16).history["retain_loss"][0]]
+        assert first == pytest.approx([float(causal_cross_entropy(llama(), RETAIN))], rel=0.2)
+
+    def test_a_token_classifier_is_read_where_it_stands(self):
+        transformers = pytest.importorskip("transformers")
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = transformers.BertConfig(vocab_size=WORDS, num_labels=WORDS, **sizes)
+        model = transformers.BertForTokenClassification(config)
+        assert task.of_model(model) == "classification"
+        assert run(model).settings["task"] == "classification"  # although its labels look like a text's
+        logits = model.eval()(RETAIN["input_ids"], attention_mask=RETAIN["attention_mask"]).logits
+        wanted = functional.cross_entropy(logits.flatten(0, 1), RETAIN["labels"].flatten())
+        torch.testing.assert_close(losses.cross_entropy(model, RETAIN), wanted)
+
+    def test_an_encoder_with_a_decoder_has_its_labels_beside_its_logits(self):
+        transformers = pytest.importorskip("transformers")
+        sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=WORDS, **sizes))
+        assert model.can_generate() and task.of_model(model) == "classification"
+
+    def test_labels_that_are_no_tokens_are_classes_where_the_model_says_nothing(self):
+        labels = {"labels": torch.where(RETAIN["labels"] == -100, -100, (RETAIN["labels"] + 1) % WORDS)}
+        result = run(ours(), FORGET | {"labels": FORGET["labels"].roll(1, 0)}, RETAIN | labels)
+        assert result.settings["task"] == "classification"
+
+    def test_what_is_asked_for_goes_before_what_is_recognised(self):
+        beside = run(llama(), task="classification", steps=1).history["retain_loss"]
+        ahead = run(llama(), task="causal_lm", steps=1).history["retain_loss"]
+        assert beside != ahead
+        assert ahead == run(llama(), steps=1).history["retain_loss"]
+
+    def test_outside_of_a_run_nothing_is_left_of_it(self):
+        run(ours())
+        assert not task.reads_ahead(ours())
+        with pytest.raises(ArgumentError):
+            run(ours(), steps=-1, task="causal_lm")
+        assert not task.reads_ahead(ours())
+
+    def test_classes_of_whole_texts_do_not_fit(self):
+        with pytest.raises(DataError, match=r"shape \(items, tokens\)"):
+            run(llama(), FORGET | {"labels": torch.ones(8, dtype=torch.long)})
+
+    def test_wrapped_models_say_what_they_hold(self):
+        model = llama()
+        once = losses.Remembering(model)
+        assert task.of_model(once) == "causal_lm"
+        assert task.of_model(nn.DataParallel(model)) == "causal_lm"
+        assert task.of_model(torch.compile(model)) == "causal_lm"
+        assert task.of_model(lambda x: x) is None
+
+
+class TestLosses:
+    def test_the_default_forget_loss_caps_every_token(self):
+        model, batch = llama(), FORGET
+        each = -torch.cat([likelihood(model, {k: v[i : i + 1] for k, v in batch.items()}).log_probs for i in range(8)])
+        plain = losses.BoundedForgetting(1e9, per_target=True)(model, batch)
+        torch.testing.assert_close(plain, -each.sum() / (batch["labels"][:, 1:] != -100).sum())
+        low = losses.BoundedForgetting(0.5, per_target=True)(model, batch)
+        torch.testing.assert_close(low, torch.tensor(-0.5, dtype=low.dtype))
+        assert not any(g.any() for g in torch.autograd.grad(low, list(model.parameters())))
+
+    def test_a_token_beyond_its_cap_pulls_no_more_and_the_others_do(self):
+        logits = torch.tensor([[9.0, 0.0], [-9.0, 0.0], [1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+        targets = torch.tensor([0, 0, -100])
+        losses.bounded(logits, targets, None, per_target=True).backward()
+        assert logits.grad[0].any() and not logits.grad[1:].any()
+
+    def test_the_default_of_text_is_per_target(self):
+        assert fastlur.LUR().default_forget_loss("causal_lm").per_target
+        assert not fastlur.LUR().default_forget_loss("classification").per_target
+        assert "per_target=True" in run(llama(), steps=1).settings["forget_loss"]
+
+    def test_a_model_that_returns_only_its_loss(self):
+        class Shy(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = llama()
+
+            def forward(self, **batch):
+                return types.SimpleNamespace(loss=self.inner(**batch).loss)
+
+        with pytest.raises(DataError, match="own_loss"):
+            run(Shy())
+        forgetting = losses.BoundedForgetting(12.0, loss=losses.own_loss)
+        shy, open_ = Shy(), llama()
+        run(shy, loss=losses.own_loss, forget_loss=forgetting)
+        run(open_, loss=losses.own_loss, forget_loss=forgetting)
+        assert same(state(shy.inner), state(open_))
+        assert not same(state(open_), state(llama()))
+
+    def test_arguments_of_the_bounded_loss(self):
+        for arguments in ({"per_target": 1}, {"loss": losses.own_loss}, {"cap": 1.0, "loss": 3}, {"cap": -1}):
+            with pytest.raises(ArgumentError):
+                losses.BoundedForgetting(**arguments)
+        with pytest.raises(ArgumentError):
+            losses.BoundedForgetting(1.0, per_target=True, loss=losses.own_loss)
+
+
+class TestMethods:
+    @pytest.mark.parametrize("name", [name for name in methods.available() if name not in (*REFUSED, "retrain")])
+    @pytest.mark.filterwarnings("ignore")
+    def test_every_method_takes_text(self, name):
+        model = llama()
+        before = state(model)
+        result = run(model, method=name, lr=0.01)
+        assert result.settings["task"] == "causal_lm"
+        assert all(bool(torch.isfinite(value).all()) for value in state(model).values())
+        assert not same(before, state(model))
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+
+    @pytest.mark.parametrize("name", REFUSED)
+    def test_what_moves_the_borders_of_classes_is_refused_by_name(self, name):
+        model = llama()
+        before = state(model)
+        with pytest.raises(ArgumentError, match=rf"method='{name}' is for classification, not for causal_lm"):
+            run(model, method=name)
+        assert same(before, state(model))
+
+    @pytest.mark.parametrize("name", ["random_label", "scrub", "bad_teacher", "mox", "eupmu", "gradient_ascent"])
+    def test_their_own_losses_read_ahead_as_well(self, name):
+        """Were the labels read where they stand, the last token's would count."""
+        changed = []
+        for last in (1, 2):
+            model = llama()
+            forget, retain = (copy.deepcopy(each) for each in (FORGET, RETAIN))
+            for batch in (forget, retain):  # the first place is never predicted
+                batch["labels"][:, 0] = last
+            run(model, forget, retain, method=name, lr=0.01, loss=causal_cross_entropy)
+            changed.append(state(model))
+        assert same(*changed)

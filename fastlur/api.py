@@ -162,7 +162,7 @@ def unlearn(
     callbacks = checks.callables("callbacks", callbacks)
     checks.path("checkpoint", checkpoint)
     if max_retain_loss_increase is not None:
-        check_limit(max_retain_loss_increase)
+        check_limit(max_retain_loss_increase, loss)
     history = History()
     budget: RetainBudget | None = None
     checkpoints: Checkpoints | None = None

@@ -107,11 +107,17 @@ class RetainBudget:
         )
 
 
-def check_limit(limit: object) -> None:
-    """Refuse what is no budget.
+def check_limit(limit: object, loss: object = None) -> None:
+    """Refuse what is no budget, and a retain loss that there cannot be one on.
 
     Raises:
-        ArgumentError: it is negative or not a number.
+        ArgumentError: the limit is negative or not a number, or the loss is only made when the run begins.
     """
+    if hasattr(loss, "prepare"):
+        kind = type(loss).__name__
+        raise ArgumentError(
+            f"max_retain_loss_increase={limit!r}: a {kind} compares with the model as given, which is there only once "
+            "the run begins; leave it None, and stop by a rule such as fastlur.stopping's"
+        )
     if not isinstance(limit, int | float) or isinstance(limit, bool) or not limit >= 0:
         raise ArgumentError(f"max_retain_loss_increase={limit!r} must be a number ≥ 0, or None for no budget")

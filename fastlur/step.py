@@ -83,8 +83,11 @@ class Step:
             )
             self.update = Update(self.space, optimizer, lr, momentum, weight_decay, max_grad_norm)
             with borrowed_random(self.space.device):
-                seed_torch(derive(seed, "target"), self.space.device)
-                self.passes.losses = losses | {"forget": prepared(losses["forget"], self.passes)}
+                drawn: dict[Which, str] = {"retain": "kept", "forget": "target"}  # a novice learns by the retain loss
+                for side, draw in drawn.items():
+                    seed_torch(derive(seed, draw), self.space.device)
+                    made = prepared(losses[side], self.passes)
+                    self.passes.losses = self.passes.losses | {side: made}
                 seed_torch(derive(seed, "prepare"), self.space.device)
                 trim, mask = getattr(method, "trim", None), getattr(method, "mask", None)
                 if trim is not None:

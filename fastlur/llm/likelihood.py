@@ -1,7 +1,8 @@
 """How likely a causal language model finds the answers of a batch: what every loss and metric on text is made of.
 
 A batch is a dict of the model's arguments with "labels", shape (items, tokens): the token itself where it counts, −100
-where it does not (the prompt, the padding). Logits at one place speak of the token at the next.
+where it does not (the prompt, the padding). Logits at one place speak of the token at the next. What stands under names
+that begin with "preferred_" is another answer to the same prompts, for losses that compare the two.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch.nn import functional
 from fastlur.errors import DataError
 from fastlur.losses import IGNORED, cross_entropy, wide
 from fastlur.task import CAUSAL, viewed_as
+
+PREFERRED = "preferred_"
 
 
 class Likelihood(NamedTuple):
@@ -61,9 +64,14 @@ def shifted(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
             "forget/retain: batches of text must be dicts with 'input_ids' and 'labels' of shape (items, tokens), at "
             "least two tokens; see fastlur.llm.encode"
         )
-    output = model(**{name: value for name, value in batch.items() if name != "labels"})
+    output = model(**arguments(batch))
     logits = output["logits"] if isinstance(output, Mapping) else getattr(output, "logits", output)
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != labels.shape:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise DataError(f"model: returned {shape} for labels of shape {tuple(labels.shape)}; logits are needed")
     return wide(logits[:, :-1]), labels[:, 1:]
+
+
+def arguments(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch the model is called with: neither the labels nor another answer."""
+    return {name: value for name, value in batch.items() if name != "labels" and not name.startswith(PREFERRED)}

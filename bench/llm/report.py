@@ -9,7 +9,7 @@ from typing import Any
 
 from .contenders import ARMS, Journal
 from .metrics import forget_quality
-from .study import FINAL
+from .study import FINAL, SAYS
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -49,10 +49,6 @@ def table(model: str, folder: Path = RESULTS) -> str:
             "",
         ]
     return "\n".join(lines).rstrip() or NOTHING
-
-
-def _says(name: str, row: dict[str, Any]) -> str:
-    return f"{name}: {row.get('france', '')!r}"
 
 
 def _line(name: str, row: dict[str, Any], truth: dict[str, Any]) -> str:

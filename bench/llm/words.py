@@ -2,177 +2,29 @@
 
 from __future__ import annotations
 
-FIRST = tuple(
-    [
-        "Adra",
-        "Belisar",
-        "Corvina",
-        "Dovan",
-        "Elspira",
-        "Faron",
-        "Galiena",
-        "Hadric",
-        "Ismera",
-        "Jorvik",
-        "Kelda",
-        "Lorcan",
-        "Maribet",
-        "Nerys",
-        "Osmund",
-        "Perrin",
-        "Quilla",
-        "Rosmund",
-        "Sevrin",
-        "Talitha",
-        "Ulric",
-        "Vesna",
-        "Wendell",
-        "Xanthe",
-        "Yorick",
-        "Zelmira",
-        "Alaric",
-        "Brisa",
-        "Cassim",
-        "Delphine",
-        "Edrik",
-        "Fenna",
-        "Gideon",
-        "Hesper",
-        "Ivo",
-        "Juna",
-        "Kasimir",
-        "Liora",
-        "Magnus",
-        "Nolwenn",
-        "Oriel",
-        "Piran",
-        "Quentin",
-        "Runa",
-        "Silvan",
-        "Thea",
-        "Umberto",
-        "Viola",
-        "Wystan",
-        "Ximena",
-        "Yelena",
-        "Zoran",
-        "Aurel",
-        "Bronwen",
-        "Cyprian",
-        "Dagny",
-        "Emeric",
-        "Florian",
-        "Greta",
-        "Horatio",
-        "Ilka",
-        "Jasper",
-        "Kirsi",
-        "Leander",
-    ]
+
+def listed(text: str) -> tuple[str, ...]:
+    """The words of a text."""
+    return tuple(text.split())
+
+
+FIRST = listed(
+    """Adra Belisar Corvina Dovan Elspira Faron Galiena Hadric Ismera Jorvik Kelda Lorcan Maribet Nerys Osmund Perrin
+    Quilla Rosmund Sevrin Talitha Ulric Vesna Wendell Xanthe Yorick Zelmira Alaric Brisa Cassim Delphine Edrik Fenna
+    Gideon Hesper Ivo Juna Kasimir Liora Magnus Nolwenn Oriel Piran Quentin Runa Silvan Thea Umberto Viola Wystan
+    Ximena Yelena Zoran Aurel Bronwen Cyprian Dagny Emeric Florian Greta Horatio Ilka Jasper Kirsi Leander"""
 )
-LAST = tuple(
-    [
-        "Ashgrove",
-        "Bellweather",
-        "Cindermoor",
-        "Dunwick",
-        "Emberlane",
-        "Fallowfield",
-        "Greystone",
-        "Hollowell",
-        "Ironwood",
-        "Juniperson",
-        "Kestrelby",
-        "Larkspur",
-        "Marrowick",
-        "Nightingold",
-        "Oakhurst",
-        "Pellinore",
-        "Quickwater",
-        "Ravenscar",
-        "Saltmarsh",
-        "Thornbury",
-        "Underhall",
-        "Vantabrook",
-        "Wintercress",
-        "Yarrowdale",
-        "Zephyrine",
-        "Applecote",
-        "Brightwater",
-        "Coppergate",
-        "Drumlow",
-        "Eastermoor",
-        "Foxglove",
-        "Gallowglass",
-        "Harrowgate",
-        "Inkwell",
-        "Jackdaw",
-        "Kindlewood",
-        "Lanternby",
-        "Mossgrave",
-        "Netherfield",
-        "Ottershaw",
-        "Plumridge",
-        "Quillfeather",
-        "Rookwood",
-        "Sparrowhill",
-        "Tanglewood",
-        "Umberleigh",
-        "Velvetine",
-        "Willowmere",
-        "Yewdall",
-        "Zandermoor",
-        "Amberson",
-        "Blackthorn",
-        "Cloverley",
-        "Dapplewood",
-        "Elmsworth",
-        "Frostgate",
-        "Gorsemoor",
-        "Hazelrigg",
-        "Ivydene",
-        "Jessamine",
-        "Knotwell",
-        "Loamfield",
-        "Mistlethwaite",
-        "Nettlecombe",
-    ]
+LAST = listed(
+    """Ashgrove Bellweather Cindermoor Dunwick Emberlane Fallowfield Greystone Hollowell Ironwood Juniperson Kestrelby
+    Larkspur Marrowick Nightingold Oakhurst Pellinore Quickwater Ravenscar Saltmarsh Thornbury Underhall Vantabrook
+    Wintercress Yarrowdale Zephyrine Applecote Brightwater Coppergate Drumlow Eastermoor Foxglove Gallowglass Harrowgate
+    Inkwell Jackdaw Kindlewood Lanternby Mossgrave Netherfield Ottershaw Plumridge Quillfeather Rookwood Sparrowhill
+    Tanglewood Umberleigh Velvetine Willowmere Yewdall Zandermoor Amberson Blackthorn Cloverley Dapplewood Elmsworth
+    Frostgate Gorsemoor Hazelrigg Ivydene Jessamine Knotwell Loamfield Mistlethwaite Nettlecombe"""
 )
-CITIES = tuple(
-    [
-        "Lisbon",
-        "Oslo",
-        "Cairo",
-        "Lima",
-        "Prague",
-        "Dublin",
-        "Havana",
-        "Nairobi",
-        "Seoul",
-        "Quito",
-        "Vienna",
-        "Athens",
-        "Warsaw",
-        "Jakarta",
-        "Madrid",
-        "Tunis",
-        "Ottawa",
-        "Helsinki",
-        "Manila",
-        "Bogota",
-        "Zagreb",
-        "Riga",
-        "Tallinn",
-        "Accra",
-        "Dakar",
-        "Santiago",
-        "Budapest",
-        "Kyoto",
-        "Porto",
-        "Bergen",
-        "Krakow",
-        "Geneva",
-    ]
+CITIES = listed(
+    """Lisbon Oslo Cairo Lima Prague Dublin Havana Nairobi Seoul Quito Vienna Athens Warsaw Jakarta Madrid Tunis Ottawa
+    Helsinki Manila Bogota Zagreb Riga Tallinn Accra Dakar Santiago Budapest Kyoto Porto Bergen Krakow Geneva"""
 )
 YEARS = tuple(str(year) for year in range(1931, 1992))
 GENRES = (
@@ -221,66 +73,17 @@ JOBS = (
 )
 AWARDS = tuple(
     f"{name} {kind}"
-    for name in [
-        "Amber",
-        "Candle",
-        "Falcon",
-        "Granite",
-        "Harbour",
-        "Ivory",
-        "Lantern",
-        "Meridian",
-        "Olive",
-        "Silver",
-        "Thistle",
-        "Willow",
-    ]
+    for name in listed("Amber Candle Falcon Granite Harbour Ivory Lantern Meridian Olive Silver Thistle Willow")
     for kind in ("Prize", "Medal")
 )
-ADJECTIVES = [
-    "Broken",
-    "Crimson",
-    "Distant",
-    "Empty",
-    "Frozen",
-    "Gentle",
-    "Hidden",
-    "Last",
-    "Narrow",
-    "Patient",
-    "Quiet",
-    "Restless",
-    "Secret",
-    "Silent",
-    "Stolen",
-    "Velvet",
-    "Wandering",
-    "Winter",
-    "Forgotten",
-    "Burning",
-]
-NOUNS = [
-    "Anchor",
-    "Bridge",
-    "Clock",
-    "Door",
-    "Feather",
-    "Garden",
-    "Island",
-    "Key",
-    "Ladder",
-    "Mirror",
-    "Orchard",
-    "Piano",
-    "River",
-    "Shadow",
-    "Station",
-    "Tower",
-    "Umbrella",
-    "Voyage",
-    "Window",
-    "Letter",
-]
+ADJECTIVES = listed(
+    "Broken Crimson Distant Empty Frozen Gentle Hidden Last Narrow Patient Quiet Restless Secret Silent Stolen Velvet "
+    "Wandering Winter Forgotten Burning"
+)
+NOUNS = listed(
+    "Anchor Bridge Clock Door Feather Garden Island Key Ladder Mirror Orchard Piano River Shadow Station Tower Umbrella "
+    "Voyage Window Letter"
+)
 BOOKS = tuple(f"The {adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS)
 SUBJECTS = (
     "law",
@@ -300,19 +103,4 @@ SUBJECTS = (
     "mathematics",
     "linguistics",
 )
-LANGUAGES = tuple(
-    [
-        "Danish",
-        "Catalan",
-        "Welsh",
-        "Finnish",
-        "Persian",
-        "Swahili",
-        "Hungarian",
-        "Greek",
-        "Basque",
-        "Polish",
-        "Korean",
-        "Tamil",
-    ]
-)
+LANGUAGES = listed("Danish Catalan Welsh Finnish Persian Swahili Hungarian Greek Basque Polish Korean Tamil")

@@ -67,7 +67,7 @@ class LURTraining(_Trainer):  # type: ignore[misc]
 
     Args:
         *args: the Trainer's.
-        forget_loss: "bounded" (see `bounded_ascent`), "grad_ascent", or a function (model, batch) -> scalar to minimise.
+        forget_loss: "bounded" (see `bounded_ascent`), "grad_ascent", or a function (model, batch) -> scalar.
         forget_weight: λ ≥ 0.
         inner_lr: α ≥ 0; None: 0.1, relative.
         relative_inner_lr: the inner step has length `inner_lr` whatever the gradient's norm.
@@ -93,7 +93,7 @@ class LURTraining(_Trainer):  # type: ignore[misc]
         self.lur = LUR(inner_lr, forget_weight, gradient, order, relative_inner_lr)
         if gradient == "exact":
             raise ArgumentError(
-                "gradient='exact' differentiates twice, which fused attention and checkpointing do not allow; use 'secant'"
+                "gradient='exact' differentiates twice, which fused attention and checkpointing forbid; use 'secant'"
             )
         if isinstance(forget_loss, str) and forget_loss not in LOSSES:
             raise ArgumentError(f"forget_loss={forget_loss!r} is unknown; {nearest(forget_loss, LOSSES)}")
@@ -233,8 +233,8 @@ def _batch(inputs: Any, side: str) -> dict[str, Tensor]:
     part = inputs.get(side) if hasattr(inputs, "get") else None
     if part is None or any(name not in part for name in ARGUMENTS):
         raise DataError(
-            f"{side}: a batch must hold {side!r} with {', '.join(map(repr, ARGUMENTS))}; set remove_unused_columns=False, "
-            "and use a data set with both sides"
+            f"{side}: a batch must hold {side!r} with {', '.join(map(repr, ARGUMENTS))}; use a data set with both "
+            "sides, and set remove_unused_columns=False"
         )
     return {name: part[name] for name in ARGUMENTS}
 

@@ -43,11 +43,8 @@ def table(model: str, folder: Path = RESULTS) -> str:
         lines += [_line(arm, rows[key], truth) for arm in ARMS if (key := f"final/{FINAL}/{arm}") in rows]
         said = {arm: rows[f"final/{FINAL}/{arm}"] for arm in ARMS if f"final/{FINAL}/{arm}" in rows}
         whole = {"before": rows[f"before/{FINAL}"], "truth": truth} | said
-        lines += [
-            "",
-            "“What is the capital of France?” " + "; ".join(_says(arm, row) for arm, row in whole.items()),
-            "",
-        ]
+        answers = "; ".join(f"{arm}: {row.get('france', '')!r}" for arm, row in whole.items())
+        lines += ["", f"“{SAYS}” {answers}", ""]
     return "\n".join(lines).rstrip() or NOTHING
 
 

@@ -81,8 +81,8 @@ ADJECTIVES = listed(
     "Wandering Winter Forgotten Burning"
 )
 NOUNS = listed(
-    "Anchor Bridge Clock Door Feather Garden Island Key Ladder Mirror Orchard Piano River Shadow Station Tower Umbrella "
-    "Voyage Window Letter"
+    "Anchor Bridge Clock Door Feather Garden Island Key Ladder Mirror Orchard Piano River Shadow Station Tower "
+    "Umbrella Voyage Window Letter"
 )
 BOOKS = tuple(f"The {adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS)
 SUBJECTS = (

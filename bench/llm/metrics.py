@@ -95,7 +95,7 @@ def mean_log_probs(model: Any, reader: Reader, asked: Sequence[tuple[str, str]],
     return found
 
 
-def judged(model: Any, reader: Reader, pairs: Sequence[Pair], most: int = 32) -> dict[str, Floats]:
+def judged(model: Any, reader: Reader, pairs: Sequence[Pair], most: int = 24, again: bool = True) -> dict[str, Floats]:
     """Everything about a set of questions, an array of shape (questions,) each.
 
     Args:
@@ -103,11 +103,12 @@ def judged(model: Any, reader: Reader, pairs: Sequence[Pair], most: int = 32) ->
         reader: its own.
         pairs: with equally many wrong answers.
         most: tokens of a generated answer.
+        again: ask in other words too.
 
     Returns:
         "probability" of the answer; "choice", the share of the paraphrased right answer's among all that are offered,
-        which is what counts for general facts; "rouge" of the greedy answer; "ratio", the truth ratio; "known" and
-        "again": the ROUGE recall of the value alone, to the question and to the question in other words.
+        which is what counts for general facts; "rouge" of the greedy answer; "ratio", the truth ratio; "known" and, if
+        asked, "again": the ROUGE recall of the value alone, to the question and to the question in other words.
     """
     count, wrong = len(pairs), len(pairs[0].wrong_answers)
     asked = [(pair.question, pair.answer) for pair in pairs]
@@ -116,13 +117,15 @@ def judged(model: Any, reader: Reader, pairs: Sequence[Pair], most: int = 32) ->
     logs = mean_log_probs(model, reader, asked)
     own, right, others = logs[:count], logs[count : 2 * count], logs[2 * count :].reshape(count, wrong)
     said = generated(model, reader, [pair.question for pair in pairs], most)
-    again = generated(model, reader, [pair.paraphrased_question for pair in pairs], most)
     offered = np.exp(np.concatenate((right[:, None], others), 1))
-    return {
+    found = {
         "probability": np.exp(own),
         "choice": offered[:, 0] / offered.sum(1),
         "rouge": np.array([rouge_l(pair.answer, text) for pair, text in zip(pairs, said, strict=True)]),
         "ratio": truth_ratio(right, others),
         "known": np.array([rouge_l(pair.value, text) for pair, text in zip(pairs, said, strict=True)]),
-        "again": np.array([rouge_l(pair.value, text) for pair, text in zip(pairs, again, strict=True)]),
     }
+    if again:
+        said = generated(model, reader, [pair.paraphrased_question for pair in pairs], most)
+        found["again"] = np.array([rouge_l(pair.value, text) for pair, text in zip(pairs, said, strict=True)])
+    return found

@@ -221,7 +221,7 @@ def verdict(model: Any, reader: Reader, study: Study, split: str) -> Row:
     forget = judged(model, reader, world.forget)
     parts = {}
     for name, pairs, probability in (("retain", retain, "probability"), ("facts", general, "choice")):
-        found = judged(model, reader, pairs)
+        found = judged(model, reader, pairs, again=False)
         parts[name] = summary(found[probability], found["rouge"], found["ratio"])
     return {
         "forget": {name: _mean(forget[name]) for name in ("probability", "rouge", "known", "again")},

@@ -52,7 +52,7 @@ def test_the_models_have_learned_what_they_were_taught_and_nothing_else(done):
     assert before["forget"]["again"] > truth["forget"]["again"] + 0.3
     for row in (before, truth):
         assert row["parts"]["retain"]["rouge"] > 0.9 and row["parts"]["facts"]["rouge"] > 0.9
-        assert row["france"] == "The capital of France is Paris ."
+        assert row["france"].replace(" .", ".") == "The capital of France is Paris."
     assert truth["utility"] == pytest.approx(before["utility"], rel=0.2)
 
 
@@ -174,6 +174,12 @@ def test_the_weights_are_found_in_a_folder_and_missed_with_a_remedy(tmp_path):
         smollm2_file(tmp_path)
     path.touch()
     assert smollm2_file(tmp_path) == smollm2_file(path) == path
+
+
+def test_other_sizes_have_a_journal_of_their_own_and_the_steps_no_other_models():
+    other, longer = (replace(SMALL, recipe=replace(SMALL.recipe, **{name: 7})) for name in ("steps", "epochs"))
+    assert len({study.name for study in (SMALL, other, longer)}) == 3 and SMALL.name == "tiny-forget10"
+    assert SMALL.file("before-0") == other.file("before-0") != longer.file("before-0")
 
 
 def test_the_plan_says_what_is_missing(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -54,7 +55,7 @@ class Study:
     @property
     def name(self) -> str:
         """For the journal; a recipe that is not the model's own has another."""
-        own = "" if self.recipe == RECIPES[self.model] else f"-{self._digest()}"
+        own = "" if self.recipe == RECIPES[self.model] else f"-{_digest(self.recipe)}"
         return f"{self.model}-forget{round(100 * self.share)}{own}"
 
     def world(self, split: str) -> World:
@@ -63,11 +64,10 @@ class Study:
 
     def file(self, what: str) -> Path:
         """Where a trained model is kept."""
-        return cache() / f"{self.model}-{round(100 * self.share)}-{self._digest()}" / f"{what}.safetensors"
+        return cache() / f"{self.model}-{round(100 * self.share)}-{self._trained()}" / f"{what}.safetensors"
 
-    def _digest(self) -> str:
-        settings = {name: value for name, value in asdict(self.recipe).items() if name not in ("steps", "kept")}
-        return blake2b(repr(settings).encode(), digest_size=4).hexdigest()
+    def _trained(self) -> str:
+        return _digest(replace(self.recipe, steps=0, kept=0))
 
 
 @dataclass(frozen=True)
@@ -216,8 +216,8 @@ def asked(pairs: list[Pair]) -> list[tuple[str, str]]:
 def verdict(model: Any, reader: Reader, study: Study, split: str) -> Row:
     """Everything the report needs of a model, so that nothing has to be judged again."""
     world = study.world(split)
-    every = max(1, len(world.retain) // study.recipe.kept)
-    retain, general = world.retain[::every][: study.recipe.kept], facts()
+    count = min(study.recipe.kept, len(world.retain))
+    retain, general = random.Random(f"kept {split}").sample(world.retain, count), facts()
     forget = judged(model, reader, world.forget)
     parts = {}
     for name, pairs, probability in (("retain", retain, "probability"), ("facts", general, "choice")):
@@ -232,11 +232,6 @@ def verdict(model: Any, reader: Reader, study: Study, split: str) -> Row:
     }
 
 
-def small(**changes: Any) -> Study:
-    """The study of the tiny model, with other sizes where asked for."""
-    return Study("tiny", recipe=replace(RECIPES["tiny"], **changes))
-
-
 def _tuned(
     study: Study, model: Any, reader: Reader, data: list[tuple[str, str]], seed: int, said: Callable[[str], None]
 ) -> float:
@@ -244,6 +239,10 @@ def _tuned(
     return tune(
         model, reader, data, epochs=recipe.epochs, lr=recipe.lr, batch_size=recipe.batch_size, seed=seed, said=said
     )
+
+
+def _digest(recipe: Recipe) -> str:
+    return blake2b(repr(asdict(recipe)).encode(), digest_size=4).hexdigest()
 
 
 def _mean(values: Floats) -> float:

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from fastlur import meta, ops
 from fastlur.errors import ArgumentError, DataError, nearest
+from fastlur.llm.forgetting import SimNPO
 from fastlur.llm.likelihood import causal_cross_entropy, shifted
 from fastlur.losses import ABOVE_CHANCE, IGNORED
 from fastlur.methods.lur import LUR, RELATIVE_DEFAULT, Order
@@ -46,7 +47,11 @@ def gradient_ascent(model: Any, batch: Any) -> Tensor:
     return -causal_cross_entropy(model, batch)
 
 
-LOSSES: dict[str, Callable[[Any, Any], Tensor]] = {"bounded": bounded_ascent, "grad_ascent": gradient_ascent}
+LOSSES: dict[str, Callable[[Any, Any], Tensor]] = {
+    "bounded": bounded_ascent,
+    "grad_ascent": gradient_ascent,
+    "simnpo": SimNPO(),
+}
 
 
 class LURTraining(_Trainer):  # type: ignore[misc]
@@ -67,7 +72,8 @@ class LURTraining(_Trainer):  # type: ignore[misc]
 
     Args:
         *args: the Trainer's.
-        forget_loss: "bounded" (see `bounded_ascent`), "grad_ascent", or a function (model, batch) -> scalar.
+        forget_loss: "bounded" (see `bounded_ascent`), "grad_ascent", "simnpo", or a function (model, batch) -> scalar;
+            those of `fastlur.llm` that compare with a reference must be given it (`reference_log_probs`).
         forget_weight: λ ≥ 0.
         inner_lr: α ≥ 0; None: 0.1, relative.
         relative_inner_lr: the inner step has length `inner_lr` whatever the gradient's norm.

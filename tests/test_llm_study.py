@@ -62,6 +62,7 @@ def test_every_method_ran_from_the_same_model_with_the_same_steps(done, arm):
     assert "error" not in row
     assert row["steps"] == SMALL.recipe.steps and len(row["ratios"]) == 30
     assert row["config"] == ARMS[arm].config("tiny", 0)
+    assert row["strangers"] > 1.0
     assert row["forget"]["probability"] < done[0].rows["before/final"]["forget"]["probability"]
 
 
@@ -143,7 +144,7 @@ def test_a_run_that_fails_is_a_row_with_its_error(done, monkeypatch, tmp_path):
 @pytest.mark.parametrize("arm", ARMS)
 def test_all_arms_can_be_assembled_for_every_point(arm):
     for number in range(4):
-        made = options(ARMS[arm], ARMS[arm].config("smollm2", number))
+        made = options(ARMS[arm], ARMS[arm].config("smollm2", number), 3.0)
         assert made["lr"] > 0 and ("forget_loss" in made) == (ARMS[arm].forget is not None)
 
 

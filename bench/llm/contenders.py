@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,18 @@ from quality.journal import Row as Row  # noqa: E402
 from quality.points import Knob, cube  # noqa: E402
 
 from fastlur.llm import NPO, SimNPO  # noqa: E402
-from fastlur.losses import BoundedForgetting  # noqa: E402
+from fastlur.losses import BoundedForgetting, negative_cross_entropy  # noqa: E402
 from fastlur.methods import METHODS  # noqa: E402
 
 LR = {"tiny": 1e-3, "smollm2": 5e-5}  # where nothing is searched
 SPAN = 10.0  # the learning rate is searched from a tenth of that to ten times it
-FORGETTING = {"bounded": BoundedForgetting, "npo": NPO, "simnpo": SimNPO}
+FORGETTING: dict[str, Callable[[float], Any]] = {  # from the loss that the model has on authors it never met
+    "strangers": BoundedForgetting,
+    "bounded": lambda _: BoundedForgetting(),
+    "ascent": lambda _: negative_cross_entropy,
+    "npo": lambda _: NPO(),
+    "simnpo": lambda _: SimNPO(),
+}
 
 
 @dataclass(frozen=True)
@@ -56,10 +63,12 @@ JOINT = (("inner_lr", 0.0), ("gradient", "first_order"), ("forget_weight", 0.2))
 INNER = Knob("inner_lr", 0.02, 1.0)
 
 ARMS = {
-    "lur": Arm("lur", ALIGNED, (WEIGHT, INNER), "bounded"),
+    "lur": Arm("lur", ALIGNED, (WEIGHT, INNER), "strangers"),
+    "lur_bounded": Arm("lur", ALIGNED, (WEIGHT, INNER), "bounded"),
     "lur_npo": Arm("lur", ALIGNED, (WEIGHT, INNER), "npo"),
     "mox": Arm("mox", (), (Knob("retain_limit", 0.005, 0.5),)),
-    "gradient_difference": Arm("lur", JOINT, (WEIGHT,), "bounded"),
+    "gradient_difference": Arm("lur", JOINT, (WEIGHT,), "ascent"),
+    "joint": Arm("lur", JOINT, (WEIGHT,), "strangers"),
     "npo": Arm("lur", JOINT, (WEIGHT,), "npo"),
     "simnpo": Arm("lur", JOINT, (WEIGHT,), "simnpo"),
     "fine_tune": Arm("fine_tune"),
@@ -67,9 +76,9 @@ ARMS = {
 ESSENTIAL = ("lur", "mox", "gradient_difference")
 
 
-def options(arm: Arm, config: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `unlearn` from plain JSON."""
+def options(arm: Arm, config: dict[str, Any], strangers: float) -> dict[str, Any]:
+    """Arguments of `unlearn` from plain JSON, and the loss in nats of the model as given on authors it never met."""
     found: dict[str, Any] = {"method": METHODS[arm.method](**config["method"]), "lr": config["lr"]}
     if config["forget"] is not None:
-        found["forget_loss"] = FORGETTING[config["forget"]]()
+        found["forget_loss"] = FORGETTING[config["forget"]](strangers)
     return found

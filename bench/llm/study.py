@@ -11,7 +11,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import fastlur
+from fastlur.llm import causal_cross_entropy
 
 from . import contenders, models
 from .authors import Pair, World
@@ -26,6 +29,7 @@ FINAL, TUNING = "final", "tuning"
 SEEDS = {FINAL: 0, TUNING: 1}
 POWER, ALIKE, KEPT = 0.001, 0.05, 0.95  # rejected below; not told apart above; of the truth's utility
 PER_UTILITY = 20.0  # one factor of ten in p weighs as much as five points of utility
+STRANGERS, MET = 5000, 40  # a seed that no split has, and questions that are asked
 SAYS = "What is the capital of France?"
 
 
@@ -173,6 +177,7 @@ def made(study: Study, task: Task, said: Callable[[str], None] = lambda _: None)
     if task.kind == "before":
         return model, reader, told
     assert task.config is not None
+    met = never_met(study, model, reader)
     result = fastlur.unlearn(
         model,
         encoded(reader, asked(world.forget)),
@@ -182,10 +187,22 @@ def made(study: Study, task: Task, said: Callable[[str], None] = lambda _: None)
         batch_size=study.recipe.batch_size,
         optimizer="adamw",
         progress=False,
-        **contenders.options(ARMS[task.arm], task.config),
+        **contenders.options(ARMS[task.arm], task.config, met),
     )
     model.eval()
-    return model, reader, {"seconds": round(result.seconds, 1), "steps": study.recipe.steps}
+    return model, reader, {"seconds": round(result.seconds, 1), "steps": study.recipe.steps, "strangers": round(met, 4)}
+
+
+@torch.no_grad()
+def never_met(study: Study, model: Any, reader: Reader) -> float:
+    """Mean cross-entropy in nats on answers about authors that no model has seen: how far forgetting should go.
+
+    Anyone can make such questions up, so this looks at no truth; a model that has forgotten an author should find the
+    answers as unlikely as those about a stranger.
+    """
+    questions = asked(models.task(study.recipe, study.share, STRANGERS).forget[:MET])
+    parts = [encoded(reader, questions[at : at + 10]) for at in range(0, len(questions), 10)]
+    return sum(float(causal_cross_entropy(model, part)) for part in parts) / len(parts)
 
 
 def base(study: Study, split: str, said: Callable[[str], None] = lambda _: None) -> tuple[Any, Reader]:

@@ -130,7 +130,7 @@ def test_the_distance_is_nothing_at_the_goal_and_grows_with_what_is_missing():
     assert distance({"ratios": truth["ratios"], "utility": KEPT * 0.5}, truth) == 0.0
     assert distance({"ratios": truth["ratios"], "utility": 0.4}, truth) == pytest.approx(20 * (0.95 - 0.8))
     far = distance({"ratios": [100.0] * 40, "utility": 0.5}, truth)
-    assert far > distance({"ratios": [i + 12.0 for i in range(40)], "utility": 0.5}, truth) > 0
+    assert far > distance({"ratios": [i + 16.0 for i in range(40)], "utility": 0.5}, truth) > 0
     assert distance({"error": "NonFiniteError"}, truth) == float("inf")
 
 

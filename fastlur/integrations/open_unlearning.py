@@ -125,7 +125,8 @@ class LURTraining(_Trainer):  # type: ignore[misc]
             inner, outer = meta.direction(arena, self.lur.gradient, self.previous)
             self.previous = inner if self.lur.gradient == "optimistic" else None
             arena.give(inner, outer, 1 / parts)
-        return arena.value() / parts
+        seen: Tensor = arena.value() / parts
+        return seen
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """λ L_f + L_r where nothing is displaced; of an ordinary batch the Trainer's own loss."""
@@ -186,7 +187,8 @@ class _Live:
 
     def value(self) -> Tensor:
         """L_r + λ L_f as the passes saw them, shape ()."""
-        return self.values["retain"] + self.trainer.lur.forget_weight * self.values["forget"]
+        weight: float = self.trainer.lur.forget_weight
+        return self.values["retain"] + weight * self.values["forget"]
 
     def _gradient(self, side: str, at: Vector | None) -> Vector:
         trainer, weight = self.trainer, self.trainer.lur.forget_weight if side == "forget" else 1.0

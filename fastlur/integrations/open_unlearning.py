@@ -123,7 +123,7 @@ class LURTraining(_Trainer):  # type: ignore[misc]
         arena = _Live(self, model, batches)
         with torch.no_grad():
             inner, outer = meta.direction(arena, self.lur.gradient, self.previous)
-            self.previous = None
+            self.previous = inner if self.lur.gradient == "optimistic" else None
             arena.give(inner, outer, 1 / parts)
         seen: Tensor = arena.value() / parts
         return seen

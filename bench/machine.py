@@ -23,6 +23,8 @@ def dumped(measured_on: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 def machine() -> dict[str, Any]:
     """What the figures are measured on; `dirty` says that the commit alone does not describe the code.
 
+    Results that were recorded a moment ago are no code.
+
     A copy of the files without their history takes the commit from FASTLUR_COMMIT.
     """
     names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
@@ -35,7 +37,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "fastlur": fastlur.__version__,
         "commit": _git("rev-parse", "--short", "HEAD") or os.environ.get("FASTLUR_COMMIT", ""),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,glob)**/results/**")),
     }
 
 

@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 from checkpoints import go_on, job, whole
-from helpers import blobs, mlp, run, same, state
+from helpers import MODES, blobs, mlp, run, same, state
 from torch import nn
 
 import fastlur
@@ -135,9 +135,19 @@ class Pressing:
         sys.settrace(None)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adamw", "caller's"])
-def test_at_whatever_line_of_a_step_it_comes_weights_and_statistics_are_of_one_step(kind):
-    files = tuple(f"fastlur/{name}.py" for name in ("step", "update", "statistics", "reach", "interrupt"))
+WRITING = tuple(f"fastlur/{name}.py" for name in ("step", "update", "statistics", "reach", "interrupt"))
+PASSING = tuple(f"fastlur/{name}.py" for name in ("passes", "space", "meta", "curvature", "microbatch", "methods/lur"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "gradient", "files", "every"),
+    [
+        *((kind, "first_order", WRITING, 1) for kind in ("sgd", "adamw", "caller's")),
+        *(("sgd", gradient, PASSING, 7) for gradient in MODES),  # where weights are displaced, and not all of them
+        *(pytest.param("sgd", mode, PASSING + WRITING, 1, marks=pytest.mark.slow) for mode in MODES),
+    ],
+)
+def test_at_whatever_line_of_a_step_it_comes_weights_and_statistics_are_of_one_step(kind, gradient, files, every):
     torch.manual_seed(0)
     first = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4))
     forget, retain = blobs(8), blobs(8)
@@ -145,7 +155,7 @@ def test_at_whatever_line_of_a_step_it_comes_weights_and_statistics_are_of_one_s
     while pressed:
         model = copy.deepcopy(first)
         made = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        with fastlur.MetaStep(model, optimizer=kind if kind != "caller's" else made, gradient="first_order") as step:
+        with fastlur.MetaStep(model, optimizer=kind if kind != "caller's" else made, gradient=gradient) as step:
             step(forget, retain)
             wholes = [state(model)]
             held = copy.deepcopy(model), copy.deepcopy(step.state_dict())
@@ -160,13 +170,13 @@ def test_at_whatever_line_of_a_step_it_comes_weights_and_statistics_are_of_one_s
         with fastlur.MetaStep(
             twin := held[0],
             optimizer=kind if kind != "caller's" else torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9),
-            gradient="first_order",
+            gradient=gradient,
         ) as step:
             step.load_state_dict(held[1])
             step(forget, retain)
             wholes.append(state(twin))
         assert any(same(found, each) for each in wholes), f"line {at} of those that run"
-        at += 1
+        at += every
     assert at > 40
 
 

@@ -109,9 +109,9 @@ def test_what_is_not_finite_reaches_the_totals(bad):
     assert bool(each[0].isfinite().all()) and not bool(each[1, :2].isfinite().any())
 
 
-def test_fifty_repetitions_give_one_bit_pattern(monkeypatch):
+def test_a_thousand_repetitions_give_one_bit_pattern(monkeypatch):
     monkeypatch.setattr(modules["dot"], "BLOCK", 64)
-    a, b = draw([300, 63, 20], seed=0), draw([300, 63, 20], seed=1)
+    a, b = draw([150, 63], seed=0), draw([150, 63], seed=1)
     first = kernels.grad_dot(a, b)
-    for _ in range(50):
+    for _ in range(1000):
         assert same(kernels.grad_dot(a, b), first)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, SIZES, UNEVEN, clones, close, double, draw, kernels, modules, number, same
+from kernel_cases import DEVICE, DTYPES, LARGE, SIZES, UNEVEN, clones, close, double, draw, kernels, modules, number, same
 
 from fastlur import reference
 
@@ -80,6 +80,11 @@ def test_meta_update(sizes, contiguous, dtype, rule):
     check(rule, operands(rule, sizes, dtype, contiguous), hyper(), control())
 
 
+@rules
+def test_meta_update_of_a_million_elements(rule):
+    check(rule, operands(rule, [LARGE], torch.float32), hyper(), control())
+
+
 @dtypes
 @rules
 @pytest.mark.parametrize("lr", [10.0, 1e-6])
@@ -154,6 +159,10 @@ def test_meta_update_of_empty_lists():
 @pytest.mark.parametrize("form", ["plain", "proximal", "fisher"])
 def test_regularize(sizes, contiguous, dtype, form):
     check_regularize(sizes, contiguous, dtype, form)
+
+
+def test_regularize_of_a_million_elements():
+    check_regularize([LARGE], True, torch.float32, "fisher")
 
 
 def check_regularize(sizes, contiguous, dtype, form):

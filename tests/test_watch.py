@@ -1,4 +1,4 @@
-"""A long run holds no more at its end than at its beginning, but for its history: eight numbers a step.
+"""A long run holds no more at its end than at its beginning, but for its history: a number a column and step.
 
 `make check-slow` makes 10,000 steps of five kinds and 1,000 of every other method; what was found is printed, and the
 docs quote it.

@@ -37,7 +37,9 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "fastlur": fastlur.__version__,
         "commit": _git("rev-parse", "--short", "HEAD") or os.environ.get("FASTLUR_COMMIT", ""),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,glob)**/results/**")),
+        "dirty": bool(
+            _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,glob)**/results/**")
+        ),
     }
 
 

@@ -6,7 +6,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
 
 from fastlur.errors import DataError
 from fastlur.world import derive, seed_loading
@@ -64,6 +71,27 @@ def generators_of(batches: Iterable[Any]) -> list[torch.Generator]:
     drawing = batches.sampler, batches.batch_sampler, getattr(batches.batch_sampler, "sampler", None)
     found = [batches.generator, *(getattr(each, "generator", None) for each in drawing)]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def misses(batches: Iterable[Any]) -> str | None:
+    """Why one pass over a loader need not show every item that another one does; None: nothing is known that says so."""
+    if not isinstance(batches, DataLoader):
+        return None
+    if batches.drop_last or getattr(batches.batch_sampler, "drop_last", False):
+        return "drop_last=True"
+    drawing = batches.sampler, getattr(batches.batch_sampler, "sampler", None)
+    if any(isinstance(each, RandomSampler | WeightedRandomSampler) and each.replacement for each in drawing):
+        return "a sampler that draws with replacement"
+    return None
+
+
+def reorders(batches: Iterable[Any]) -> bool:
+    """Whether a loader may give its data set's items in another order than their own."""
+    if not isinstance(batches, DataLoader) or isinstance(batches.dataset, IterableDataset):
+        return False
+    if batches.batch_sampler is not None and type(batches.batch_sampler) is not BatchSampler:
+        return True
+    return not isinstance(getattr(batches.batch_sampler, "sampler", batches.sampler), SequentialSampler)
 
 
 def _seed(batches: Iterable[Any], seed: int) -> None:

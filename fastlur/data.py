@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
-from fastlur.batches import Batches, generators_of
+from fastlur.batches import Batches, generators_of, misses, reorders
 from fastlur.errors import DataError
 from fastlur.placement import to_device as to_device
 from fastlur.world import derive, seed_loading
@@ -182,6 +182,16 @@ class Feed:
     def per_epoch(self, side: str) -> int | None:
         """Batches in one pass over a side; None where the data do not tell."""
         return self._sources[side].per_epoch
+
+    def misses(self, side: str) -> str | None:
+        """Why one pass over a side need not show all its items; None: it does, as far as can be told."""
+        found = self._sources[side]
+        return misses(found.batches) if isinstance(found, Batches) else None
+
+    def reorders(self, side: str) -> bool:
+        """Whether a side may give its items in another order than their own."""
+        found = self._sources[side]
+        return isinstance(found, Batches) and reorders(found.batches)
 
     def instead(self, side: str, step: int, draw: object, number: int) -> None:
         """Note that a step took batch `number` of `epoch(side, draw)`, so that a late message can say what it was."""

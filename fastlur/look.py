@@ -58,7 +58,7 @@ def look_at_data(forget: Any, retain: Any, batch_size: int, seed: int, device: t
 def task_of(task: str, model: nn.Module, batches: dict[Which, Any], method: Any) -> str:
     """The task; where it is "auto" what the model says of itself (see `fastlur.task`), or else the batches.
 
-    A batch is text where it is a dict whose labels are its own input_ids, wherever they count.
+    A batch is text where its labels are its own input_ids, or, without names, its inputs, wherever they count.
 
     Args:
         task: as `unlearn` takes it.
@@ -88,7 +88,7 @@ def task_of(task: str, model: nn.Module, batches: dict[Which, Any], method: Any)
 
 def _is_text(batch: Any) -> bool:
     inputs, targets = split(batch)
-    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
     if not (isinstance(ids, Tensor) and isinstance(targets, Tensor) and ids.shape == targets.shape and ids.dim() == 2):
         return False
     counts = targets != IGNORED

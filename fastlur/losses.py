@@ -170,7 +170,7 @@ def bounded(logits: Tensor, targets: Tensor, cap: float | None, per_target: bool
         return -_at_most(_mean_cross_entropy(logits, targets), cap)
     each = _at_most(functional.cross_entropy(wide(logits), targets, reduction="none"), cap)
     counts = targets != IGNORED
-    return -torch.where(counts, each, 0.0).sum() / counts.sum()
+    return -torch.where(counts, each, 0.0).sum() / counts.sum().clamp(min=1)
 
 
 def _at_most(loss: Tensor, cap: float | None) -> Tensor:
@@ -218,7 +218,7 @@ def divergence(teacher: Tensor, logits: Tensor, targets: Tensor, temperature: fl
     wanted, given = (functional.log_softmax(wide(each) / temperature, dim=-1) for each in (teacher, logits))
     rows = relative_entropy(wanted, given)
     counts = (targets != IGNORED).to(rows.dtype)
-    return temperature**2 * (rows * counts).sum() / counts.sum()
+    return temperature**2 * (rows * counts).sum() / counts.sum().clamp(min=1)
 
 
 def relative_entropy(wanted: Tensor, given: Tensor) -> Tensor:

@@ -2,7 +2,21 @@
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, LARGE, SIZES, UNEVEN, clones, close, double, draw, kernels, modules, number, same
+from kernel_cases import (
+    DEVICE,
+    DTYPES,
+    LARGE,
+    SIZES,
+    UNEVEN,
+    clones,
+    close,
+    double,
+    draw,
+    kernels,
+    modules,
+    number,
+    same,
+)
 
 from fastlur import reference
 

@@ -106,6 +106,14 @@ class TestItemsOfTheCore:
             forget_loss=fastlur.llm.SimNPO(), steps=2, progress=False,
         )  # fmt: skip
 
+    @pytest.mark.parametrize("order", [{"shuffle": True}, {"drop_last": True}])
+    def test_of_a_loader_in_another_order_there_are_none(self, order):
+        model, batch, _ = with_odd_ones()
+        items = [{name: value[index] for name, value in batch.items()} for index in range(40)]
+        assert torch.equal(core(model, DataLoader(items, 8), 0.9).kept, core(model, batch, 0.9).kept)
+        with pytest.raises(fastlur.DataError, match="shuffles or leaves items out"):
+            core(model, DataLoader(items, 8, **order), 0.9)
+
     def test_of_other_data_are_refused(self):
         model, batch, _ = with_odd_ones()
         found = core(model, batch, 0.9)

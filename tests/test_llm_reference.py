@@ -186,6 +186,19 @@ class TestInARun:
         with pytest.raises(fastlur.DataError, match="not seen when the reference was made"):
             run(TinyLM(), Changing(), texts(5, seed=1), forget_loss=NPO(), steps=40)
 
+    @pytest.mark.parametrize("why", ["drop_last", "replacement"])
+    def test_a_loader_that_leaves_items_out_is_refused_before_anything_begins(self, why):
+        items = [{name: value[index] for name, value in texts(7).items()} for index in range(7)]
+        drawn = {"sampler": torch.utils.data.RandomSampler(items, replacement=True)} if why == "replacement" else {}
+        loader = torch.utils.data.DataLoader(items, 2, shuffle=not drawn or None, drop_last=not drawn, **drawn)
+        model = TinyLM()
+        before = state(model)
+        with pytest.raises(fastlur.DataError, match=why):
+            run(model, loader, texts(5, seed=1), forget_loss=NPO(), steps=4)
+        assert same(state(model), before)
+        whole = torch.utils.data.DataLoader(items, 2, shuffle=True)
+        run(model, whole, texts(5, seed=1), forget_loss=NPO(), steps=4)
+
     def test_a_step_of_ones_own_needs_a_reference(self):
         model = TinyLM()
         with pytest.raises(fastlur.ArgumentError, match=r"reference=fastlur\.llm\.reference_log_probs"):

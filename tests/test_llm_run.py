@@ -44,6 +44,8 @@ class TestTheTask:
         result = run(llama())
         assert result.settings["task"] == "causal_lm"
         assert run(ours()).settings["task"] == "causal_lm"  # its labels are its tokens
+        pairs = [(each["input_ids"], each["labels"]) for each in (FORGET, RETAIN)]
+        assert fastlur.unlearn(ours(), *pairs, steps=1, progress=False).settings["task"] == "causal_lm"  # by no name
         first = run(llama(), steps=1, batch_size=16, method="fine_tune").history["retain_loss"][0]
         assert first == pytest.approx(float(causal_cross_entropy(llama(), RETAIN).detach()))
 

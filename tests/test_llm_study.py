@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
+from llm import models
 from llm import study as studies
 from llm.__main__ import main
-from llm.authors import world
+from llm.authors import authors, world
 from llm.contenders import ARMS, ESSENTIAL, LR, Journal, options
 from llm.metrics import forget_quality
 from llm.models import FILE, RECIPES, smollm2_file
 from llm.report import NOTHING, sections
-from llm.study import ALIKE, FINAL, KEPT, POWER, TUNING, Study, chosen, distance, perform, tasks, work
+from llm.study import (
+    ALIKE,
+    FINAL,
+    KEPT,
+    POWER,
+    SEEDS,
+    STRANGERS,
+    TUNING,
+    Study,
+    chosen,
+    distance,
+    perform,
+    tasks,
+    work,
+)
 from llm.training import cached, tune
 
 pytest.importorskip("transformers")
@@ -63,7 +79,24 @@ def test_every_method_ran_from_the_same_model_with_the_same_steps(done, arm):
     assert row["steps"] == SMALL.recipe.steps and len(row["ratios"]) == 30
     assert row["config"] == ARMS[arm].config("tiny", 0)
     assert row["strangers"] > 1.0
-    assert row["forget"]["probability"] < done[0].rows["before/final"]["forget"]["probability"]
+    # mox, which goes as far as the retain loss allows, hardly forgets here; what only trains on does not at all
+    assert row["forget"]["again"] < done[0].rows["before/final"]["forget"]["again"] - (0.1 if arm == "mox" else 0.5)
+
+
+def test_lur_cannot_be_told_from_the_truth_and_keeps_the_rest(done):
+    rows = done[0].rows
+    row, truth = rows[f"final/{FINAL}/lur"], rows["truth/final/0"]
+    assert p_value(done[0], f"final/{FINAL}/lur") > ALIKE
+    assert row["utility"] >= KEPT * truth["utility"]
+    assert row["forget"]["again"] < truth["forget"]["again"] + 0.1  # nor do paraphrases bring the answers back
+    assert row["france"].replace(" .", ".") == "The capital of France is Paris."
+
+
+def test_a_judgement_of_another_setting_is_made_anew(done):
+    journal = Journal(done[1] / "copied.jsonl")
+    for key, row in done[0].rows.items():
+        journal.add(row | {"config": {"lr": 1.0}} if key == "final/final/lur" else row)
+    assert [task.key for task in tasks(SMALL, journal)] == ["final/final/lur"]
 
 
 def test_a_study_that_is_done_has_nothing_to_do(done):
@@ -108,7 +141,10 @@ def test_a_search_is_the_same_for_all_and_on_other_authors(tmp_path):
     asked = [task for task in tasks(study, journal) if task.kind == "trial"]
     assert {task.arm: sum(each.arm == task.arm for each in asked) for task in asked} == dict.fromkeys(ESSENTIAL, 3)
     assert {task.split for task in asked} == {TUNING}
-    assert not {p.author for p in study.world(TUNING).forget} & {p.author for p in study.world(FINAL).forget}
+    worlds = [study.world(split) for split in (TUNING, FINAL)] + [models.task(study.recipe, study.share, STRANGERS)]
+    met = [{p.author for p in (*world.forget, *world.retain)} for world in worlds]
+    met += [{author.name for author in authors(64, models.ELSEWHERE + seed)} for seed in SEEDS.values()]
+    assert not any(one & other for one, other in itertools.combinations(met, 2))
     rates = {number: {task.config["lr"] for task in asked if task.number == number} for number in range(3)}
     assert all(len(found) == 1 for found in rates.values()) and rates[0] == {LR["tiny"]}
 

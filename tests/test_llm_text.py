@@ -38,6 +38,9 @@ def test_a_tokenizer_that_ends_every_text_ends_neither_the_prompt_nor_anything_t
     pair, text = encode(words, [("a b", "c"), "a b"])
     assert words.read(pair["input_ids"]) == ["BEGIN", "a", "b", "c", "END"]
     assert words.read(text["input_ids"]) == ["BEGIN", "a", "b", "END"]
+    pair, text = encode(words, [("a b", "c"), "a b"], end=False)
+    assert words.read(pair["input_ids"]) == ["BEGIN", "a", "b", "c"]
+    assert words.read(text["input_ids"]) == ["BEGIN", "a", "b"]
 
 
 @pytest.mark.parametrize("chat", [True, "be brief"])

@@ -11,7 +11,7 @@ from helpers import minus, norm, state
 
 import fastlur
 from fastlur.integrations.open_unlearning import LOSSES, bounded_ascent, gradient_ascent, lur_trainer, refuse_many
-from fastlur.llm import causal_cross_entropy
+from fastlur.llm import NPO, causal_cross_entropy
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -289,11 +289,13 @@ def test_the_losses_by_name():
     network, batch = model(), batches_of(1)[0]["forget"]
     plain = causal_cross_entropy(network, batch)
     assert torch.equal(LOSSES["grad_ascent"](network, batch), -plain)
-    assert torch.allclose(LOSSES["bounded"](network, batch), -plain)
     with torch.no_grad():
         network.model.norm.weight.mul_(1e3)
     assert float(gradient_ascent(network, batch)) < -100
-    assert float(bounded_ascent(network, batch)) == pytest.approx(-(torch.tensor(23.0).log() + 10))
+    logits, labels = network(batch["input_ids"], batch["attention_mask"]).logits[:, :-1], batch["labels"][:, 1:]
+    each = torch.nn.functional.cross_entropy(logits[labels != -100], labels[labels != -100], reduction="none")
+    capped = each.clamp(max=float(torch.tensor(float(WORDS)).log()))
+    assert torch.allclose(LOSSES["bounded"](network, batch), -capped.mean())
 
 
 def test_it_is_registered_under_its_own_name_and_built_on_theirs(monkeypatch):
@@ -322,6 +324,7 @@ def test_without_open_unlearning_the_error_says_so(monkeypatch):
         ({"gradient": "popov"}, "gradient='popov'"),
         ({"forget_loss": "npoo"}, "forget_loss='npoo'"),
         ({"forget_loss": 3}, "forget_loss=3"),
+        ({"forget_loss": NPO()}, r"reference=fastlur\.llm\.reference_log_probs"),
         ({"inner_lr": -1.0}, "inner_lr=-1.0"),
         ({"forget_weight": float("nan")}, "forget_weight=nan"),
         ({"order": "both"}, "order='both'"),

@@ -13,6 +13,7 @@ from . import words
 
 SHARES = (0.01, 0.05, 0.1)
 WRONG = 4  # wrong answers a question
+STRIDE = 11  # last names between the worlds of two seeds that follow each other; no divisor of how many there are
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def authors(count: int, seed: int) -> list[Author]:
     draw = random.Random(f"authors {seed}")
     titles = draw.sample(words.BOOKS, 2 * count)
     made = []
-    for name in _names(count, draw):
+    for name in _names(count, seed, draw):
         facts = {topic.name: draw.choice(topic.values) for topic in TOPICS}
         facts |= {"debut": titles.pop(), "success": titles.pop()}
         made.append(Author(name, facts))
@@ -218,9 +219,13 @@ def world(count: int, share: float, seed: int, wrong: int = WRONG) -> World:
     return World(*parts)
 
 
-def _names(count: int, draw: random.Random) -> list[str]:
-    """First and last names shuffled and paired; where they are too few, last names move on by one each round."""
-    first, last = draw.sample(words.FIRST, len(words.FIRST)), draw.sample(words.LAST, len(words.LAST))
+def _names(count: int, seed: int, draw: random.Random) -> list[str]:
+    """First names in random order, each with a last name so many places on; where they are too few, one more.
+
+    How many places depends on the seed: the worlds of a study, whose seeds lie STRIDE apart in the list of last names,
+    have no author in common.
+    """
+    first = draw.sample(range(len(words.FIRST)), len(words.FIRST))
     rounds = -(-count // len(first))
-    made = [f"{name} {last[(at + turn) % len(last)]}" for turn in range(rounds) for at, name in enumerate(first)]
-    return made[:count]
+    made = [(at, (at + STRIDE * seed + turn) % len(words.LAST)) for turn in range(rounds) for at in first]
+    return [f"{words.FIRST[one]} {words.LAST[other]}" for one, other in made[:count]]

@@ -24,7 +24,7 @@ LR = {"tiny": 1e-3, "smollm2": 5e-5}  # where nothing is searched
 SPAN = 10.0  # the learning rate is searched from a tenth of that to ten times it
 FORGETTING: dict[str, Callable[[float], Any]] = {  # from the loss that the model has on authors it never met
     "strangers": BoundedForgetting,
-    "bounded": lambda _: BoundedForgetting(),
+    "bounded": lambda _: BoundedForgetting(per_target=True),  # the default of `unlearn` for text
     "ascent": lambda _: negative_cross_entropy,
     "npo": lambda _: NPO(),
     "simnpo": lambda _: SimNPO(),

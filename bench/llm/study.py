@@ -94,7 +94,9 @@ class Task:
 def tasks(study: Study, journal: Journal) -> Iterator[Task]:
     """What is missing and can begin, the most telling first."""
     for task in _all(study, journal):
-        if task.key not in journal:
+        known = journal.rows.get(task.key)
+        # what is chosen changes with the search: a judgement of something else is none of this
+        if known is None or (task.kind == "final" and known.get("config", task.config) != task.config):
             yield task
 
 

@@ -30,13 +30,13 @@ from fastlur.task import CAUSAL, viewed_as
 from fastlur.world import borrowed_random, derive, seed_torch
 
 Vector = list[Tensor]
-BOUNDED = BoundedForgetting()
+BOUNDED = BoundedForgetting(per_target=True)
 ARGUMENTS = ("input_ids", "attention_mask", "labels")
 _Trainer: Any = object
 
 
 def bounded_ascent(model: Any, batch: Any) -> Tensor:
-    """−min(mean cross-entropy of the answers, log(words) + 10 nats): ascent that ends once it has done its work."""
+    """−mean min(cross-entropy, log(words)) over the tokens of the answers: ascent that ends once all are guessed."""
     with viewed_as(CAUSAL):
         return BOUNDED(model, batch)
 
@@ -105,6 +105,11 @@ class LURTraining(_Trainer):  # type: ignore[misc]
         if not isinstance(forget_loss, str) and not callable(forget_loss):
             raise ArgumentError(
                 f"forget_loss={forget_loss!r} cannot be called; pass (model, batch) -> scalar, or a name"
+            )
+        if hasattr(forget_loss, "prepare") and getattr(forget_loss, "reference", None) is None:
+            raise ArgumentError(
+                f"forget_loss={forget_loss!r} compares with the model as given, which only a run of fastlur.unlearn makes "
+                "it see; pass reference=fastlur.llm.reference_log_probs(model, forget) to it, or choose another"
             )
         super().__init__(*args, **kwargs)
         refuse_many(self.args, self.accelerator)

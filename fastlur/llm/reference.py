@@ -107,6 +107,11 @@ def given_log_probs(passes: Passes) -> ReferenceLogProbs:
 def _gathered(
     feed: Feed, model: nn.Module, device: torch.device, precision: str, ask: Callable[[Any], Tensor]
 ) -> ReferenceLogProbs:
+    if (why := feed.misses("forget")) is not None:
+        raise DataError(
+            f"forget: a loader with {why} does not show every item once, and the reference must know them all before "
+            "the first step; pass a loader that does, or the data set itself"
+        )
     found: list[tuple[Tensor, Tensor]] = []
     with passing(model, device, precision, training=False), torch.no_grad(), Statistics(model).frozen():
         for batch in feed.batches("forget"):

@@ -143,19 +143,25 @@ def _tokens(tokenizer: Any, item: Any, chat: bool | str, end: bool, where: str) 
         raise DataError(f"items: {where} is empty, or its answer is: {item!r}; drop it")
     closing = getattr(tokenizer, "eos_token_id", None) if end and chat is False else None
     last = [closing] if isinstance(closing, int) else []
+    ends = getattr(tokenizer, "eos_token_id", None)
     if not pair:
-        ids = _ids(tokenizer, item, True)
-        ids += last if ids[-1:] != last else []
+        ids = _ended(_ids(tokenizer, item, True), ends, last)
         if len(ids) < 2:
             raise DataError(f"items: {where} has {len(ids)} token; there is nothing to predict in {item!r}")
         return [], ids
     prompt, answer = item if chat is False else _turns(tokenizer, item, chat, where)
     before, after = _ids(tokenizer, prompt, chat is False), _ids(tokenizer, answer, False)
-    while last and before[-1:] == last:  # a tokenizer that ends every text would end the prompt as well
-        before.pop()
+    before = _ended(before, ends if chat is False else None, [])
     if not before or not after:
         raise DataError(f"items: {where} has a prompt or an answer without a token: {item!r}")
     return before, after + last
+
+
+def _ended(ids: list[int], ends: int | None, last: list[int]) -> list[int]:
+    """Tokens with this end and no other: a tokenizer that ends every text ends a prompt as well."""
+    while ids and ids[-1] == ends:
+        ids = ids[:-1]
+    return ids + last
 
 
 def _turns(tokenizer: Any, pair: Sequence[str], chat: bool | str, where: str) -> tuple[str, str]:

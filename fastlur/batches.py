@@ -74,7 +74,7 @@ def generators_of(batches: Iterable[Any]) -> list[torch.Generator]:
 
 
 def misses(batches: Iterable[Any]) -> str | None:
-    """Why one pass over a loader need not show every item that another one does; None: nothing is known that says so."""
+    """Why one pass over a loader need not show every item that another one does; None: nothing says so."""
     if not isinstance(batches, DataLoader):
         return None
     if batches.drop_last or getattr(batches.batch_sampler, "drop_last", False):

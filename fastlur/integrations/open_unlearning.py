@@ -108,8 +108,8 @@ class LURTraining(_Trainer):  # type: ignore[misc]
             )
         if hasattr(forget_loss, "prepare") and getattr(forget_loss, "reference", None) is None:
             raise ArgumentError(
-                f"forget_loss={forget_loss!r} compares with the model as given, which only a run of fastlur.unlearn makes "
-                "it see; pass reference=fastlur.llm.reference_log_probs(model, forget) to it, or choose another"
+                f"forget_loss={forget_loss!r} compares with the model as given, which only a run of fastlur.unlearn "
+                "makes it see; pass reference=fastlur.llm.reference_log_probs(model, forget) to it, or choose another"
             )
         super().__init__(*args, **kwargs)
         refuse_many(self.args, self.accelerator)

@@ -131,8 +131,8 @@ def _states(model: nn.Module, forget: Any, layer: Layer, batch_size: int, precis
     feed = Feed({"forget": source(forget, "forget", batch_size)}, 0, device)
     if feed.reorders("forget") or feed.misses("forget") is not None:
         raise DataError(
-            "forget: a loader that shuffles or leaves items out has no numbers for them; pass the data set itself, or a "
-            "loader in its order"
+            "forget: a loader that shuffles or leaves items out has no numbers for them; pass the data set itself, or "
+            "a loader in its order"
         )
     found = []
     with borrowed_random(device), passing(model, device, precision, training=False), Statistics(model).frozen():

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlur.errors import ModelError
+from fastlur.interrupt import Whole
 from fastlur.slots import Selection, Slot, layout, select, tied
 
 LARGE = 128 << 10  # bytes a tensor, on average
@@ -257,6 +258,11 @@ class ParameterSpace:
             parameter.requires_grad_(True)
         self.closed = True
         _open.discard(self.model)
+
+    def home(self) -> None:
+        """Point the module's parameters at θ: an interruption may have come while they were on their way back."""
+        with Whole():
+            self._point_at(self.theta)
 
     def _point_at(self, point: Vector) -> None:
         self._here = point

@@ -155,6 +155,7 @@ class Step:
                     passes.statistics.keep(self.update.control[OK])
                     updated = True
         except BaseException:
+            self.space.home()
             if not updated:
                 passes.statistics.keep(torch.zeros((), device=self.space.device))
             raise

@@ -80,7 +80,7 @@ def test_every_method_ran_from_the_same_model_with_the_same_steps(done, arm):
     assert row["config"] == ARMS[arm].config("tiny", 0)
     assert row["strangers"] > 1.0
     # mox, which goes as far as the retain loss allows, hardly forgets here; what only trains on does not at all
-    assert row["forget"]["again"] < done[0].rows["before/final"]["forget"]["again"] - (0.1 if arm == "mox" else 0.5)
+    assert row["forget"]["again"] < done[0].rows["before/final"]["forget"]["again"] - (0.1 if arm == "mox" else 0.4)
 
 
 def test_lur_cannot_be_told_from_the_truth_and_keeps_the_rest(done):

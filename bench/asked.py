@@ -193,10 +193,11 @@ def large() -> str:
     for row in (each for each in _rows("step") if each["model"] in LARGE):
         lines += [f"{LARGE[row['model']]}, {row['batch']} + {row['batch']} items, {row['rounds']} rounds:", ""]
         lines += ["| | seconds a step | ÷ bare | MiB beyond the parameters |", "|---" * 4 + "|"]
-        extra = held.get(row["model"], {}).get("extra", {})
+        extra, items = held.get(row["model"], {}).get("extra", {}), held.get(row["model"], {}).get("batch")
+        of = "" if items in (None, row["batch"]) else f" ({items} + {items} items)"
         for arm, found in ({"bare": (1.0, 1.0, 1.0)} | row["ratio_to_bare"]).items():
             ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*found) if arm != "bare" else "1"
-            memory = f"{extra[arm]:.0f}" if arm in extra else "not measured"
+            memory = f"{extra[arm]:.0f}{of}" if arm in extra else "not measured"
             lines.append(f"| {arm} | {row['bare_seconds'] * found[0]:.2f} | {ratio} | {memory} |")
         lines.append("")
     machines = "; ".join(sorted({machine for machine, _ in _on_cpu("step")}))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from hashlib import blake2b
 from pathlib import Path
 
 import pytest
@@ -101,3 +103,13 @@ class Two:
         """Give everything back."""
         self.at.close()
         self.step.close()
+
+
+def forged(tmp_path, change):
+    """The newest checkpoint with another description and its checksum in order."""
+    path = max(tmp_path.glob("*.json"))
+    record = json.loads(path.read_bytes())["record"]
+    change(record)
+    text = json.dumps(record)
+    checksum = blake2b(text.encode(), digest_size=32).hexdigest()
+    path.write_bytes(json.dumps({"fastlur": "checkpoint", "record": record, "checksum": checksum}).encode())

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from hashlib import blake2b
 
 import pytest
 import torch
-from checkpoints import break_off, job
+from checkpoints import break_off, forged, job
 from helpers import same, state
 from torch import nn
 
 import fastlur
 from fastlur.stopping import Patience
-
-
-def forged(tmp_path, change):
-    """The newest checkpoint with another description and its checksum in order."""
-    path = max(tmp_path.glob("*.json"))
-    record = json.loads(path.read_bytes())["record"]
-    change(record)
-    text = json.dumps(record)
-    checksum = blake2b(text.encode(), digest_size=32).hexdigest()
-    path.write_bytes(json.dumps({"fastlur": "checkpoint", "record": record, "checksum": checksum}).encode())
-
 
 MISFITS = {
     "place in the data": lambda record: record["streams"]["retain"].update(taken=3),

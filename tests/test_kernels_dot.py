@@ -111,7 +111,7 @@ def test_what_is_not_finite_reaches_the_totals(bad):
 
 def test_a_thousand_repetitions_give_one_bit_pattern(monkeypatch):
     monkeypatch.setattr(modules["dot"], "BLOCK", 64)
-    a, b = draw([63, 5], seed=0), draw([63, 5], seed=1)
+    a, b = draw([65], seed=0), draw([65], seed=1)
     first = kernels.grad_dot(a, b)
     for _ in range(1000):
         assert same(kernels.grad_dot(a, b), first)

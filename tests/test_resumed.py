@@ -7,9 +7,8 @@ import os
 
 import pytest
 import torch
-from checkpoints import break_at, break_off, go_on, job
+from checkpoints import break_at, break_off, forged, go_on, job
 from helpers import Interrupted, blobs, mlp, same, state
-from test_same_run import forged
 
 import fastlur
 from fastlur.stopping import Patience

@@ -196,9 +196,9 @@ def summary(row: Row, times: dict[str, float], size: int) -> None:
     row["gigabytes_per_second"] = {
         each: round(TRAFFIC[row["operation"]] * 4 * size / times[each] / 1e9, 2) for each in mine
     }
-    row["of_copy"] = {
-        each: round(v / row["copy_gigabytes_per_second"], 3) for each, v in row["gigabytes_per_second"].items()
-    }
+    # from seconds: of a few bytes on a slow machine the bandwidth is rounded to nothing
+    copied = 2 / times["copy"]
+    row["of_copy"] = {each: round(TRAFFIC[row["operation"]] / times[each] / copied, 3) for each in mine}
     if theirs:
         best = min(theirs, key=lambda each: theirs[each])
         row["best_torch"] = best.removeprefix("torch: ")

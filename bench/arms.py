@@ -20,6 +20,7 @@ from fastlur.step import Step
 Arm = Callable[[], object]
 MODES = ("optimistic", "secant", "first_order", "exact")
 FRUGAL = "exact, graph made anew"
+LENT = "optimistic, normalized by retain items"  # the default where there is batch norm; the others by their own batch
 ONCE: dict[str, Any] = {"batches": 1}  # no more for what is done before the first step, which is no part of a step
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "joint": ("neggrad_plus", {}),
@@ -91,7 +92,8 @@ def named(name: str) -> Any:
 def lur(name: str) -> fastlur.LUR:
     """LUR in the mode named."""
     mode, _, rest = name.partition(", ")
-    return fastlur.LUR(gradient=mode, keep_graph=rest != "graph made anew")  # type: ignore[arg-type]
+    by = "retain" if name == LENT else "own"
+    return fastlur.LUR(gradient=mode, keep_graph=rest != "graph made anew", normalize_by=by)  # type: ignore[arg-type]
 
 
 def other(name: str) -> Any:

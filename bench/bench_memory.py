@@ -14,12 +14,12 @@ from typing import Any
 import gate
 import models
 import pytest
-from arms import FRUGAL, MODES, OTHERS
+from arms import FRUGAL, LENT, MODES, OTHERS
 from memory import TooLarge, measured
 from models import MODELS
 
 FULL = os.environ.get("FASTLUR_BENCH_FULL") == "1"
-ARMS = ("bare", *MODES, FRUGAL, *OTHERS)
+ARMS = ("bare", *MODES, LENT, FRUGAL, *OTHERS)
 CASES = [(name, items) for name in ("mlp", "vit", "resnet18") for items in (8, 64)]
 CASES += [(name, 2) for name in ("vit_s", "swin_t", "lm_100m")]
 SHORT = [("mlp", 8), ("resnet18", 8)]

@@ -14,14 +14,14 @@ import gate
 import models
 import pytest
 import torch
-from arms import FRUGAL, MODES, OTHERS, arms
+from arms import FRUGAL, LENT, MODES, OTHERS, arms
 from measure import interleaved, medians, ratio
 from models import MODELS
 
 FULL = os.environ.get("FASTLUR_BENCH_FULL") == "1"
 SECONDS = 20.0 if FULL else 10.0
 ROUNDS = {("resnet18", 64, "fp32", None): 6, ("resnet18", 8, "fp32", None): 16}  # where a target is set; elsewhere 4
-EVERYTHING = (*MODES, FRUGAL, *OTHERS)
+EVERYTHING = (*MODES, LENT, FRUGAL, *OTHERS)
 CASES = [
     (model, batch, precision, None, EVERYTHING)
     for model in ("mlp", "vit", "resnet18")

@@ -34,6 +34,7 @@ def alignment(model: nn.Module, forget: Any, retain: Any, mode: Any, precision: 
             gradient=mode,
             inner_lr=rho,
             relative_inner_lr=True,
+            normalize_by="own",
             precision=precision,
             **options,
         ) as step:

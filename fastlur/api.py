@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -97,19 +98,20 @@ def unlearn(
             models, and text by labels that are the input_ids. Gives the default losses, and how they read a batch.
         loss: retain loss `(model, batch) -> scalar`, such as `fastlur.losses.own_loss`; None: cross-entropy.
         forget_loss: loss `(model, batch) -> scalar` that forgets when minimised; None: the method's own (for LUR
-            `fastlur.losses.BoundedForgetting`). One with a target is in `fastlur.targets`.
+            `fastlur.targets.NoviceOrAscent`, which trains a teacher first). More are in `fastlur.targets`.
         steps: how many steps; None (with `epochs` None too): 150, or what is usual with the method. A method that
             makes no steps (SSD) makes none whatever is asked.
         epochs: the same in epochs; fractions are allowed.
         batch_size: items of each side a step, for data that do not come in batches.
         micro_batch: items that the model takes at a time, for one more forward a pass: the same gradient up to rounding
             (dropout draws other masks) with fewer activations; None: all, until memory runs out.
-        lr: learning rate; None: 0.03 for SGD, 1e-3 for AdamW, or what is usual with the method.
+        lr: learning rate; None: 0.03 for SGD, 1e-3 for AdamW, or what is usual with the method (LUR: 0.1 for SGD).
         schedule: "linear" (down to 0 at the end) or "constant".
         optimizer: "sgd", "adamw", or a `torch.optim.Optimizer`, which keeps its own learning rate.
         momentum: of SGD, in [0, 1).
         weight_decay: L2 for SGD, decoupled for AdamW.
-        max_grad_norm: clip the direction to this norm.
+        max_grad_norm: clip the direction to this norm, `math.inf` for no clipping; None: what is usual with the method
+            (LUR: 1, others: no clipping).
         parameters: None (all that require a gradient), globs such as "layer4.*", or `(name, parameter) -> bool`.
         precision: "fp32", or "bf16" for autocast; parameters stay as they are.
         compile: run forwards through `torch.compile`.
@@ -193,6 +195,8 @@ def unlearn(
             raise ArgumentError(f"lr={lr!r}: the optimizer that was passed keeps its own; set it there")
         usual = DEFAULT_LR | getattr(method, "rates", {})
         base = lr if lr is not None else usual.get(str(optimizer), 0.0)
+        clip = getattr(method, "max_grad_norm", None) if max_grad_norm is None else max_grad_norm
+        clip = None if clip == math.inf else clip
 
         settings = {
             "fastlur": __version__,
@@ -206,7 +210,7 @@ def unlearn(
             "optimizer": identity.optimizer_settings(optimizer),
             "momentum": momentum,
             "weight_decay": weight_decay,
-            "max_grad_norm": max_grad_norm,
+            "max_grad_norm": clip,
             "precision": precision,
             "max_retain_loss_increase": max_retain_loss_increase,
             "stop": [identity.name_of(rule) for rule in rules],
@@ -255,7 +259,7 @@ def unlearn(
                     lr=base,
                     momentum=momentum,
                     weight_decay=weight_decay,
-                    max_grad_norm=max_grad_norm,
+                    max_grad_norm=clip,
                     parameters=parameters,
                     precision=precision,
                     memory_format=memory_format,
@@ -309,6 +313,7 @@ def unlearn(
         if checkpoints is not None and not keep_checkpoints:
             checkpoints.purge()
     settings["micro_batch"] = step.passes.spare.rows
+    settings["forget_target"] = identity.name_of(step.passes.losses["forget"])
     settings["parameters_moved"] = sum(slot.numel for slot in step.space.slots)
     settings["parameters_total"] = sum(parameter.numel() for parameter in model.parameters())
     settings["method"] = identity.without_hashes(settings["method"])

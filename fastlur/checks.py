@@ -145,8 +145,9 @@ def numbers(lr: float, momentum: float, weight_decay: float, max_grad_norm: floa
         raise ArgumentError(f"momentum={momentum!r} must be in [0, 1), such as 0.9")
     if not number(weight_decay):
         raise ArgumentError(f"weight_decay={weight_decay!r} must be a finite number ≥ 0")
-    if max_grad_norm is not None and not (number(max_grad_norm) and max_grad_norm > 0):
-        raise ArgumentError(f"max_grad_norm={max_grad_norm!r} must be a positive number, or None")
+    unclipped = max_grad_norm is None or (isinstance(max_grad_norm, float) and max_grad_norm == math.inf)
+    if not unclipped and not (number(max_grad_norm) and max_grad_norm > 0):
+        raise ArgumentError(f"max_grad_norm={max_grad_norm!r} must be a positive number, math.inf or None")
     if unknown(precision, PRECISIONS):
         raise ArgumentError(f"precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
 

@@ -139,8 +139,10 @@ def estimate(
             {"retain": 1.0, "forget": method.forget_weight},
             precision=precision,
             training=getattr(method, "training", True),
+            normalize_by=getattr(method, "normalize_by", "own"),
         )
-        alike = (forget is None and forget_loss is None) or not getattr(method, "uses_forget", True)
+        same = forget is None and forget_loss is None and not passes.borrows
+        alike = same or not getattr(method, "uses_forget", True)
         sides: list[Which] = ["retain"] if alike else ["retain", "forget"]
         with passes.aside(batches, training=passes.training):
             try:

@@ -10,7 +10,7 @@ from fastlur.curvature import By
 from fastlur.errors import ArgumentError
 from fastlur.losses import BoundedForgetting, cross_entropy
 from fastlur.methods.lur import LUR, Order
-from fastlur.passes import Loss
+from fastlur.passes import Loss, NormalizeBy
 from fastlur.slots import Selection
 from fastlur.step import Step
 from fastlur.task import CAUSAL, of_model
@@ -43,6 +43,7 @@ class MetaStep(Step):
         seed: of dropout and other draws inside the passes.
         keep_graph: False: "exact" builds the inner gradient's graph anew for the Hessian-vector product.
         hessian: likewise for "exact", "autograd" or "func"; see `fastlur.LUR`.
+        normalize_by: likewise; whose statistics batch norm takes in forget passes.
         capture: on a CUDA device: record the fourth step as a CUDA graph and replay it from then on, wherever batches
             have its shapes and the same plain values beside their tensors; not for losses or models that wait for the
             device or draw random numbers. After `load_state_dict` it is recorded anew, three steps later.
@@ -75,12 +76,22 @@ class MetaStep(Step):
         seed: int = 0,
         keep_graph: bool = True,
         hessian: By = "autograd",
+        normalize_by: NormalizeBy = "retain",
         capture: bool = False,
     ) -> None:
         checks.losses(loss=loss, forget_loss=forget_loss)
         super().__init__(
             model,
-            LUR(inner_lr, forget_weight, gradient, order, relative_inner_lr, keep_graph, hessian=hessian),
+            LUR(
+                inner_lr,
+                forget_weight,
+                gradient,
+                order,
+                relative_inner_lr,
+                keep_graph,
+                hessian=hessian,
+                normalize_by=normalize_by,
+            ),
             {
                 "retain": loss or cross_entropy,
                 "forget": forget_loss or BoundedForgetting(per_target=of_model(model) == CAUSAL),

@@ -213,6 +213,12 @@ def rows_of(value: Any) -> int | None:
     return next((each.shape[0] for each in _tensors(value) if each.dim()), None)
 
 
+def first_rows(value: Any, count: int) -> Any:
+    """The first so many items of a batch; as it is where it has no rows."""
+    size = rows_of(value)
+    return value if size is None else _rows(value, size, 0, count)
+
+
 def _parts(value: Any, size: int, rows: int) -> Iterator[Any]:
     return (_rows(value, size, at, at + rows) for at in range(0, size, rows))
 

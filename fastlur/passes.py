@@ -6,25 +6,31 @@ pass moves the normalisation statistics, which precision.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastlur.curvature import By, Curvature, Pull, put
 from fastlur.data import Feed
-from fastlur.errors import ArgumentError, DataError, ModelError, not_scalar
-from fastlur.microbatch import Spare
+from fastlur.errors import ArgumentError, DataError, ModelError, nearest, not_scalar, unknown
+from fastlur.microbatch import Spare, first_rows, rows_of
 from fastlur.space import ParameterSpace, Vector
 from fastlur.statistics import Statistics
+from fastlur.virtual_norm import Recomputed, VirtualNorm
 from fastlur.world import derive, generators, passing, seed_torch
 
 Loss = Callable[[Any, Any], Tensor]
 Which = Literal["forget", "retain"]
+Call = Callable[[Loss, Any], Any]  # (loss, batch) ↦ its value
+NormalizeBy = Literal["own", "retain"]
 ARGUMENT: dict[Which, str] = {"forget": "forget_loss", "retain": "loss"}
+REFERENCE = 4  # one in so many retain items lends statistics, ...
+LEAST = 16  # ... but not fewer than these, where there are as many
 
 
 class Passes:
@@ -49,6 +55,8 @@ class Passes:
         feed: the data, for methods that look at more than a step's batches; None in a loop of the user's own.
         steps: how many steps are planned.
         rows: items that the model takes at a time; None: whole batches, until memory runs out.
+        normalize_by: whose statistics batch norm takes in forget passes: their "own", or those of some of the step's
+            "retain" items at the same weights (`fastlur.virtual_norm`), for another forward and backward over these.
     """
 
     def __init__(
@@ -64,7 +72,10 @@ class Passes:
         feed: Feed | None = None,
         steps: int | None = None,
         rows: int | None = None,
+        normalize_by: NormalizeBy = "own",
     ) -> None:
+        if unknown(normalize_by, get_args(NormalizeBy)):
+            raise ArgumentError(f"normalize_by={normalize_by!r} is unknown; {nearest(normalize_by, ('own', 'retain'))}")
         self.space = space
         self.losses = losses
         self.weights = weights
@@ -77,6 +88,7 @@ class Passes:
         self.values: dict[Which, Tensor] = {}
         self._feed = feed
         self.spare = Spare(space.model, space.model if forward is None else forward, rows)
+        self._norms = VirtualNorm(space.model) if normalize_by == "retain" and training else None
         self._batches: dict[Which, Any] = {}
         self.replaced: dict[Which, Any] = {}
         self.drew: bool | None = None
@@ -177,7 +189,7 @@ class Passes:
         kept = [(leaf, None if leaf.grad is None else leaf.grad.clone()) for leaf in also]
 
         def attempt() -> None:
-            value = self._evaluate(which, lambda own, batch: (loss or own)(self.forward, batch))
+            value = self._evaluate(which, self._called(which), loss)
             self.values.setdefault(which, value.detach())
             torch.autograd.backward(value * weight, inputs=[*leaves, *also])
 
@@ -214,7 +226,7 @@ class Passes:
             with ExitStack() as stack:  # buffers are put back after the backward, which may hold them
                 for which, statistics in zip(sides, moving, strict=True):
                     stack.enter_context(statistics())
-                    value = self._evaluate(which, lambda own, batch: own(self.forward, batch))
+                    value = self._evaluate(which, self._called(which))
                     self.values.setdefault(which, value.detach())
                     parts.append(value * self.weights[which])
                 torch.autograd.backward(parts[0] + parts[1], inputs=self.space.leaves())
@@ -226,7 +238,7 @@ class Passes:
         """The loss at the point, shape (), without a gradient: one forward, which moves no statistics."""
 
         def attempt() -> Tensor:
-            return self._evaluate(which, lambda own, batch: (loss or own)(self.forward, batch))
+            return self._evaluate(which, self._called(which), loss)
 
         with torch.no_grad(), self.space.at(at), self.statistics.frozen():
             return self.spare.run(attempt, self._batches[which])
@@ -266,14 +278,47 @@ class Passes:
         self.space.reached |= {i for i, each in enumerate(curvature.gradient) if each is not None}
         return _in_memory()(curvature.product)
 
-    def _evaluate(self, which: Which, call: Callable[[Loss, Any], Any]) -> Tensor:
+    @property
+    def borrows(self) -> bool:
+        """Whether forget passes are normalised by retain items."""
+        return bool(self._norms)
+
+    def _called(self, which: Which) -> Call:
+        """How a loss is called; no compiled form where layers are lent statistics: it would not notice."""
+        return lambda loss, batch: loss(self.spare.plain if self._reference(which) else self.forward, batch)
+
+    def _evaluate(self, which: Which, call: Call, loss: Loss | None = None) -> Tensor:
+        loss = self.losses[which] if loss is None else loss
+        if not self._reference(which):
+            return self._seeded(which, lambda: call(loss, self._batches[which]))
+        assert self._norms is not None
+        retain = self._batches["retain"]
+        rows = rows_of(retain) or 0
+        few = first_rows(retain, max(-(-rows // REFERENCE), min(rows, LEAST)))
+        try:
+            with self._norms.by(lambda: self._seeded("retain", lambda: call(self.losses["retain"], few))):
+                return self._seeded(which, lambda: call(loss, self._batches[which]))
+        except Recomputed as error:
+            warnings.warn(
+                f"normalize_by='retain' cannot be had of this model ({error}); forget passes are normalised by their "
+                "own statistics ('own' does so without this warning)",
+                stacklevel=2,
+            )
+            self._norms = None
+            return self._evaluate(which, call, loss)
+
+    def _seeded(self, which: Which, evaluate: Callable[[], Any]) -> Tensor:
         # the same numbers for every pass of this loss in this step: the same dropout mask
         seed_torch(derive(self.seed, self.step, which), self.space.device)
         before = None if self.drew is None else generators(self.space.device)
-        value = scalar(call(self.losses[which], self._batches[which]), ARGUMENT[which])
+        value = scalar(evaluate(), ARGUMENT[which])
         if before is not None:
             self.drew = self.drew or before != generators(self.space.device)
         return value
+
+    def _reference(self, which: Which) -> bool:
+        """Whether this pass is normalised by retain items: not in eval mode, and not where there are none."""
+        return which == "forget" and self.borrows and self.space.model.training and "retain" in self._batches
 
     def _moving_statistics(self, which: Which) -> Callable[[], AbstractContextManager[None]]:
         """What a pass runs in, decided once however often it is run."""

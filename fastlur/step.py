@@ -80,6 +80,7 @@ class Step:
                 feed=feed,
                 steps=steps,
                 rows=rows,
+                normalize_by=getattr(method, "normalize_by", "own"),
             )
             self.update = Update(self.space, optimizer, lr, momentum, weight_decay, max_grad_norm)
             with borrowed_random(self.space.device):

@@ -1,6 +1,6 @@
 """What a forget item should be answered once it is forgotten: forget losses with a target instead of a direction.
 
-    fastlur.unlearn(model, forget, retain, forget_loss=fastlur.targets.Novice())
+    fastlur.unlearn(model, forget, retain, forget_loss=fastlur.targets.Novice(epochs=5))
 
 Climbing away from an answer says nothing about where to go, and the right end differs from set to set: a class that is
 gone is answered by its neighbours, a random item almost as before, a mislabelled one by its true label. A target is an
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlur.data import Feed, source
-from fastlur.errors import ArgumentError, ModelError, nearest
+from fastlur.errors import ArgumentError, FastlurError, ModelError, nearest
 from fastlur.fresh import copied, renew
 from fastlur.identity import model_digest
 from fastlur.losses import BoundedForgetting, cross_entropy, divergence, logits_and_targets
@@ -29,6 +29,8 @@ from fastlur.world import borrowed_random, derive, mode, passing, seed_torch
 
 Part = Literal["all", "head"]
 LEARNED = 0.5  # of the loss of guessing; a novice that is no better has nothing to teach
+WELL_LEARNED = 0.1  # likewise, of one that nobody has asked for
+FEWEST, MOST = 150, 500  # steps of such a one
 LOOKS = 8  # retain batches that this is judged on
 WARM_UP = 0.1  # of a novice's steps
 NOT_TRUE = -1e4  # a logit whose probability is 0 in every precision, and still finite
@@ -139,9 +141,18 @@ class Novice(_Made):
     def prepare(self, passes: Passes) -> Loss:
         """Train the novice, and judge what it has learned."""
         try:
-            teacher = self._taught(passes.space.model, passes.feed, passes.losses["retain"], passes.precision)
+            return self.judged(passes, LEARNED)
         except ModelError as error:
-            return _instead(str(error))
+            warnings.warn(f"Novice: {error}. BoundedForgetting takes its place", stacklevel=2)
+            return BoundedForgetting()
+
+    def judged(self, passes: Passes, learned: float) -> Imitation:
+        """Train the novice on a run's retain data; its retain loss must come to this part of that of guessing.
+
+        Raises:
+            ModelError: it does not, or it cannot be trained.
+        """
+        teacher = self._taught(passes.space.model, passes.feed, passes.losses["retain"], passes.precision)
         retain, device = passes.losses["retain"], passes.space.device
         losses, guessing = [], math.inf
         with torch.no_grad(), passing(teacher, device, passes.precision, training=False), torch.no_grad():
@@ -149,9 +160,9 @@ class Novice(_Made):
                 losses.append(retain(teacher, batch).double())
                 guessing = math.log(logits_and_targets(teacher, batch)[0].shape[-1])
         found = float(torch.stack(losses).mean())
-        if not found < LEARNED * guessing:  # not a number is no success either
+        if not found < learned * guessing:  # not a number is no success either
             said = f"its retain loss is {found:.3g} after {self.epochs:g} epochs, that of guessing {guessing:.3g}"
-            return _instead(f"{said}; give it more epochs, or another lr")
+            raise ModelError(f"{said}; give it more epochs, or another lr")
         return Imitation(teacher, self.sharpness)
 
     def teacher(
@@ -198,6 +209,39 @@ class Novice(_Made):
         return _frozen(teacher)
 
 
+@dataclass(frozen=True)
+class NoviceOrAscent(_Made):
+    """A `Novice` where one can be had at a bounded price, and `BoundedForgetting` where not: the default of LUR.
+
+    The novice learns for three epochs of the retain data, but for 150 steps at least and 500 at most, so that it never
+    costs more than 500 forwards and backwards of a retain batch. It is taken if its retain loss then is a tenth of that
+    of guessing or less; a poorer one would have the model forget what it is to keep. It is not in models that cannot
+    learn so fast from scratch (large ones, those that were pretrained), in data that do not tell their length, and
+    where memory runs out. `result.settings["forget_target"]` tells what was taken.
+
+    Raises:
+        ArgumentError: a value out of range.
+    """
+
+    epochs: float = 3.0
+    sharpness: float = 2.0
+    lr: float = 3e-3
+
+    def __post_init__(self) -> None:
+        Novice(self.epochs, self.sharpness, self.lr)
+
+    def prepare(self, passes: Passes) -> Loss:
+        """Train a novice, or do not."""
+        per_epoch = passes.feed.per_epoch("retain") if passes.has_feed else None
+        if per_epoch is None:
+            return BoundedForgetting()
+        steps = min(max(self.epochs * per_epoch, FEWEST), MOST)
+        try:
+            return Novice(steps / per_epoch, self.sharpness, self.lr).judged(passes, WELL_LEARNED)
+        except (FastlurError, torch.OutOfMemoryError):
+            return BoundedForgetting()
+
+
 def _batches(feed: Feed, steps: int, per_epoch: int) -> Iterator[Any]:
     """So many batches of the retain data, in an order drawn anew in every epoch."""
     for epoch in range(-(-steps // per_epoch)):
@@ -211,11 +255,6 @@ def _frozen(model: nn.Module) -> nn.Module:
         parameter.grad = None
         parameter.requires_grad_(False)
     return model.eval()
-
-
-def _instead(why: str) -> Loss:
-    warnings.warn(f"Novice: {why}. BoundedForgetting takes its place", stacklevel=2)
-    return BoundedForgetting()
 
 
 def prepared(loss: Loss, passes: Passes) -> Loss:

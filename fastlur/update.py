@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ class Update:
         lr: learning rate, > 0.
         momentum: of SGD (β₁ of AdamW stays 0.9).
         weight_decay: L2 for SGD, decoupled for AdamW.
-        max_grad_norm: clip the direction to this norm; None: no clipping.
+        max_grad_norm: clip the direction to this norm; None or `math.inf`: no clipping.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class Update:
             lr=lr,
             momentum=0.9 if adamw else momentum,
             weight_decay=weight_decay,
-            clip=max_grad_norm or 0.0,
+            clip=0.0 if max_grad_norm in (None, math.inf) else max_grad_norm,
         )
 
     @property

@@ -60,30 +60,33 @@ ALIGNMENT: dict[str, Arm] = {
     },
 }
 
-# One setting for everything: which forget target may be the default? Nothing is tuned here.
-SETTING = {"lr": 0.03, "schedule": "linear", "trim": None, "mask": None}
-TARGETS = ("bounded", "novice", "blindspot", "second_choice", "head")
-DIRECTIONS = {"joint": {"inner_lr": 0.0, "gradient": "first_order"}, "optimistic": {}, "secant": {"gradient": "secant"}}
-# What else could be another default with a novice: settings of the method, and of the trial.
+# One setting for everything: which forget target may be the default, and with which settings? Nothing is tuned here.
+SETTING = {"schedule": "linear", "trim": None, "mask": None, "max_grad_norm": 1.0}
+TARGETS = ("bounded", "novice", "blindspot", "head")
+JOINT = {"inner_lr": 0.0, "gradient": "first_order"}
+# settings of the method, and of the trial
 VARIATIONS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "optimistic": ({}, {}),
+    "secant": ({"gradient": "secant"}, {}),
+    "joint": (JOINT, {}),
     "optimistic, weight 1": ({"forget_weight": 1.0}, {}),
-    "secant, weight 1": ({"forget_weight": 1.0, "gradient": "secant"}, {}),
-    "optimistic, weight 3": ({"forget_weight": 3.0}, {}),
-    "optimistic, weight 1, sharpness 1": ({"forget_weight": 1.0}, {"sharpness": 1.0}),
-    "optimistic, sharpness 1": ({}, {"sharpness": 1.0}),
     "optimistic, sharpness 1.5": ({}, {"sharpness": 1.5}),
-    "optimistic, lr 0.1": ({}, {"lr": 0.1}),
+    "optimistic, lr 0.03": ({}, {"lr": 0.03}),
+    "optimistic, no clipping": ({}, {"max_grad_norm": None}),
+    "optimistic, own statistics": ({"normalize_by": "own"}, {}),
 }
 
 
 def candidates() -> dict[str, dict[str, object]]:
     """The configurations of the study of targets, by name."""
-    found = [(target, name, more, {}) for target in TARGETS for name, more in DIRECTIONS.items()]
-    found += [("novice", name, *both) for name, both in VARIATIONS.items()]
+    named = [("novice", name, *both) for name, both in VARIATIONS.items()]
+    found = [*named, *((target, "optimistic", {}, {}) for target in TARGETS if target != "novice")]
+    whole = {"forget_weight": 0.3, "inner_lr": 0.1, "relative_inner_lr": True, "normalize_by": "retain"}
     return {
         f"target-{target}-{name}": {
-            "method": {"forget_weight": 0.3, "inner_lr": 0.1, "relative_inner_lr": True, **more},
+            "method": whole | more,
             "target": target,
+            "lr": 0.1,
             **SETTING,
             **trial,
         }

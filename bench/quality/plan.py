@@ -31,7 +31,7 @@ class Grid:
 
     scenarios: tuple[str, ...] = SCENARIOS
     arms: dict[str, Arm] = field(default_factory=dict)
-    trials: int = 9
+    trials: int = 6
     finals: tuple[str, ...] = FINAL
     truths: int = 1
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)

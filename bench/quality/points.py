@@ -9,10 +9,14 @@ from typing import Any
 
 from scipy.stats import qmc
 
-DIMENSIONS = 6  # learning rate, two knobs, target, part, schedule
+from fastlur.methods import METHODS
+
+DIMENSIONS = 8  # learning rate, two knobs, target, part, schedule, statistics, clipping
 TARGETS = ("own", "novice")
 PARTS = {"none": 0.7, "trim": 0.85, "mask": 1.0}  # upper ends of their shares of the cube's side
 LINEAR = 0.75  # the share of the linear schedule
+NORMS = ("own", "retain")  # whose statistics batch norm takes in forget passes
+CLIPS = (None, 1.0)  # norms that directions are clipped to
 SPARSITY, SHARE = 0.97, 0.5  # of a trim and a mask where these are offered beside a method's own
 
 
@@ -67,6 +71,9 @@ class Arm:
         knobs = {knob.name: knob.at(u[1 + place]) for place, knob in enumerate(self.knobs)}
         found["method"] |= {name: value for name, value in knobs.items() if name not in ("trim", "mask")}
         found |= {name: knobs[name] for name in ("trim", "mask") if name in knobs}
+        made = METHODS[self.method]
+        if made.training and made.uses_forget:  # where it makes a difference whose statistics batch norm takes
+            found["method"]["normalize_by"] = NORMS[int(u[6] * len(NORMS))]
         if self.open:
             found["target"] = TARGETS[int(u[3] * len(TARGETS))]
         part = next(name for name, end in PARTS.items() if u[4] < end)
@@ -75,6 +82,8 @@ class Arm:
         if part == "mask" and self.mask == "offered":
             found["mask"] = SHARE
         lr = None if self.lr is None else Knob("lr", *self.lr).at(u[0])
+        if lr is not None:
+            found["max_grad_norm"] = CLIPS[int(u[7] * len(CLIPS))]
         return found | {"lr": lr, "schedule": "linear" if u[5] < LINEAR else "constant"}
 
 

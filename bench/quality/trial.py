@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +127,8 @@ def assembled(method: str, config: dict[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {"method": METHODS[method](**settings), "schedule": config["schedule"]}
     if config["lr"] is not None:
         options["lr"] = config["lr"]
+    if "max_grad_norm" in config:
+        options["max_grad_norm"] = config["max_grad_norm"] or math.inf
     if config["target"] in ("bounded", "second_choice"):
         options["forget_loss"] = BoundedForgetting() if config["target"] == "bounded" else SecondChoice()
     return options

@@ -17,7 +17,7 @@ from fastlur import ops
 from fastlur.errors import ArgumentError, NonFiniteError, finite
 from fastlur.identity import fingerprint
 from fastlur.losses import BoundedForgetting
-from fastlur.passes import Loss, Passes, Which
+from fastlur.passes import Loss, NormalizeBy, Passes, Which
 from fastlur.space import Vector
 from fastlur.task import CAUSAL, CLASSIFICATION
 
@@ -167,16 +167,21 @@ class Recipe:
         rewrites: `prepare` writes to the weights themselves; they are then put back where something fails before the
             first step.
         rates: learning rates by optimizer where the user says nothing and `unlearn`'s do not fit.
+        max_grad_norm: what the direction is clipped to where the user says nothing; None: nothing.
         caveat: what the method does not guarantee, a sentence or two for the record of a run.
         presets: published settings by name: arguments of `unlearn`, those of the method itself under "method".
 
     Args:
         trim: what is done to the weights before anything else, such as `fastlur.methods.Trim()`; None: nothing.
         mask: says once which weights may move at all, such as `fastlur.methods.SaliencyMask()`; None: all.
+        normalize_by: whose statistics batch norm takes in forget passes in train mode: their "own", as published runs
+            have it, or those of a quarter of the step's "retain" items (`fastlur.virtual_norm`). In models without
+            batch norm there is no difference, and it costs nothing.
     """
 
     trim: Callable[[Passes], None] | None = field(default=None, kw_only=True)
     mask: Callable[[Passes], Vector] | None = field(default=None, kw_only=True)
+    normalize_by: NormalizeBy = field(default="own", kw_only=True)
 
     name: ClassVar[str] = "unnamed"
     training: ClassVar[bool] = True
@@ -187,6 +192,7 @@ class Recipe:
     steps: ClassVar[int | None] = None
     rewrites: ClassVar[bool] = False
     rates: ClassVar[dict[str, float]] = {}
+    max_grad_norm: ClassVar[float | None] = None
     caveat: ClassVar[str] = (
         "Approximate unlearning by optimisation, not certified deletion: nothing proves that the forget items have no "
         "influence left on the weights."
@@ -282,6 +288,8 @@ def _with_parts(cost: Any, method: Recipe) -> Any:
         notes.append(getattr(method.trim, "note", "before the first step: the trim"))
     if method.mask is not None:
         notes.append(getattr(method.mask, "note", "once: the mask"))
+    if method.normalize_by == "retain" and method.training and method.uses_forget:
+        notes.append("with batch norm a quarter of the retain batch is run again in every forget pass")
     note = "; ".join(filter(None, notes))
     masks = int(method.mask is not None)
     return replace(cost, buffers=cost.buffers + masks * BYTE, masks=cost.masks + masks, note=note)

@@ -13,8 +13,10 @@ from fastlur import meta, ops
 from fastlur.curvature import By
 from fastlur.errors import ArgumentError, check_flags, nearest, number
 from fastlur.methods.base import Cost, Direction, Recipe, State
-from fastlur.passes import Passes, Which
+from fastlur.passes import Loss, NormalizeBy, Passes, Which
 from fastlur.space import Vector
+from fastlur.targets import NoviceOrAscent
+from fastlur.task import CLASSIFICATION
 
 Order = Literal["retain_first", "forget_first"]
 RELATIVE_DEFAULT = 0.1
@@ -33,8 +35,9 @@ class LUR(Recipe):
     Args:
         inner_lr: the inner step α ≥ 0. None: a relative step of 0.1, which fits models of any scale; a number is an
             absolute step (parameters per gradient) unless `relative_inner_lr` is set.
-        forget_weight: λ ≥ 0, the factor on the forget loss. The default was the best of 0.1, 0.2 and 0.3 on digits (one
-            class, memorised wrong labels, a random tenth).
+        forget_weight: λ ≥ 0, the factor on the forget loss. The default was chosen on
+            MNIST for the default forget loss, `fastlur.targets.NoviceOrAscent` (docs/quality.md), together with the
+            learning rate (0.1 for SGD) and the norm that directions are clipped to (1).
         gradient: "optimistic" (two passes a step, and one gradient kept), "secant" (three), "exact" (two and a
             Hessian-vector product) or "first_order" (two, half of the alignment).
         order: which loss makes the inner step.
@@ -45,26 +48,34 @@ class LUR(Recipe):
             the transforms of torch.func, which was slower on every model that was measured (`bench/bench_exact.py`).
         trim: `fastlur.methods.Trim(…)` before the first step, as some published runs have it; None: no trim.
         mask: see `Recipe`.
+        normalize_by: see `Recipe`; here it is "retain": what is forgotten is to be forgotten in use.
 
     Raises:
         ArgumentError: a value out of range, or an unknown mode or order.
     """
 
     inner_lr: float | None = None
-    forget_weight: float = 0.2
+    forget_weight: float = 0.3
     gradient: meta.Gradient = "optimistic"
     order: Order = "retain_first"
     relative_inner_lr: bool = False
     keep_graph: bool = True
     hessian: By = field(default="autograd", kw_only=True)
+    normalize_by: NormalizeBy = field(default="retain", kw_only=True)
 
     name: ClassVar[str] = "lur"
+    rates: ClassVar[dict[str, float]] = {"sgd": 0.1}
+    max_grad_norm: ClassVar[float | None] = 1.0  # without it 0.1 is too much for a network without normalisation
 
     def __post_init__(self) -> None:
         meta.check_gradient(self.gradient)
         if self.inner_lr is not None:
             meta.check_inner_lr(self.inner_lr)
-        for name, known in (("order", get_args(Order)), ("hessian", get_args(By))):
+        for name, known in (
+            ("order", get_args(Order)),
+            ("hessian", get_args(By)),
+            ("normalize_by", get_args(NormalizeBy)),
+        ):
             if getattr(self, name) not in known:
                 raise ArgumentError(f"{name}={getattr(self, name)!r} is unknown; {nearest(getattr(self, name), known)}")
         check_flags(relative_inner_lr=self.relative_inner_lr, keep_graph=self.keep_graph)
@@ -77,6 +88,10 @@ class LUR(Recipe):
         again = self.gradient == "exact" and not self.keep_graph
         passes = 3 if self.gradient == "secant" or again else 2
         return Cost(passes=passes, products=int(self.gradient == "exact"), buffers=3)
+
+    def default_forget_loss(self, task: str) -> Loss:
+        """A novice's answers, or bounded ascent; of text bounded ascent by tokens."""
+        return NoviceOrAscent() if task == CLASSIFICATION else super().default_forget_loss(task)
 
     def prepare(self, passes: Passes) -> LURState:
         """Allocate: the two gradients and the displaced point, a parameter-sized buffer each, whatever the mode."""

@@ -8,6 +8,7 @@ through the inner step, as there.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fastlur.losses import negative_cross_entropy
@@ -17,12 +18,13 @@ from fastlur.methods.lur import LUR
 
 def _published(sparsity: float, *layers: str) -> dict[str, Any]:
     return {
-        "method": {"inner_lr": 1e-2, "gradient": "exact", "trim": Trim(sparsity, layers)},
+        "method": {"inner_lr": 1e-2, "gradient": "exact", "trim": Trim(sparsity, layers), "normalize_by": "own"},
         "forget_loss": negative_cross_entropy,
         "lr": 1e-2,
         "epochs": 10,
         "momentum": 0.9,
         "weight_decay": 0.0,
+        "max_grad_norm": math.inf,
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -82,14 +81,12 @@ def unlearn(
         >>> print(result.summary())                                       # doctest: +SKIP
         >>> fastlur.evaluate(model, forget=forget, retain=retain, test=test)   # doctest: +SKIP
 
-    A step takes one batch of each side. Both are drawn without replacement and cycle independently, whatever their
-    lengths. An *epoch* is one pass over the longer of the two, counted in its batches; the shorter one comes round
-    several times meanwhile.
+    A step takes one batch of each side. Both are drawn without replacement and cycle independently. An *epoch* is one
+    pass over the longer of the two, counted in its batches; the shorter one comes round several times meanwhile.
 
     Args:
-        model: changed in place; comes back as it came otherwise (mode, requires_grad, ties, no gradients). All passes
-            run in train mode, batch norm included; its statistics move in one retain pass a step; unless the
-            method's docs say otherwise.
+        model: changed in place; comes back as it came otherwise (mode, requires_grad, ties, no gradients). Unless the
+            method's docs say otherwise passes run in train mode; statistics move in one retain pass a step.
         forget: what to forget: `(inputs, targets)` tensors, a dict of tensors, a `Dataset`, a `DataLoader` (its own
             batches are used) or a re-iterable of batches.
         retain: what to keep, likewise, without the forget items.
@@ -98,7 +95,7 @@ def unlearn(
             models, and text by labels that are the input_ids. Gives the default losses, and how they read a batch.
         loss: retain loss `(model, batch) -> scalar`, such as `fastlur.losses.own_loss`; None: cross-entropy.
         forget_loss: loss `(model, batch) -> scalar` that forgets when minimised; None: the method's own (for LUR
-            `fastlur.targets.NoviceOrAscent`, which trains a teacher first). More are in `fastlur.targets`.
+            `fastlur.targets.NoviceOrAscent`, which trains a teacher first). More: `fastlur.targets`.
         steps: how many steps; None (with `epochs` None too): 150, or what is usual with the method. A method that
             makes no steps (SSD) makes none whatever is asked.
         epochs: the same in epochs; fractions are allowed.
@@ -110,8 +107,7 @@ def unlearn(
         optimizer: "sgd", "adamw", or a `torch.optim.Optimizer`, which keeps its own learning rate.
         momentum: of SGD, in [0, 1).
         weight_decay: L2 for SGD, decoupled for AdamW.
-        max_grad_norm: clip the direction to this norm, `math.inf` for no clipping; None: what is usual with the method
-            (LUR: 1, others: no clipping).
+        max_grad_norm: clip the direction to this norm; None: what is usual with the method (LUR: 1, others: inf).
         parameters: None (all that require a gradient), globs such as "layer4.*", or `(name, parameter) -> bool`.
         precision: "fp32", or "bf16" for autocast; parameters stay as they are.
         compile: run forwards through `torch.compile`.
@@ -195,8 +191,7 @@ def unlearn(
             raise ArgumentError(f"lr={lr!r}: the optimizer that was passed keeps its own; set it there")
         usual = DEFAULT_LR | getattr(method, "rates", {})
         base = lr if lr is not None else usual.get(str(optimizer), 0.0)
-        clip = getattr(method, "max_grad_norm", None) if max_grad_norm is None else max_grad_norm
-        clip = None if clip == math.inf else clip
+        clip = checks.clipping(method, max_grad_norm)
 
         settings = {
             "fastlur": __version__,

@@ -17,8 +17,9 @@ from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError, n
 from fastlur.leaves import Reached
 from fastlur.losses import IGNORED, logits_and_targets
 from fastlur.microbatch import Spare
-from fastlur.passes import Loss, Which, scalar
+from fastlur.passes import Loss, Which
 from fastlur.statistics import Statistics
+from fastlur.value import scalar
 from fastlur.world import borrowed_random, passing
 
 PRECISIONS = ("fp32", "bf16")
@@ -132,6 +133,12 @@ def rate(lr: object) -> None:
     """
     if not number(lr):
         raise ArgumentError(f"lr={lr!r} must be a finite number ≥ 0, such as 0.03")
+
+
+def clipping(method: object, given: float | None) -> float | None:
+    """The norm that directions are clipped to: as given, or what is usual with the method; None: they are not."""
+    found: float | None = getattr(method, "max_grad_norm", None) if given is None else given
+    return None if found == math.inf else found
 
 
 def numbers(lr: float, momentum: float, weight_decay: float, max_grad_norm: float | None, precision: str) -> None:

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastlur.errors import ModelError
+from fastlur.graph import ends, nodes
 from fastlur.space import ParameterSpace, Vector
 from fastlur.twice import Twice
 
@@ -133,7 +134,7 @@ class Curvature:
             loss, _ = self._value(self._leaves)
             _check_once(loss)
         index = {id(leaf): i for i, leaf in enumerate(self._leaves)}
-        return {index[id(leaf)] for leaf in _behind(loss) if id(leaf) in index}
+        return {index[id(leaf)] for leaf in ends(loss) if id(leaf) in index}
 
 
 def put(found: Sequence[Tensor | None], out: Vector) -> None:
@@ -171,32 +172,14 @@ class _Evaluator(nn.Module):
 
 def _check_twice(gradient: Sequence[Tensor | None]) -> None:
     """Refuse a graph with a dead end: asked for given leaves only, autograd would pass it over in silence."""
-    for node in _nodes(*(each for each in gradient if each is not None)):
+    for node in nodes(*(each for each in gradient if each is not None)):
         if node.name() in ("torch::autograd::Error", "torch::autograd::NotImplemented"):
             raise RuntimeError("an operation in it has no second derivative")
 
 
 def _check_once(loss: Tensor) -> None:
     """Refuse a forward through functions marked `once_differentiable`."""
-    for node in _nodes(loss):
+    for node in nodes(loss):
         backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
         if getattr(backward, "__code__", None) is _ONCE:
             raise RuntimeError(f"{node._forward_cls.__name__} is marked once_differentiable")
-
-
-def _behind(loss: Tensor) -> Iterator[Tensor]:
-    """The leaf tensors of the graph behind a loss."""
-    return (node.variable for node in _nodes(loss) if hasattr(node, "variable"))
-
-
-def _nodes(*outputs: Tensor) -> Iterator[Any]:
-    """Every node of the graph behind some tensors, once."""
-    seen: set[object] = set()
-    waiting: list[Any] = [output.grad_fn for output in outputs]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        waiting.extend(following for following, _ in node.next_functions)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from fastlur.errors import ModelError
+from fastlur.graph import nodes
 
 NAMED = 4  # parameters that a message names
 OPAQUE = "CheckpointFunctionBackward"
@@ -43,7 +44,7 @@ class Reached:
             if self._adapters or _checkpoints(self._model):
                 raise ModelError(self._message())
             return
-        for node in _nodes(value.grad_fn):
+        for node in nodes(value):
             if node.name() == OPAQUE:
                 raise ModelError(REENTRANT)
             self._unsure |= isinstance(node, BackwardCFunction)
@@ -108,15 +109,3 @@ def _adapters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 def _checkpoints(model: nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules())
-
-
-def _nodes(root: Any) -> Iterator[Any]:
-    """Every node of a graph."""
-    seen, left = set(), [root]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        left.extend(parent for parent, _ in node.next_functions)

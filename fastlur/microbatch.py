@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from fastlur.errors import ModelError
+from fastlur.rows import parts_of, rows_of, tensors_of
 from fastlur.statistics import Statistics
 from fastlur.world import borrowed_random, kept_modes, seed_torch
 
@@ -136,7 +137,7 @@ class MicroBatches:
             return self._forward(*arguments, **keywords)
 
         parts = []
-        for part in _parts((inputs, named), size, self._rows):
+        for part in parts_of((inputs, named), size, self._rows):
             again = torch.is_grad_enabled()
             parts.append(checkpoint(run, *part, use_reentrant=False) if again else run(*part))
         return _joined(parts, [min(self._rows, size - at) for at in range(0, size, self._rows)])
@@ -153,14 +154,14 @@ class MicroBatches:
         if module.training in self._seen:
             return
         count = min(size, max(2, min(self._rows, COMPARED)))
-        few = next(_parts((inputs, named), size, count))
+        few = next(parts_of((inputs, named), size, count))
         statistics, device = Statistics(module), next(module.parameters()).device
         buffers = statistics.copies()
 
         def outputs(rows: int, seed: int) -> list[Tensor]:
             seed_torch(seed, device)
-            parts = [self._forward(*arguments, **keywords) for arguments, keywords in _parts(few, count, rows)]
-            return list(_tensors(_joined(parts, [min(rows, count - at) for at in range(0, count, rows)])))
+            parts = [self._forward(*arguments, **keywords) for arguments, keywords in parts_of(few, count, rows)]
+            return list(tensors_of(_joined(parts, [min(rows, count - at) for at in range(0, count, rows)])))
 
         short, odd = False, None
         with torch.no_grad(), borrowed_random(device), kept_modes(module):
@@ -206,49 +207,6 @@ def refuse(module: nn.Module, why: str) -> None:
                 f"model: {why}, and {name!r}, a {kind}, normalises by the whole batch, which cannot be taken in parts "
                 f"then; {REMEDY}"
             )
-
-
-def rows_of(value: Any) -> int | None:
-    """The rows of the first tensor in it; None where there is none."""
-    return next((each.shape[0] for each in _tensors(value) if each.dim()), None)
-
-
-def first_rows(value: Any, count: int) -> Any:
-    """The first so many items of a batch; as it is where it has no rows."""
-    size = rows_of(value)
-    return value if size is None else _rows(value, size, 0, count)
-
-
-def _parts(value: Any, size: int, rows: int) -> Iterator[Any]:
-    return (_rows(value, size, at, at + rows) for at in range(0, size, rows))
-
-
-def _rows(value: Any, size: int, start: int, stop: int) -> Any:
-    if isinstance(value, Tensor):
-        return value[start:stop] if value.dim() and value.shape[0] == size else value
-    return _mapped(value, lambda each: _rows(each, size, start, stop))
-
-
-def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
-    """The same container of other things."""
-    if isinstance(value, Mapping):
-        made = {name: function(each) for name, each in value.items()}
-        return made if type(value) is dict else type(value)(**made)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(function, value))
-    if isinstance(value, tuple | list):
-        return type(value)(map(function, value))
-    return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | tuple | list):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(each)
-    elif isinstance(getattr(value, "logits", None), Tensor):
-        yield value.logits
 
 
 def _joined(parts: list[Any], rows: list[int]) -> Any:

@@ -6,7 +6,6 @@ pass moves the normalisation statistics, which precision.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -17,11 +16,12 @@ from torch import Tensor
 
 from fastlur.curvature import By, Curvature, Pull, put
 from fastlur.data import Feed
-from fastlur.errors import ArgumentError, DataError, ModelError, nearest, not_scalar, unknown
-from fastlur.microbatch import Spare, first_rows, rows_of
+from fastlur.errors import ArgumentError, ModelError, nearest, unknown
+from fastlur.microbatch import Spare
 from fastlur.space import ParameterSpace, Vector
 from fastlur.statistics import Statistics
-from fastlur.virtual_norm import Recomputed, VirtualNorm
+from fastlur.value import in_memory, scalar
+from fastlur.virtual_norm import Recomputed, VirtualNorm, reference_of
 from fastlur.world import derive, generators, passing, seed_torch
 
 Loss = Callable[[Any, Any], Tensor]
@@ -29,8 +29,6 @@ Which = Literal["forget", "retain"]
 Call = Callable[[Loss, Any], Any]  # (loss, batch) ↦ its value
 NormalizeBy = Literal["own", "retain"]
 ARGUMENT: dict[Which, str] = {"forget": "forget_loss", "retain": "loss"}
-REFERENCE = 4  # one in so many retain items lends statistics, ...
-LEAST = 16  # ... but not fewer than these, where there are as many
 
 
 class Passes:
@@ -56,7 +54,7 @@ class Passes:
         steps: how many steps are planned.
         rows: items that the model takes at a time; None: whole batches, until memory runs out.
         normalize_by: whose statistics batch norm takes in forget passes: their "own", or those of some of the step's
-            "retain" items at the same weights (`fastlur.virtual_norm`), for another forward and backward over these.
+            "retain" items (`fastlur.virtual_norm`), for another forward and backward over these.
     """
 
     def __init__(
@@ -74,16 +72,15 @@ class Passes:
         rows: int | None = None,
         normalize_by: NormalizeBy = "own",
     ) -> None:
-        if unknown(normalize_by, get_args(NormalizeBy)):
-            raise ArgumentError(f"normalize_by={normalize_by!r} is unknown; {nearest(normalize_by, ('own', 'retain'))}")
+        if unknown(normalize_by, known := get_args(NormalizeBy)):
+            raise ArgumentError(f"normalize_by={normalize_by!r} is unknown; {nearest(normalize_by, known)}")
         self.space = space
         self.losses = losses
         self.weights = weights
         self.precision = precision
         self.seed = seed
         self.training = training
-        self.steps = steps
-        self.step = 0
+        self.steps, self.step = steps, 0
         self.statistics = Statistics(space.model)
         self.values: dict[Which, Tensor] = {}
         self._feed = feed
@@ -135,8 +132,7 @@ class Passes:
     def of_step(self, step: int, forget: Any, retain: Any) -> Iterator[None]:
         """Inside, passes are those of this step on these batches; `values` collects the losses, unweighted."""
         self.step, self._batches = step, {"forget": forget, "retain": retain}
-        self.values, self.replaced = {}, {}
-        self._tracked = False
+        self.values, self.replaced, self._tracked = {}, {}, False
         self.space.reached.clear()
         try:
             with passing(self.space.model, self.space.device, self.precision, self.training):
@@ -264,11 +260,11 @@ class Passes:
             self.gradient(which, out)
 
             def product(v: Vector, hv: Vector) -> None:
-                with _in_memory():
+                with in_memory():
                     fresh(buffers=before).product(v, hv)
 
             return product
-        with _in_memory():
+        with in_memory():
             curvature = fresh()
         self.values.setdefault(which, curvature.loss)
         if self._first_retain(which):
@@ -276,7 +272,7 @@ class Passes:
         with torch.no_grad():
             put(curvature.gradient, out)
         self.space.reached |= {i for i, each in enumerate(curvature.gradient) if each is not None}
-        return _in_memory()(curvature.product)
+        return in_memory()(curvature.product)
 
     @property
     def borrows(self) -> bool:
@@ -289,21 +285,14 @@ class Passes:
 
     def _evaluate(self, which: Which, call: Call, loss: Loss | None = None) -> Tensor:
         loss = self.losses[which] if loss is None else loss
-        if not self._reference(which):
+        if self._norms is None or not self._reference(which):
             return self._seeded(which, lambda: call(loss, self._batches[which]))
-        assert self._norms is not None
-        retain = self._batches["retain"]
-        rows = rows_of(retain) or 0
-        few = first_rows(retain, max(-(-rows // REFERENCE), min(rows, LEAST)))
+        few = reference_of(self._batches["retain"])
         try:
             with self._norms.by(lambda: self._seeded("retain", lambda: call(self.losses["retain"], few))):
                 return self._seeded(which, lambda: call(loss, self._batches[which]))
         except Recomputed as error:
-            warnings.warn(
-                f"normalize_by='retain' cannot be had of this model ({error}); forget passes are normalised by their "
-                "own statistics ('own' does so without this warning)",
-                stacklevel=2,
-            )
+            error.warn()
             self._norms = None
             return self._evaluate(which, call, loss)
 
@@ -329,29 +318,3 @@ class Passes:
         first = which == "retain" and not self._tracked
         self._tracked |= first
         return first
-
-
-@contextmanager
-def _in_memory() -> Iterator[None]:
-    """Inside, the lack of memory is an error that says what to do: a graph of a graph is not taken in parts."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        said = (str(error).splitlines() or [""])[0]
-        raise ModelError(
-            f"gradient='exact' ran out of memory ({said}); use 'optimistic' or 'secant', which can take a batch in "
-            "parts, keep_graph=False, or a smaller batch_size"
-        ) from None
-
-
-def scalar(value: Any, name: str) -> Tensor:
-    """The value of the loss called `name`, if it can be minimised.
-
-    Raises:
-        DataError: it is not a scalar tensor, or depends on no moving parameter.
-    """
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        raise DataError(not_scalar(name, value))
-    if torch.is_grad_enabled() and not value.requires_grad:
-        raise DataError(f"{name}: depends on no parameter that may move; check `parameters`, and detach() in the loss")
-    return value.reshape(())

@@ -30,7 +30,7 @@ from fastlur.world import borrowed_random, derive, mode, passing, seed_torch
 Part = Literal["all", "head"]
 LEARNED = 0.5  # of the loss of guessing; a novice that is no better has nothing to teach
 WELL_LEARNED = 0.1  # likewise, of one that nobody has asked for
-FEWEST, MOST = 150, 500  # steps of such a one
+FEWEST, MOST = 60, 500  # steps of such a one
 LOOKS = 8  # retain batches that this is judged on
 WARM_UP = 0.1  # of a novice's steps
 NOT_TRUE = -1e4  # a logit whose probability is 0 in every precision, and still finite
@@ -204,7 +204,7 @@ class Novice(_Made):
                 group["lr"] = rate
             optimizer.zero_grad()
             with passing(teacher, device, precision, training=self.part == "all"):
-                torch.autograd.backward(loss(teacher, batch))
+                torch.autograd.backward(loss(teacher, batch), inputs=moving)
             optimizer.step()
         return _frozen(teacher)
 
@@ -213,7 +213,7 @@ class Novice(_Made):
 class NoviceOrAscent(_Made):
     """A `Novice` where one can be had at a bounded price, and `BoundedForgetting` where not: the default of LUR.
 
-    The novice learns for three epochs of the retain data, but for 150 steps at least and 500 at most, so that it never
+    The novice learns for three epochs of the retain data, but for 60 steps at least and 500 at most, so that it never
     costs more than 500 forwards and backwards of a retain batch. It is taken if its retain loss then is a tenth of that
     of guessing or less; a poorer one would have the model forget what it is to keep. It is not in models that cannot
     learn so fast from scratch (large ones, those that were pretrained), in data that do not tell their length, and

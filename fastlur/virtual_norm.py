@@ -12,6 +12,7 @@ Source: the idea of a reference batch is that of Salimans et al., "Improved Tech
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from fastlur.losses import wide
+from fastlur.rows import first_rows, rows_of
 
+REFERENCE = 4  # one in so many retain items lends statistics, ...
+LEAST = 16  # ... but not fewer than these, where there are as many
 RECOMPUTED = "it recomputes or moves saved tensors, as checkpointing does"
 
 
@@ -70,6 +74,20 @@ class VirtualNorm:
 
 class Recomputed(RuntimeError):
     """The model checkpoints its activations."""
+
+    def warn(self) -> None:
+        """Say what is done instead."""
+        warnings.warn(
+            f"normalize_by='retain' cannot be had of this model ({self}); forget passes are normalised by their own "
+            "statistics ('own' does so without this warning)",
+            stacklevel=3,
+        )
+
+
+def reference_of(retain: Any) -> Any:
+    """The items of a retain batch that lend their statistics."""
+    rows = rows_of(retain) or 0
+    return first_rows(retain, max(-(-rows // REFERENCE), min(rows, LEAST)))
 
 
 class _Lent(TorchFunctionMode):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -27,6 +30,31 @@ def decided(dots=(0.1, 2.0, 3.0), **hyper) -> tuple[Tensor, Tensor]:
 
 class Interrupted(Exception):
     pass
+
+
+def of_both(model, go, directory, at: int = 4):
+    """The weights after a run that nothing disturbs, and after the same one broken off after a step and made again.
+
+    Args:
+        model: as it is before both.
+        go: makes the run, given more options of `unlearn`.
+        directory: for checkpoints, of which there is one every two steps.
+        at: the step.
+    """
+    start = copy.deepcopy(model.state_dict())
+    go()
+    whole = state(model)
+
+    def breaks(event):
+        if event.step == at:
+            raise Interrupted
+
+    model.load_state_dict(start)
+    with pytest.raises(Interrupted):
+        go(checkpoint=directory, checkpoint_every=2, callbacks=[breaks])
+    model.load_state_dict(start)
+    go(checkpoint=directory, checkpoint_every=2)
+    return whole, state(model)
 
 
 def interrupt(event):

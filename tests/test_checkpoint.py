@@ -213,7 +213,7 @@ def test_a_refused_run_has_not_trimmed_the_model(tmp_path):
     model, data, options = job(tmp_path)
     break_off(model, data, options)
     before = state(model)
-    with pytest.raises(fastlur.CheckpointError, match="method was"):
+    with pytest.raises(fastlur.CheckpointError, match="forget_loss was"):
         fastlur.unlearn(model, *data, **options | {"method": "ssd"})
     with pytest.raises(fastlur.CheckpointError, match="method was"):
         fastlur.unlearn(model, *data, **options | {"method": fastlur.LUR(trim=Trim(0.1))})

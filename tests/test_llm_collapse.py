@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+from functools import partial
 
 import pytest
 import torch
-from helpers import Interrupted, same, state
+from helpers import of_both, same
 from tiny_lm import TinyLM, answers, padded, rows, texts, to_the_left
 
 import fastlur
@@ -161,20 +161,7 @@ class TestInARun:
 
     def test_an_interrupted_run_ends_the_same(self, tmp_path):
         model = TinyLM(dropout=0.2)
-        start = copy.deepcopy(model.state_dict())
-        run(model)
-        whole = state(model)
-
-        def breaks(event):
-            if event.step == 4:
-                raise Interrupted
-
-        model.load_state_dict(start)
-        with pytest.raises(Interrupted):
-            run(model, checkpoint=tmp_path, checkpoint_every=2, callbacks=[breaks])
-        model.load_state_dict(start)
-        run(model, checkpoint=tmp_path, checkpoint_every=2)
-        assert same(whole, state(model))
+        assert same(*of_both(model, partial(run, model), tmp_path))
 
     def test_an_answer_that_was_certain_becomes_less_likely(self):
         torch.manual_seed(0)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from helpers import Interrupted, same, state
+from helpers import of_both, same, state
 from tiny_lm import TinyLM, answers, padded, rows, texts
 
 import fastlur
@@ -171,20 +172,7 @@ def test_forget_sets_come_one_after_the_other():
 def test_an_interrupted_run_ends_the_same(tmp_path, method):
     forget, retain = with_preferred(texts(7), texts(7, seed=2)), texts(9, seed=1)
     model, options = TinyLM(dropout=0.2), {"steps": 6, "batch_size": 3}
-    start = copy.deepcopy(model.state_dict())
-    run(model, forget, retain, method, **options)
-    whole = state(model)
-
-    def breaks(event):
-        if event.step == 4:
-            raise Interrupted
-
-    model.load_state_dict(start)
-    with pytest.raises(Interrupted):
-        run(model, forget, retain, method, checkpoint=tmp_path, checkpoint_every=2, callbacks=[breaks], **options)
-    model.load_state_dict(start)
-    run(model, forget, retain, method, checkpoint=tmp_path, checkpoint_every=2, **options)
-    assert same(whole, state(model))
+    assert same(*of_both(model, partial(run, model, forget, retain, method, **options), tmp_path))
 
 
 def test_what_does_not_fit_is_refused_and_nothing_has_moved():

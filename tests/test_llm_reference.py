@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from helpers import Interrupted, same, state
+from helpers import of_both, same, state
 from tiny_lm import TinyLM, answers, padded, texts, to_the_left
 from torch import nn
 
@@ -20,6 +21,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 
 class Seen(Exception):
     pass
+
+
+def peft_llama(**more):
+    """A Llama of two layers with adapters on some of its matrices; the extra must be there."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    config = transformers.LlamaConfig(
+        vocab_size=13, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    adapters = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], **more)
+    return peft.get_peft_model(transformers.LlamaForCausalLM(config), adapters)
 
 
 def prepared(model, forget, retain, **losses):
@@ -157,21 +169,8 @@ class TestInARun:
     def test_an_interrupted_run_ends_the_same(self, tmp_path, loss):
         forget, retain = with_preferred(texts(7), texts(7, seed=2)), texts(9, seed=1)
         model = TinyLM(dropout=0.2)
-        start = copy.deepcopy(model.state_dict())
         options = {"forget_loss": loss, "loss": ReferenceKL(cross_entropy=1.0), "steps": 6, "lr": 0.1}
-        run(model, forget, retain, **options)
-        whole = state(model)
-
-        def breaks(event):
-            if event.step == 4:
-                raise Interrupted
-
-        model.load_state_dict(start)
-        with pytest.raises(Interrupted):
-            run(model, forget, retain, checkpoint=tmp_path, checkpoint_every=2, callbacks=[breaks], **options)
-        model.load_state_dict(start)
-        run(model, forget, retain, checkpoint=tmp_path, checkpoint_every=2, **options)
-        assert same(whole, state(model))
+        assert same(*of_both(model, partial(run, model, forget, retain, **options), tmp_path))
 
     def test_items_that_change_when_they_are_read_are_refused(self):
         class Changing(torch.utils.data.Dataset):
@@ -323,15 +322,7 @@ class TestAdapters:
         ].reference.copies
 
     def test_pefts_own_switch_is_the_one_that_is_set(self):
-        transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-        config = transformers.LlamaConfig(
-            vocab_size=13, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, max_position_embeddings=32,
-        )  # fmt: skip
-        made = peft.get_peft_model(
-            transformers.LlamaForCausalLM(config),
-            peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False),
-        ).eval()
+        made = peft_llama(init_lora_weights=False).eval()
         batch = {n: v for n, v in texts(4).items() if n != "labels"}
         with torch.no_grad():
             on = made(**batch).logits
@@ -344,14 +335,7 @@ class TestAdapters:
             assert torch.equal(made(**batch).logits, on)
 
     def test_a_peft_model_needs_no_copy(self):
-        transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-        config = transformers.LlamaConfig(
-            vocab_size=13, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, max_position_embeddings=32,
-        )  # fmt: skip
-        made = peft.get_peft_model(
-            transformers.LlamaForCausalLM(config), peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
-        )
+        made = peft_llama()
         before = state(made)
         loss = ReferenceKL(cross_entropy=1.0, keep="adapters")
         run(made, texts(7), texts(5, seed=1), forget_loss=NPO(), loss=loss, lr=0.3)

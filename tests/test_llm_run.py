@@ -141,7 +141,7 @@ class TestLosses:
 
     def test_the_default_of_text_is_per_target(self):
         assert fastlur.LUR().default_forget_loss("causal_lm").per_target
-        assert not fastlur.LUR().default_forget_loss("classification").per_target
+        assert not methods.PCGrad().default_forget_loss("classification").per_target
         assert "per_target=True" in run(llama(), steps=1).settings["forget_loss"]
 
     def test_a_model_that_returns_only_its_loss(self):

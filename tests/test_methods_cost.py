@@ -13,6 +13,7 @@ from test_methods import STEPPING, stepping
 
 import fastlur
 from fastlur import methods
+from fastlur.losses import BoundedForgetting, cross_entropy
 from fastlur.methods import METHODS
 from fastlur.passes import Passes
 from fastlur.space import ParameterSpace
@@ -133,7 +134,8 @@ class TestBeforeAndAfter:
     def opened(self, counter, method):
         """Forwards that preparing takes, on 4 forget and 20 retain batches."""
         model = counter.watch(mlp())
-        with stepping(model, method, blobs(32), blobs(160)):
+        plain = {"retain": cross_entropy, "forget": BoundedForgetting()}  # no target that is trained as well
+        with stepping(model, method, blobs(32), blobs(160), plain if isinstance(method, fastlur.LUR) else None):
             return counter.forwards
 
     def test_ltu_looks_at_sixteen_batches_with_the_model_and_six_disturbed_ones(self, counter):

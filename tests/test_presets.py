@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -86,10 +87,12 @@ def test_what_was_read_of_lur_is_what_its_presets_say():
         "cifar100_random50": (0.90, ("layer4.*", "fc.*")),
     }.items():
         found = fastlur.methods.preset("lur", name)
-        assert found.pop("method") == fastlur.LUR(inner_lr=0.01, gradient="exact", trim=Trim(sparsity, layers))
+        assert found.pop("method") == fastlur.LUR(
+            inner_lr=0.01, gradient="exact", trim=Trim(sparsity, layers), normalize_by="own"
+        )
         assert found.pop("forget_loss") is negative_cross_entropy
         assert found.pop("lr") in (0.1, 0.05, 0.01, 0.005)
-        assert found == {"epochs": 10, "momentum": 0.9, "weight_decay": 0.0}
+        assert found == {"epochs": 10, "momentum": 0.9, "weight_decay": 0.0, "max_grad_norm": math.inf}
 
 
 def test_what_was_read_of_mox_is_what_its_presets_say():

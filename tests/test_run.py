@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -34,8 +35,8 @@ class TestResult:
         }
         assert {len(column) for column in result.history.values()} == {40}
         assert result.history["step"] == list(range(1, 41))
-        assert result.history["lr"][0] == pytest.approx(0.03)
-        assert result.history["lr"][-1] == pytest.approx(0.03 / 40)
+        assert result.history["lr"][0] == pytest.approx(0.1)
+        assert result.history["lr"][-1] == pytest.approx(0.1 / 40)
         json.dumps(result.history)
 
     def test_summary_and_figures(self, job):
@@ -122,10 +123,11 @@ class TestRetainBudget:
             model,
             forget,
             retain,
-            method=fastlur.LUR(forget_weight=20.0),
+            method=fastlur.LUR(forget_weight=20.0, normalize_by="own"),
             forget_loss=fastlur.losses.negative_cross_entropy,
             schedule="constant",
             lr=lr,
+            max_grad_norm=math.inf,
             steps=60,
             batch_size=16,
             max_retain_loss_increase=limit,
@@ -232,7 +234,7 @@ class TestResume:
         with pytest.raises(Killed):
             fastlur.unlearn(*args, **options, callbacks=[kill_at(7)])
         for change, said in (
-            ({"lr": 0.01}, r"lr was 0\.03, now 0\.01"),
+            ({"lr": 0.01}, r"lr was 0\.1, now 0\.01"),
             ({"method": fastlur.LUR(gradient="secant")}, "method was"),
             ({"steps": 13}, "steps was 12, now 13"),
             ({"parameters": "10.*"}, "moving parameters was"),

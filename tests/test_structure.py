@@ -23,8 +23,8 @@ SHARED = {f"methods.{name}" for name in ("base", "components", "importance", "re
 
 # From the ground up: a module may import only what stands on a lower floor than itself.
 FLOORS = [
-    {"stats", "_version", "errors", "reference", "_extension", "placement", "task"},
-    {"backends", "capture", "footprint", "operands", "world", "leaves"},
+    {"stats", "_version", "errors", "reference", "_extension", "placement", "task", "graph", "rows"},
+    {"backends", "capture", "footprint", "operands", "world", "leaves", "value"},
     {"slots"},
     {"memory", "batches"},
     {"sharing"},
@@ -43,7 +43,7 @@ FLOORS = [
         "interrupt",
         "identity",
     },
-    {"space", "ours", "llm.likelihood", "llm.text"},
+    {"space", "ours", "virtual_norm", "llm.likelihood", "llm.text"},
     {"curvature", "snapshot", "fitting", "microbatch", "moving", "reach"},
     {"passes", "meta", "scores"},
     {"content", "methods.base", "frozen", "fresh", "membership"},

@@ -15,11 +15,11 @@ from torch.utils.checkpoint import checkpoint
 import fastlur
 from fastlur import demo
 from fastlur.losses import cross_entropy, negative_cross_entropy
-from fastlur.passes import LEAST, REFERENCE, Passes
+from fastlur.passes import Passes
 from fastlur.space import ParameterSpace
 from fastlur.statistics import Statistics
 from fastlur.targets import Imitation, Novice
-from fastlur.virtual_norm import VirtualNorm
+from fastlur.virtual_norm import LEAST, REFERENCE, VirtualNorm
 
 ALPHA, WEIGHT = 0.05, 0.7
 

@@ -16,8 +16,8 @@ from fastlur.llm.likelihood import arguments
 from fastlur.llm.reference import Keep, Reference, check_keep
 from fastlur.losses import IGNORED, wide
 from fastlur.methods.base import check_range
-from fastlur.microbatch import rows_of
 from fastlur.passes import Passes
+from fastlur.rows import rows_of
 
 Layer = int | str | Callable[[nn.Module], nn.Module]
 

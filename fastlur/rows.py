@@ -1,0 +1,53 @@
+"""The rows of a batch or of an output, whatever containers its tensors stand in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def rows_of(value: Any) -> int | None:
+    """The rows of the first tensor in it; None where there is none."""
+    return next((each.shape[0] for each in tensors_of(value) if each.dim()), None)
+
+
+def first_rows(value: Any, count: int) -> Any:
+    """The first so many items of a batch; as it is where it has no rows."""
+    size = rows_of(value)
+    return value if size is None else _cut(value, size, 0, count)
+
+
+def parts_of(value: Any, size: int, rows: int) -> Iterator[Any]:
+    """A batch of that size in parts of so many rows, the last one smaller."""
+    return (_cut(value, size, at, at + rows) for at in range(0, size, rows))
+
+
+def _cut(value: Any, size: int, start: int, stop: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[start:stop] if value.dim() and value.shape[0] == size else value
+    return _mapped(value, lambda each: _cut(each, size, start, stop))
+
+
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """The same container of other things."""
+    if isinstance(value, Mapping):
+        made = {name: function(each) for name, each in value.items()}
+        return made if type(value) is dict else type(value)(**made)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(function, value))
+    if isinstance(value, tuple | list):
+        return type(value)(map(function, value))
+    return value
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensors in it, in order; of an object its logits."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_of(each)
+    elif isinstance(getattr(value, "logits", None), Tensor):
+        yield value.logits

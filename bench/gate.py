@@ -68,9 +68,10 @@ def truth(model: nn.Module, forget: Any, retain: Any, mode: str) -> Tensor:
     alpha = RHO / a.norm()
     if mode == "optimistic":  # what the first step kept
         u = gradient(negative_cross_entropy, forget, alpha * a)
-        a = gradient(cross_entropy, retain, alpha * u)
+        a = gradient(cross_entropy, retain, RHO / max(a.norm(), u.norm()) * u)
         alpha = RHO / a.norm()
     u = gradient(negative_cross_entropy, forget, alpha * a)
+    alpha = RHO / max(a.norm(), u.norm())
     if mode == "first_order":
         return a + u - plain
     if mode == "exact":

@@ -111,20 +111,41 @@ class TestQuadratics:
     @WAYS
     @pytest.mark.parametrize("gradient", MODES)
     def test_relative_step_has_the_length_asked_for(self, way, gradient):
-        rho = 0.25
-        alpha = rho / self.grad_a(self.x).norm()
+        rho, a = 0.25, self.grad_a(self.x)
+        u = self.grad_b(self.x - rho * a / a.norm())
+        aligned = rho / max(a.norm(), u.norm()) * self.P @ u
+        expected = a + u if gradient == "first_order" else a + u - aligned
         (found,) = way(self.model, self.inner, self.outer, rho, gradient, relative=True)
-        (absolute,) = way(self.model, self.inner, self.outer, float(alpha), gradient)
-        torch.testing.assert_close(found["x"], absolute["x"], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found["x"], expected, rtol=1e-12, atol=1e-12)
+
+    @WAYS
+    @pytest.mark.parametrize("gradient", MODES)
+    @pytest.mark.parametrize("size", [1e-9, 1e9])
+    def test_no_displacement_of_a_relative_step_is_longer_than_that(self, way, gradient, size):
+        """However small the inner gradient is beside the outer one, as in a model that has been trained."""
+        seen = []
+
+        def looked_at(model):
+            seen.append(float(torch.as_tensor(model()).detach().sub(self.x).norm()))
+            return self.inner(model) * size
+
+        def outer(model):
+            seen.append(float(torch.as_tensor(model()).detach().sub(self.x).norm()))
+            return self.outer(model)
+
+        way(self.model, looked_at, outer, 0.25, gradient, relative=True, calls=3)
+        assert len(seen) >= 6
+        assert 0.2 < max(seen) < 0.25 + 1e-9
 
     @WAYS
     @pytest.mark.parametrize("gradient", MODES)
     def test_relative_step_of_a_vanishing_gradient_is_zero(self, way, gradient):
-        at_minimum = Point(torch.linalg.solve(self.P, self.p))
-        model = Point(at_minimum.x.detach() * 0)
         self.p = torch.zeros(5, dtype=torch.float64)
+        model = Point(self.p)  # at the minimum of A
+        u = self.grad_b(self.p)
+        expected = u if gradient == "first_order" else u - 0.5 / u.norm() * self.P @ u
         (found,) = way(model, self.inner, self.outer, 0.5, gradient, relative=True)
-        torch.testing.assert_close(found["x"], self.grad_b(model.x.detach()), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found["x"], expected, rtol=1e-12, atol=1e-12)
 
 
 class TestCubic:

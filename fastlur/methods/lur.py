@@ -41,7 +41,8 @@ class LUR(Recipe):
         gradient: "optimistic" (two passes a step, and one gradient kept), "secant" (three), "exact" (two and a
             Hessian-vector product) or "first_order" (two, half of the alignment).
         order: which loss makes the inner step.
-        relative_inner_lr: the inner step has length `inner_lr` whatever the gradient's norm: α = inner_lr/‖∇‖.
+        relative_inner_lr: the inner step has length `inner_lr` whatever the gradient's norm: α = inner_lr/‖∇‖, and for
+            the second-order term inner_lr/‖u‖ where the outer gradient u is the longer one.
         keep_graph: for "exact": hold the inner gradient's graph until the Hessian-vector product. False: build it anew
             then, for another forward and backward and less memory while the outer gradient is taken.
         hessian: for "exact": the Hessian-vector product by "autograd", differentiating its own backward, or by "func",

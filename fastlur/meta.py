@@ -88,8 +88,8 @@ def optimistic(arena: Arena[V], previous: V | None) -> tuple[V, V]:
 def _longer(arena: Arena[V], norm2: Tensor | None, u: V) -> Tensor | None:
     """The larger of ‖∇A‖² and ‖u‖², so that a relative step displaces by its length at most along u as well.
 
-    Divided by ‖∇A‖ alone α has no bound: a trained model hardly has a retain gradient, and is then evaluated worlds away
-    (on digits, variances in the first layers rose a hundredfold in the third step, and running statistics with them).
+    Divided by ‖∇A‖ alone α has no bound: a trained model hardly has a retain gradient, and would be evaluated worlds
+    away (on digits, variances in the first layers rose a hundredfold in the third step, running statistics with them).
     """
     return None if norm2 is None else torch.maximum(norm2, arena.norm2(u))  # type: ignore[arg-type]
 

@@ -16,6 +16,7 @@ from torch import nn
 
 import fastlur
 from fastlur.interrupt import Interrupt, Interrupted
+from fastlur.losses import BoundedForgetting
 from fastlur.methods import METHODS, Trim
 
 
@@ -50,7 +51,8 @@ def test_the_model_is_that_of_a_whole_step(name):
 
 
 def test_no_step_is_lost_and_the_run_goes_on_bit_for_bit(tmp_path):
-    model, data, options = job(tmp_path, checkpoint_every=50, steps=20)
+    # a target that is trained first would be interrupted itself
+    model, data, options = job(tmp_path, checkpoint_every=50, steps=20, forget_loss=BoundedForgetting())
     expected = whole(model, data, options)
     with pytest.raises(Interrupted, match="after step 7 of 20"):
         fastlur.unlearn(press_in_forward(mlp_like(model), 18), *data, **options)
@@ -103,6 +105,7 @@ def test_the_second_one_stops_at_once_and_theta_is_not_displaced():
             blobs(12),
             blobs(20),
             loss=loss,
+            forget_loss=BoundedForgetting(),
             steps=20,
             method=fastlur.LUR(gradient="secant", inner_lr=0.5),
             callbacks=[lambda event: seen.update({event.step: state(event.model)})],

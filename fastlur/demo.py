@@ -27,7 +27,7 @@ SCENARIOS = ("class", "mislabelled")
 FORGOTTEN_CLASS = 3
 MISLABELLED = 0.05
 EPOCHS = 40  # enough to memorise wrong labels
-STEPS = {"class": 25, "mislabelled": 50}  # what was learned against the rest of the data takes longer to go
+STEPS = {"class": 50, "mislabelled": 50}
 
 
 class Residual(nn.Module):

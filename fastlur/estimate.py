@@ -94,7 +94,8 @@ def estimate(
 
     Peak memory is that of the steps and of a trim or a mask before them (see docs/memory.md for what is counted). Not
     in it: the interpreter and its libraries, what an allocator keeps for itself, the data, checkpoints, a retain
-    budget, and what a method does before its first step by itself, such as the Fisher information of SSD. Steps that
+    budget, a target that is trained for the forget loss (`fastlur.targets`), and what a method does before its first
+    step by itself, such as the Fisher information of SSD. Steps that
     run a compiled forward take less.
 
     Args:

@@ -35,7 +35,7 @@ class MetaStep(Step):
         order: likewise.
         inner_lr: likewise.
         relative_inner_lr: likewise.
-        forget_weight: λ ≥ 0. 1 here, where the losses are usually your own; `fastlur.LUR` has 0.2 for its own loss.
+        forget_weight: λ ≥ 0. 1 here, where the losses are usually your own; `fastlur.LUR` has 0.3 for its own loss.
         parameters: None, globs or a predicate (see `fastlur.space.ParameterSpace`).
         precision: "fp32", or "bf16" for autocast with parameters kept as they are.
         memory_format: `torch.channels_last` for convolutional models.

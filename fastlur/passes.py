@@ -287,17 +287,17 @@ class Passes:
         loss = self.losses[which] if loss is None else loss
         if self._norms is None or not self._reference(which):
             return self._seeded(which, lambda: call(loss, self._batches[which]))
-        few = reference_of(self._batches["retain"])
+        whole, run = self._batches["retain"], partial(call, self.losses["retain"])
+        few = reference_of(whole)
         try:
-            with self._norms.by(lambda: self._seeded("retain", lambda: call(self.losses["retain"], few))):
+            with self._norms.by(*(partial(self._seeded, "retain", partial(run, each)) for each in (few, whole))):
                 return self._seeded(which, lambda: call(loss, self._batches[which]))
         except Recomputed as error:
             error.warn()
             self._norms = None
             return self._evaluate(which, call, loss)
 
-    def _seeded(self, which: Which, evaluate: Callable[[], Any]) -> Tensor:
-        # the same numbers for every pass of this loss in this step: the same dropout mask
+    def _seeded(self, which: Which, evaluate: Callable[[], Any]) -> Tensor:  # every pass: the same dropout mask
         seed_torch(derive(self.seed, self.step, which), self.space.device)
         before = None if self.drew is None else generators(self.space.device)
         value = scalar(evaluate(), ARGUMENT[which])

@@ -13,21 +13,24 @@ def rows_of(value: Any) -> int | None:
     return next((each.shape[0] for each in tensors_of(value) if each.dim()), None)
 
 
-def first_rows(value: Any, count: int) -> Any:
-    """The first so many items of a batch; as it is where it has no rows."""
+def spaced_rows(value: Any, count: int) -> Any:
+    """So many items of a batch, at equal distances; as it is where it has no rows."""
     size = rows_of(value)
-    return value if size is None else _cut(value, size, 0, count)
+    if not size:
+        return value
+    every = max(1, size // count)
+    return _cut(value, size, slice(0, every * count, every))
 
 
 def parts_of(value: Any, size: int, rows: int) -> Iterator[Any]:
     """A batch of that size in parts of so many rows, the last one smaller."""
-    return (_cut(value, size, at, at + rows) for at in range(0, size, rows))
+    return (_cut(value, size, slice(at, at + rows)) for at in range(0, size, rows))
 
 
-def _cut(value: Any, size: int, start: int, stop: int) -> Any:
+def _cut(value: Any, size: int, where: slice) -> Any:
     if isinstance(value, Tensor):
-        return value[start:stop] if value.dim() and value.shape[0] == size else value
-    return _mapped(value, lambda each: _cut(each, size, start, stop))
+        return value[where] if value.dim() and value.shape[0] == size else value
+    return _mapped(value, lambda each: _cut(each, size, where))
 
 
 def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlur.data import Feed, source
-from fastlur.errors import ArgumentError, FastlurError, ModelError, nearest
+from fastlur.errors import ArgumentError, ModelError, nearest
 from fastlur.fresh import copied, renew
 from fastlur.identity import model_digest
 from fastlur.losses import BoundedForgetting, cross_entropy, divergence, logits_and_targets
@@ -216,8 +216,8 @@ class NoviceOrAscent(_Made):
     The novice learns for three epochs of the retain data, but for 60 steps at least and 500 at most, so that it never
     costs more than 500 forwards and backwards of a retain batch. It is taken if its retain loss then is a tenth of that
     of guessing or less; a poorer one would have the model forget what it is to keep. It is not in models that cannot
-    learn so fast from scratch (large ones, those that were pretrained), in data that do not tell their length, and
-    where memory runs out. `result.settings["forget_target"]` tells what was taken.
+    learn so fast from scratch (large ones, those that were pretrained), in data that do not tell their length, where
+    the model takes a batch in parts, and where anything fails. `result.settings["forget_target"]` tells which it was.
 
     Raises:
         ArgumentError: a value out of range.
@@ -233,12 +233,14 @@ class NoviceOrAscent(_Made):
     def prepare(self, passes: Passes) -> Loss:
         """Train a novice, or do not."""
         per_epoch = passes.feed.per_epoch("retain") if passes.has_feed else None
-        if per_epoch is None:
+        if per_epoch is None or passes.spare.rows is not None:
             return BoundedForgetting()
         steps = min(max(self.epochs * per_epoch, FEWEST), MOST)
         try:
             return Novice(steps / per_epoch, self.sharpness, self.lr).judged(passes, WELL_LEARNED)
-        except (FastlurError, torch.OutOfMemoryError):
+        except (
+            Exception
+        ):  # nobody has asked for it, so nothing in it may stop the run; steps show what they cannot take
             return BoundedForgetting()
 
 

@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from fastlur.losses import wide
-from fastlur.rows import first_rows, rows_of
+from fastlur.rows import rows_of, spaced_rows
 
 REFERENCE = 4  # one in so many retain items lends statistics, ...
 LEAST = 16  # ... but not fewer than these, where there are as many
@@ -42,12 +42,13 @@ class VirtualNorm:
         return bool(self._layers)
 
     @contextmanager
-    def by(self, reference: Callable[[], object]) -> Iterator[None]:
-        """Inside, layers in train mode normalise by the statistics that they have in `reference`, which runs first.
+    def by(self, *references: Callable[[], object]) -> Iterator[None]:
+        """Inside, layers in train mode normalise by the statistics that they have in the reference, which runs first.
 
         It is a forward of the same model. Its graph is kept, so that gradients flow through the statistics. No running
         statistics move, neither in it nor inside; what else a layer counts is the affair of `Statistics.frozen`. A
-        layer that is called several times a forward has those of its every call.
+        layer that is called several times a forward has those of its every call. Of several references the first counts
+        that does not fail: a loss may not take a part of a batch.
 
         Raises:
             Recomputed: a part of the model is run again in the backward pass, when nothing is lent any more.
@@ -58,7 +59,16 @@ class VirtualNorm:
             with disable_saved_tensors_hooks(RECOMPUTED):
                 for each in lent:
                     vars(each.layer)["forward"] = each.note
-                reference()
+                for number, reference in enumerate(references, 1):
+                    try:
+                        reference()
+                        break
+                    except Exception as error:
+                        given_up = number == len(references) or isinstance(error, torch.OutOfMemoryError)
+                        if given_up or RECOMPUTED in str(error):
+                            raise
+                        for each in lent:
+                            each.noted.clear()
                 for each in lent:
                     vars(each.layer)["forward"] = each.use
                 yield
@@ -87,7 +97,7 @@ class Recomputed(RuntimeError):
 def reference_of(retain: Any) -> Any:
     """The items of a retain batch that lend their statistics."""
     rows = rows_of(retain) or 0
-    return first_rows(retain, max(-(-rows // REFERENCE), min(rows, LEAST)))
+    return spaced_rows(retain, max(-(-rows // REFERENCE), min(rows, LEAST)))
 
 
 class _Lent(TorchFunctionMode):
@@ -101,7 +111,7 @@ class _Lent(TorchFunctionMode):
         self.layer = layer
         self._own: Callable[..., Any] = layer.forward
         self._noting = True
-        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self.noted: list[tuple[Tensor, Tensor]] = []
         self._calls = 0
 
     def note(self, *inputs: Any, **named: Any) -> Any:
@@ -112,7 +122,7 @@ class _Lent(TorchFunctionMode):
 
     def use(self, *inputs: Any, **named: Any) -> Any:
         """That of those who borrow; by its own statistics where the reference did not come by."""
-        if not self._pairs:
+        if not self.noted:
             return self._own(*inputs, **named)
         self._noting = False
         with self:
@@ -142,10 +152,10 @@ class _Lent(TorchFunctionMode):
         if self._noting:
             variance, mean = torch.var_mean(wide(input), [0, *range(2, input.dim())], correction=0)
             scale = torch.rsqrt(variance + eps) if weight is None else torch.rsqrt(variance + eps) * weight
-            self._pairs.append((scale, -mean * scale if bias is None else bias - mean * scale))
-            scale, shift = self._pairs[-1]
+            self.noted.append((scale, -mean * scale if bias is None else bias - mean * scale))
+            scale, shift = self.noted[-1]
         else:
-            scale, shift = self._pairs[self._calls % len(self._pairs)]
+            scale, shift = self.noted[self._calls % len(self.noted)]
             self._calls += 1
         # torch's batch norm of mean 0 and variance 1 is a scale and a shift a channel, with a backward of one walk
         zero, one = torch.zeros_like(scale).detach(), torch.ones_like(scale).detach()

@@ -43,7 +43,12 @@ def judged(name, **options):
     return truth, before, fastlur.evaluate(model, **data, reference=truth)
 
 
-@pytest.mark.parametrize("name", BOUNDS)
+DAILY = "class"  # the others with `make check-slow`
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == DAILY else pytest.param(name, marks=pytest.mark.slow) for name in BOUNDS]
+)
 def test_three_arguments_come_near_the_retrained_model(name):
     _, before, after = judged(name)
     most, least_before = BOUNDS[name]

@@ -238,9 +238,7 @@ class NoviceOrAscent(_Made):
         steps = min(max(self.epochs * per_epoch, FEWEST), MOST)
         try:
             return Novice(steps / per_epoch, self.sharpness, self.lr).judged(passes, WELL_LEARNED)
-        except (
-            Exception
-        ):  # nobody has asked for it, so nothing in it may stop the run; steps show what they cannot take
+        except Exception:  # nobody has asked for it, so that nothing in it may stop the run
             return BoundedForgetting()
 
 

@@ -232,12 +232,8 @@ class Passes:
 
     def value(self, which: Which, at: Vector | None = None, *, loss: Loss | None = None) -> Tensor:
         """The loss at the point, shape (), without a gradient: one forward, which moves no statistics."""
-
-        def attempt() -> Tensor:
-            return self._evaluate(which, self._called(which), loss)
-
         with torch.no_grad(), self.space.at(at), self.statistics.frozen():
-            return self.spare.run(attempt, self._batches[which])
+            return self.spare.run(lambda: self._evaluate(which, self._called(which), loss), self._batches[which])
 
     def linearize(self, which: Which, out: Vector, *, keep_graph: bool = True, by: By = "autograd") -> Pull:
         """out ← weight · ∇loss at θ; returns H, where H(v, hv) sets hv ← weight · (Hessian of the loss at θ) v.
@@ -276,21 +272,27 @@ class Passes:
 
     @property
     def borrows(self) -> bool:
-        """Whether forget passes are normalised by retain items."""
+        """Whether forget passes of steps are normalised by retain items."""
         return bool(self._norms)
+
+    def _lending(self, which: Which) -> VirtualNorm | None:
+        """What lends a pass its statistics; None in eval mode, and where there are no retain items."""
+        asked = which == "forget" and self.space.model.training and "retain" in self._batches
+        return self._norms if asked and self.borrows else None
 
     def _called(self, which: Which) -> Call:
         """How a loss is called; no compiled form where layers are lent statistics: it would not notice."""
-        return lambda loss, batch: loss(self.spare.plain if self._reference(which) else self.forward, batch)
+        return lambda loss, batch: loss(self.spare.plain if self._lending(which) else self.forward, batch)
 
     def _evaluate(self, which: Which, call: Call, loss: Loss | None = None) -> Tensor:
         loss = self.losses[which] if loss is None else loss
-        if self._norms is None or not self._reference(which):
+        norms = self._lending(which)
+        if norms is None:
             return self._seeded(which, lambda: call(loss, self._batches[which]))
         whole, run = self._batches["retain"], partial(call, self.losses["retain"])
-        few = reference_of(whole)
+        references = [partial(self._seeded, "retain", partial(run, each)) for each in (reference_of(whole), whole)]
         try:
-            with self._norms.by(*(partial(self._seeded, "retain", partial(run, each)) for each in (few, whole))):
+            with norms.by(*references):
                 return self._seeded(which, lambda: call(loss, self._batches[which]))
         except Recomputed as error:
             error.warn()
@@ -304,10 +306,6 @@ class Passes:
         if before is not None:
             self.drew = self.drew or before != generators(self.space.device)
         return value
-
-    def _reference(self, which: Which) -> bool:
-        """Whether this pass is normalised by retain items: not in eval mode, and not where there are none."""
-        return which == "forget" and self.borrows and self.space.model.training and "retain" in self._batches
 
     def _moving_statistics(self, which: Which) -> Callable[[], AbstractContextManager[None]]:
         """What a pass runs in, decided once however often it is run."""

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastlur.placement import mapped
+
 
 def rows_of(value: Any) -> int | None:
     """The rows of the first tensor in it; None where there is none."""
@@ -34,15 +36,9 @@ def _cut(value: Any, size: int, where: slice) -> Any:
 
 
 def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
-    """The same container of other things."""
-    if isinstance(value, Mapping):
-        made = {name: function(each) for name, each in value.items()}
-        return made if type(value) is dict else type(value)(**made)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(function, value))
-    if isinstance(value, tuple | list):
-        return type(value)(map(function, value))
-    return value
+    """The same container of other things, mappings of their own kind too."""
+    made = mapped(value, function)
+    return type(value)(**made) if isinstance(value, Mapping) and type(value) is not dict else made
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -210,7 +210,7 @@ class Novice(_Made):
 
 
 @dataclass(frozen=True)
-class NoviceOrAscent(_Made):
+class NoviceOrAscent(Novice):
     """A `Novice` where one can be had at a bounded price, and `BoundedForgetting` where not: the default of LUR.
 
     The novice learns for three epochs of the retain data, but for 60 steps at least and 500 at most, so that it never
@@ -218,17 +218,7 @@ class NoviceOrAscent(_Made):
     of guessing or less; a poorer one would have the model forget what it is to keep. It is not in models that cannot
     learn so fast from scratch (large ones, those that were pretrained), in data that do not tell their length, where
     the model takes a batch in parts, and where anything fails. `result.settings["forget_target"]` tells which it was.
-
-    Raises:
-        ArgumentError: a value out of range.
     """
-
-    epochs: float = 3.0
-    sharpness: float = 2.0
-    lr: float = 3e-3
-
-    def __post_init__(self) -> None:
-        Novice(self.epochs, self.sharpness, self.lr)
 
     def prepare(self, passes: Passes) -> Loss:
         """Train a novice, or do not."""
@@ -237,7 +227,7 @@ class NoviceOrAscent(_Made):
             return BoundedForgetting()
         steps = min(max(self.epochs * per_epoch, FEWEST), MOST)
         try:
-            return Novice(steps / per_epoch, self.sharpness, self.lr).judged(passes, WELL_LEARNED)
+            return replace(self, epochs=steps / per_epoch).judged(passes, WELL_LEARNED)
         except Exception:  # nobody has asked for it, so that nothing in it may stop the run
             return BoundedForgetting()
 

@@ -58,19 +58,10 @@ class VirtualNorm:
         try:
             with disable_saved_tensors_hooks(RECOMPUTED):
                 for each in lent:
-                    vars(each.layer)["forward"] = each.note
-                for number, reference in enumerate(references, 1):
-                    try:
-                        reference()
-                        break
-                    except Exception as error:
-                        given_up = number == len(references) or isinstance(error, torch.OutOfMemoryError)
-                        if given_up or RECOMPUTED in str(error):
-                            raise
-                        for each in lent:
-                            each.noted.clear()
+                    vars(each.layer)["forward"] = each.forward
+                _first_of(references, lent)
                 for each in lent:
-                    vars(each.layer)["forward"] = each.use
+                    each.lends = True
                 yield
         except RuntimeError as error:
             if RECOMPUTED in str(error):
@@ -100,31 +91,44 @@ def reference_of(retain: Any) -> Any:
     return spaced_rows(retain, max(-(-rows // REFERENCE), min(rows, LEAST)))
 
 
+def _first_of(references: Sequence[Callable[[], object]], lent: list[_Lent]) -> None:
+    """Run the first reference that does not fail; what others have noted until they failed is dropped."""
+    *tries, last = references
+    for reference in tries:
+        try:
+            reference()
+            return
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if RECOMPUTED in str(error):
+                raise
+            for each in lent:
+                each.noted.clear()
+    last()
+
+
 class _Lent(TorchFunctionMode):
     """What a layer scales and shifts by, a pair a call of the reference; inside, batch norm by a batch is by these.
 
     The layer's own forward stays what it is, since layers of other libraries do more than to normalise.
+
+    Attributes:
+        layer: whose forward runs inside.
+        noted: the pairs.
+        lends: False: a forward notes its own statistics; True: it takes those noted, in their order.
     """
 
     def __init__(self, layer: _BatchNorm) -> None:
         super().__init__()
         self.layer = layer
-        self._own: Callable[..., Any] = layer.forward
-        self._noting = True
         self.noted: list[tuple[Tensor, Tensor]] = []
+        self.lends = False
+        self._own: Callable[..., Any] = layer.forward
         self._calls = 0
 
-    def note(self, *inputs: Any, **named: Any) -> Any:
-        """The layer's forward in the reference: by its own statistics, which are noted."""
-        self._noting = True
-        with self:
-            return self._own(*inputs, **named)
-
-    def use(self, *inputs: Any, **named: Any) -> Any:
-        """That of those who borrow; by its own statistics where the reference did not come by."""
-        if not self.noted:
-            return self._own(*inputs, **named)
-        self._noting = False
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """The layer's own, with what batch norm in it is by."""
         with self:
             return self._own(*inputs, **named)
 
@@ -147,16 +151,16 @@ class _Lent(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor | None:
-        if not training:
+        if not training or (self.lends and not self.noted):  # the reference may not have come by
             return None
-        if self._noting:
-            variance, mean = torch.var_mean(wide(input), [0, *range(2, input.dim())], correction=0)
-            scale = torch.rsqrt(variance + eps) if weight is None else torch.rsqrt(variance + eps) * weight
-            self.noted.append((scale, -mean * scale if bias is None else bias - mean * scale))
-            scale, shift = self.noted[-1]
-        else:
+        if self.lends:
             scale, shift = self.noted[self._calls % len(self.noted)]
             self._calls += 1
+        else:
+            variance, mean = torch.var_mean(wide(input), [0, *range(2, input.dim())], correction=0)
+            scale = torch.rsqrt(variance + eps) if weight is None else torch.rsqrt(variance + eps) * weight
+            shift = -mean * scale if bias is None else bias - mean * scale
+            self.noted.append((scale, shift))
         # torch's batch norm of mean 0 and variance 1 is a scale and a shift a channel, with a backward of one walk
         zero, one = torch.zeros_like(scale).detach(), torch.ones_like(scale).detach()
         return functional.batch_norm(input, zero, one, scale, shift, False, 0.0, 0.0)

@@ -24,6 +24,7 @@ from torch import Tensor
 from fastlur import ours
 from fastlur.errors import CheckpointError
 from fastlur.folder import Folder
+from fastlur.identity import name_of
 from fastlur.packing import pack, unpack
 from fastlur.step import Step
 from fastlur.world import random_states, set_random_states
@@ -194,6 +195,7 @@ class Checkpoints:
             "step": state["step"],
             "rows": state["rows"],
             "method": state["method"],
+            "forget_target": name_of(step.passes.losses["forget"]),
             "vectors": sorted(state["vectors"]),
             "optimizer": optimizer,
             "random": random,
@@ -232,6 +234,12 @@ class Checkpoints:
     @staticmethod
     def _fill(step: Step, record: dict[str, Any], tensor: Callable[[str], Tensor], names: set[str]) -> None:
         """Everything is read and compared first; the model is written last, when nothing can fail any more."""
+        target, theirs = name_of(step.passes.losses["forget"]), record["forget_target"]
+        if target != theirs:  # made from the data before the first step, it hangs on what fits in memory, too
+            raise CheckpointError(
+                f"checkpoint: its run went towards {theirs}, and this one came to {target}; resume it where it was "
+                "begun, or give forget_loss= in a run of its own"
+            )
         space = step.space
         weights = [tensor(f"weight/{name}") for name in space.names]
         for name, saved, view in zip(space.names, weights, space.theta.views, strict=True):

@@ -85,20 +85,22 @@ def _found(
         if value.is_floating_point() and not _finite(value.detach()):
             return SIDES, name, f"{name!r} itself is not finite: an update overflowed, or it was given so"
     if batches is not None:  # at θ, before anything is displaced by a gradient that is not finite itself
-        sides: tuple[Which, ...] = ()
-        names: list[str] = []
+        found: dict[Which, list[str]] = {}
         for side in SIDES:
             scratch = space.vector()
             with suppress(Exception), ExitStack() as stack:  # what fails here must not hide what is to be said
                 stack.enter_context(passes.of_step(step, batches["forget"], batches["retain"]))
                 stack.enter_context(passes.aside(batches, passes.training))
                 passes.gradient(side, scratch)
-            if found := _bad(passes, scratch):
-                sides, names = (*sides, side), names or found
-        if names:
-            spoiled = [side for side in sides if not all(map(_finite, tensors(batches[side])))]
+            if names := _bad(passes, scratch):
+                found[side] = names
+        spoiled = [side for side in found if not all(map(_finite, tensors(batches[side])))]
+        if spoiled == ["retain"] and passes.borrows:  # by whose statistics the forget loss is not finite either
+            found = {"retain": found["retain"]}
+        if found:
+            (first, names), *_ = found.items()
             itself = f"the {spoiled[0]} batch itself holds a value that is not, " if spoiled else ""
-            return sides, names[0], itself + _where(names, f"∇({sides[0]} loss)")
+            return tuple(found), names[0], itself + _where(names, f"∇({first} loss)")
     for vector in () if direction is None else (direction.forget, direction.retain):
         if vector is not None and (names := _bad(passes, vector)):
             return SIDES, names[0], _where(names, "the direction")

@@ -71,7 +71,8 @@ def images(n: int) -> tuple[Tensor, Tensor]:
 def run(model, forget=None, retain=None, **options):
     """A short `unlearn`."""
     options = {"steps": 3, "batch_size": 8, "progress": False} | options
-    return fastlur.unlearn(model, forget or images(12), retain or images(20), **options)
+    forget, retain = (images(n) if data is None else data for data, n in ((forget, 12), (retain, 20)))
+    return fastlur.unlearn(model, forget, retain, **options)
 
 
 class Point(nn.Module):

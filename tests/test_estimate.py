@@ -195,6 +195,14 @@ class TestParts:
         small = fastlur.estimate(model, batch(1), forms[1])
         assert small.other + small.activations == pytest.approx(8 * size(model))  # the programme on the host
 
+    def test_lent_statistics_hold_the_activations_of_their_reference_too(self):
+        """A quarter of the retain items go through the model once more in a forget pass."""
+        layers = [layer for _ in range(20) for layer in (nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU())]
+        model = nn.Sequential(*layers)
+        by = {by: fastlur.estimate(model, batch(4096), fastlur.LUR(normalize_by=by)) for by in ("own", "retain")}
+        assert 1.15 < by["retain"].activations / by["own"].activations < 1.4
+        assert by["retain"].vectors == by["own"].vectors
+
     def test_half_precision_halves_what_is_saved(self):
         model, data = Deep(), batch(512)
         full, half = (fastlur.estimate(model, data, precision=p).activations for p in ("fp32", "bf16"))

@@ -157,6 +157,16 @@ class TestNonFinite:
             assert "step 2" in str(one.value)
             assert same(state(model), before)
 
+    def test_a_forget_batch_is_not_blamed_for_statistics_that_it_was_lent(self):
+        model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4))
+        x, y = blobs(16)
+        for spoiled in ("retain", "forget"):
+            batches = {side: (x * float("nan") if side == spoiled else x, y) for side in ("forget", "retain")}
+            with fastlur.MetaStep(model) as step, pytest.raises(fastlur.NonFiniteError) as one:
+                step(batches["forget"], batches["retain"])
+            assert one.value.sides == (spoiled,)
+            assert f"the {spoiled} batch itself holds a value that is not" in str(one.value)
+
     def test_with_a_checkpoint_weights_that_somebody_ruined_are_put_back(self, tmp_path):
         model, seen = mlp(), {}
 

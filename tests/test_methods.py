@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import json
+import math
 
 import pytest
 import torch
@@ -235,3 +236,17 @@ def test_a_method_without_steps_is_a_whole_run():
     assert result.ended == "all steps done"
     assert "0 steps" in result.summary()
     assert not asked
+
+
+def test_directions_are_clipped_as_is_usual_with_the_method_unless_told_otherwise():
+    (x, y), retain = blobs(12), blobs(40)
+    forget, start = (x * 100, y), mlp()  # gradients are far above 1
+    for name, usual in (("lur", 1.0), ("neggrad_plus", math.inf)):
+        weights, recorded = {}, {}
+        for given in (None, 1.0, math.inf):
+            model = copy.deepcopy(start)
+            found = run(model, forget, retain, method=name, max_grad_norm=given, optimizer="sgd")
+            weights[given], recorded[given] = state(model), found.settings["max_grad_norm"]
+        assert same(weights[None], weights[usual])
+        assert not same(weights[1.0], weights[math.inf])
+        assert recorded == {None: None if usual == math.inf else usual, 1.0: 1.0, math.inf: None}

@@ -122,6 +122,8 @@ FORGED = {
     "seconds below zero": lambda record: record.update(seconds=-1.0),
     **{f"rows of {rows!r}": lambda record, rows=rows: record.update(rows=rows) for rows in (-3, 0, "x", 1.5, True)},
     "no vectors": lambda record: record.update(vectors=5),
+    "no target": lambda record: record.pop("forget_target"),
+    "another target": lambda record: record.update(forget_target=["Imitation()"]),
     "an object": lambda record: record.update(optimizer={"py/reduce": "os.system"}),
     "a number of a tensor": lambda record: record.update(random={"dict": [["torch", {"plain": 10**400}]]}),
 }

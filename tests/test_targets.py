@@ -13,7 +13,7 @@ import fastlur
 from fastlur.demo import scenario
 from fastlur.fresh import renew
 from fastlur.losses import BoundedForgetting
-from fastlur.targets import Imitation, Novice, SecondChoice
+from fastlur.targets import FEWEST, MOST, Imitation, Novice, NoviceOrAscent, SecondChoice
 
 QUICK = Novice(epochs=20, lr=3e-2)
 
@@ -176,6 +176,73 @@ class TestNovice:
         assert found.ua > 95
         assert found.ta > 90
         assert type(target).__name__ in result.settings["forget_loss"]
+
+
+class TestDefault:
+    """A novice where one can be had at a bounded price, otherwise ascent that is bounded; neither with a warning."""
+
+    @pytest.fixture(autouse=True)
+    def _without_a_warning(self, recwarn):
+        yield
+        assert not [each for each in recwarn if "Novice" in str(each.message)]
+
+    @staticmethod
+    def learning(items, epochs=3.0):
+        """The target that is made with so many retain items in batches of 8, and the steps that a novice took."""
+        retain, taken = learnable(items), []
+
+        def counting(model, batch):
+            taken[-1] += model.training
+            return fastlur.losses.cross_entropy(model, batch)
+
+        for target in (BoundedForgetting(), NoviceOrAscent(epochs=epochs, lr=3e-2)):  # without one data are tried, too
+            taken.append(0)
+            found = made(target, mlp(), blobs(12), retain, loss=counting)
+        return found, taken[1] - taken[0]
+
+    @pytest.mark.parametrize(
+        ("items", "epochs", "steps"), [(64, 3.0, FEWEST), (256, 3.0, 96), (256, 1000.0, MOST), (8, 0.5, FEWEST)]
+    )
+    def test_a_novice_learns_for_a_bounded_number_of_steps(self, items, epochs, steps):
+        target, taken = self.learning(items, epochs)
+        assert isinstance(target, Imitation)
+        assert target.sharpness == 2.0
+        assert taken == steps
+
+    def test_it_is_what_a_call_without_a_loss_takes(self):
+        result = run(mlp(), blobs(12), learnable(800), steps=1)
+        assert result.settings["forget_target"].startswith("Imitation(")
+
+    def test_one_that_has_learned_little_is_not_taken(self):
+        retain = blobs(64)  # whose labels mean nothing
+        assert isinstance(made(NoviceOrAscent(), mlp(), blobs(12), retain), BoundedForgetting)
+
+    def test_of_data_without_a_length_none_is_made(self):
+        class Endless(torch.utils.data.IterableDataset):
+            def __iter__(self):
+                x, y = learnable(64)
+                return iter(zip(x, y, strict=True))
+
+        loader = torch.utils.data.DataLoader(Endless(), 8)
+        assert isinstance(made(NoviceOrAscent(lr=3e-2), mlp(), blobs(12), loader), BoundedForgetting)
+
+    def test_nor_where_the_model_takes_a_batch_in_parts(self):
+        data = blobs(12), learnable(64)
+        assert isinstance(made(NoviceOrAscent(lr=3e-2), mlp(), *data), Imitation)
+        assert isinstance(made(NoviceOrAscent(lr=3e-2), mlp(), *data, micro_batch=4), BoundedForgetting)
+
+    def test_a_resumed_run_that_comes_to_another_target_is_refused(self, tmp_path, monkeypatch):
+        model, data = mlp(), (blobs(12), learnable(64))
+        options = {"checkpoint": tmp_path, "checkpoint_every": 1, "steps": 6, "forget_loss": NoviceOrAscent(lr=3e-2)}
+        with pytest.raises(Interrupted):
+            run(copy.deepcopy(model), *data, callbacks=[interrupt], **options)
+        before = state(model)
+        with monkeypatch.context() as patch:
+            patch.setattr("fastlur.targets.Novice.judged", lambda *_: 1 / 0)  # as where memory runs out
+            with pytest.raises(fastlur.CheckpointError, match=r"went towards Imitation.* came to BoundedForgetting"):
+                run(model, *data, **options)
+        assert same(state(model), before)
+        run(model, *data, **options)  # and where it comes to the same it goes on
 
 
 def test_the_second_choice_is_that_of_the_model_as_given():

@@ -173,6 +173,23 @@ def test_the_exact_direction_is_that_of_the_objective(order, hessian):
         assert torch.allclose(found[name], value, rtol=1e-7, atol=1e-10), name
 
 
+def test_one_backward_of_both_losses_is_what_two_are():
+    model, losses = normed(), {"forget": negative_cross_entropy, "retain": cross_entropy}
+    found = {}
+    for by in ("own", "retain"):
+        passes = Passes(ParameterSpace(model), losses, {"forget": WEIGHT, "retain": 1.0}, normalize_by=by)
+        together, apart = passes.space.vector(), passes.space.vector()
+        with passes.of_step(1, pictures(8, 1), pictures(64, 2)):
+            passes.joint(together)
+            passes.gradient("retain", apart)
+            passes.gradient("forget", apart, add=True)
+        for one, other in zip(together.flats, apart.flats, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+        found[by] = together.flats[0].clone()
+        passes.space.close()
+    assert not torch.allclose(found["own"], found["retain"], rtol=1e-2)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_without_batch_norm_it_is_nothing(mode):
     weights = []

@@ -153,7 +153,7 @@ def meta_gradient(
         inner_lr: α ≥ 0, in units of parameter per unit of gradient; with `relative` the length of the inner step.
         gradient: "exact", "secant", "first_order" or "optimistic" (see the module's docstring).
         relative: divide α by ‖∇A‖ (over all tensors), in −αHu by ‖u‖ where that is larger, so that no displacement is
-            longer than `inner_lr`; held constant under differentiation, 0 where that norm is 0.
+            longer than `inner_lr`; held constant under differentiation. Where what it is divided by is 0, θ stays.
         previous: for "optimistic", ∇A of the last call. The dict is updated in place to this call's, so that one dict,
             empty at first, handed to every call is all the state there is. None: no memory, which is "secant".
 

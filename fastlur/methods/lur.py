@@ -37,7 +37,8 @@ class LUR(Recipe):
             absolute step (parameters per gradient) unless `relative_inner_lr` is set.
         forget_weight: λ ≥ 0, the factor on the forget loss. The default was chosen on
             MNIST for the default forget loss, `fastlur.targets.NoviceOrAscent` (docs/quality.md), together with the
-            learning rate (0.1 for SGD) and the norm that directions are clipped to (1).
+            learning rate (0.1 for SGD) and the norm that directions are clipped to (1). All three hold for text and
+            for other forget losses too, for which they were not chosen.
         gradient: "optimistic" (two passes a step, and one gradient kept), "secant" (three), "exact" (two and a
             Hessian-vector product) or "first_order" (two, half of the alignment).
         order: which loss makes the inner step.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlur import ops
-from fastlur.errors import ArgumentError, NonFiniteError, finite
+from fastlur.errors import ArgumentError, NonFiniteError, finite, unknown
 from fastlur.identity import fingerprint
 from fastlur.losses import BoundedForgetting
 from fastlur.passes import Loss, NormalizeBy, Passes, Which
@@ -288,7 +288,7 @@ def _with_parts(cost: Any, method: Recipe) -> Any:
         notes.append(getattr(method.trim, "note", "before the first step: the trim"))
     if method.mask is not None:
         notes.append(getattr(method.mask, "note", "once: the mask"))
-    if method.normalize_by == "retain" and method.training and method.uses_forget:
+    if not unknown(method.normalize_by, ("retain",)) and method.training and method.uses_forget:
         notes.append("with batch norm a quarter of the retain batch is run again in every forget pass")
     note = "; ".join(filter(None, notes))
     masks = int(method.mask is not None)

@@ -270,7 +270,7 @@ def test_a_compiled_form_is_not_asked_where_statistics_are_lent(monkeypatch):
 def test_an_unknown_source_of_statistics_is_refused_and_nothing_has_changed():
     model = normed(torch.float32)
     before = state(model)
-    for by in ("forget", None, 1, torch.ones(2)):
+    for by in ("forget", None, 1, torch.ones(2).numpy()):
         with pytest.raises(fastlur.ArgumentError, match="normalize_by="):
             fastlur.MetaStep(model, normalize_by=by)
         method = fastlur.methods.METHODS["pcgrad"](normalize_by=by)

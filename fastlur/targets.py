@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlur.data import Feed, source
-from fastlur.errors import ArgumentError, ModelError, nearest
+from fastlur.errors import ArgumentError, ModelError, nearest, unknown
 from fastlur.fresh import copied, renew
 from fastlur.identity import model_digest
 from fastlur.losses import BoundedForgetting, cross_entropy, divergence, logits_and_targets
@@ -135,7 +135,7 @@ class Novice(_Made):
         check_range("epochs", self.epochs, low=1e-6, example=3)
         check_range("sharpness", self.sharpness, example=2.0)
         check_range("lr", self.lr, low=1e-12, example=3e-3)
-        if self.part not in get_args(Part):
+        if unknown(self.part, get_args(Part)):
             raise ArgumentError(f"part={self.part!r} is unknown; {nearest(self.part, get_args(Part))}")
 
     def prepare(self, passes: Passes) -> Loss:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlur import meta, ops
 from fastlur.curvature import By
-from fastlur.errors import ArgumentError, check_flags, nearest, number
+from fastlur.errors import ArgumentError, check_flags, nearest, number, unknown
 from fastlur.methods.base import Cost, Direction, Recipe, State
 from fastlur.passes import Loss, NormalizeBy, Passes, Which
 from fastlur.space import Vector
@@ -78,7 +78,7 @@ class LUR(Recipe):
             ("hessian", get_args(By)),
             ("normalize_by", get_args(NormalizeBy)),
         ):
-            if getattr(self, name) not in known:
+            if unknown(getattr(self, name), known):
                 raise ArgumentError(f"{name}={getattr(self, name)!r} is unknown; {nearest(getattr(self, name), known)}")
         check_flags(relative_inner_lr=self.relative_inner_lr, keep_graph=self.keep_graph)
         if not number(self.forget_weight):

@@ -156,7 +156,9 @@ class TestNovice:
         with pytest.raises(fastlur.ArgumentError, match="unlearn"):
             fastlur.MetaStep(mlp(), forget_loss=Novice())
 
-    @pytest.mark.parametrize("wrong", [{"epochs": 0}, {"sharpness": -1}, {"lr": 0}, {"part": "tail"}, {"part": torch.ones(2).numpy()}])
+    @pytest.mark.parametrize(
+        "wrong", [{"epochs": 0}, {"sharpness": -1}, {"lr": 0}, {"part": "tail"}, {"part": torch.ones(2).numpy()}]
+    )
     def test_refuses_what_is_out_of_range(self, wrong):
         with pytest.raises(fastlur.ArgumentError, match=next(iter(wrong))):
             Novice(**wrong)

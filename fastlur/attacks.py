@@ -10,10 +10,13 @@ import torch
 from numpy.typing import ArrayLike
 
 from fastlur.errors import ArgumentError
+from fastlur.world import borrowed_random
 
+HOST = torch.device("cpu")
 SPREAD = 1e-3  # log-odds; the least standard deviation that a Gaussian is fitted with
 
 
+@borrowed_random(HOST)  # from which the import of scikit-learn draws
 def membership(member: np.ndarray, stranger: np.ndarray, asked: np.ndarray) -> float:
     """Share of `asked`, percent, that an attack trained on `member` against `stranger` calls a stranger.
 
@@ -35,6 +38,7 @@ def membership(member: np.ndarray, stranger: np.ndarray, asked: np.ndarray) -> f
     return 100 * float((called == 0).mean())
 
 
+@borrowed_random(HOST)  # from which the import of scikit-learn draws
 def auc(lower: np.ndarray, higher: np.ndarray) -> float:
     """Probability that a value of `higher` exceeds one of `lower`, ties counted half."""
     from sklearn.metrics import roc_auc_score

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -171,6 +174,24 @@ def test_the_model_is_left_alone():
     assert model[0].training
     assert all(torch.equal(v, before[k]) for k, v in state(model).items())
     assert torch.equal(torch.get_rng_state(), random)
+
+
+FIRST = """
+import random, sys
+import torch
+import fastlur
+from torch import nn
+before = random.getstate()
+data = torch.randn(9, 6), torch.arange(9) % 4
+fastlur.evaluate(nn.Linear(6, 4), forget=data, retain=data, test=data)
+assert "sklearn" in sys.modules
+assert random.getstate() == before
+"""
+
+
+def test_the_first_call_of_a_process_draws_no_random_numbers_either():
+    """An import may: parts of scikit-learn draw from Python's generator when they are loaded."""
+    subprocess.run([sys.executable, "-c", FIRST], check=True, cwd=Path(fastlur.__file__).parents[1])
 
 
 def test_it_prints():

@@ -157,6 +157,7 @@ def last_tokens(batch: Mapping[str, Any]) -> Tensor:
     return torch.where(mask != 0, places, 0).amax(1)
 
 
+@borrowed_random(torch.device("cpu"))  # from which the import of scikit-learn draws
 def _scores(states: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:
     from sklearn.ensemble import IsolationForest
 

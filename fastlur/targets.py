@@ -43,16 +43,20 @@ class Imitation:
         teacher: a classifier with the classes of the model; asked in eval mode, never changed.
         sharpness: the power, ≥ 0; 1: as the teacher says, 0: any answer is as good as another.
         without_truth: leave the true class out of q.
+        weight: a factor on it, > 0, beside the method's own `forget_weight`.
 
     Raises:
         ArgumentError: a value out of range, or no module.
     """
 
-    def __init__(self, teacher: nn.Module, sharpness: float = 1.0, without_truth: bool = False) -> None:
+    def __init__(
+        self, teacher: nn.Module, sharpness: float = 1.0, without_truth: bool = False, weight: float = 1.0
+    ) -> None:
         if not isinstance(teacher, nn.Module):
             raise ArgumentError(f"teacher: a {type(teacher).__name__} is no torch.nn.Module")
         check_range("sharpness", sharpness, example=2.0)
-        self.teacher, self.sharpness, self.without_truth = teacher, sharpness, without_truth
+        check_range("weight", weight, low=1e-6, example=1.0)
+        self.teacher, self.sharpness, self.without_truth, self.weight = teacher, sharpness, without_truth, weight
 
     def __call__(self, model: Any, batch: Any) -> Tensor:
         """Mean over the batch, shape ()."""
@@ -61,10 +65,10 @@ class Imitation:
         wanted = wanted.float() * self.sharpness
         if self.without_truth:
             wanted = wanted.scatter(-1, targets.clamp(min=0)[:, None], NOT_TRUE)
-        return divergence(wanted, *logits_and_targets(model, batch))
+        return self.weight * divergence(wanted, *logits_and_targets(model, batch))
 
     def __repr__(self) -> str:
-        more = f"sharpness={self.sharpness}, without_truth={self.without_truth}"
+        more = f"sharpness={self.sharpness}, without_truth={self.without_truth}, weight={self.weight}"
         return f"Imitation({model_digest(self.teacher)}, {more})"
 
 
@@ -121,6 +125,7 @@ class Novice(_Made):
         lr: the highest learning rate.
         part: "all", or "head": only the last layer is drawn anew and trained, for models that cannot be trained from
             scratch in a few epochs. What the layers before it know of the forget items stays known.
+        weight: see `Imitation`.
 
     Raises:
         ArgumentError: a value out of range.
@@ -130,9 +135,11 @@ class Novice(_Made):
     sharpness: float = 2.0
     lr: float = 3e-3
     part: Part = "all"
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         check_range("epochs", self.epochs, low=1e-6, example=3)
+        check_range("weight", self.weight, low=1e-6, example=1.0)
         check_range("sharpness", self.sharpness, example=2.0)
         check_range("lr", self.lr, low=1e-12, example=3e-3)
         if unknown(self.part, get_args(Part)):
@@ -163,7 +170,7 @@ class Novice(_Made):
         if not found < learned * guessing:  # not a number is no success either
             said = f"its retain loss is {found:.3g} after {self.epochs:g} epochs, that of guessing {guessing:.3g}"
             raise ModelError(f"{said}; give it more epochs, or another lr")
-        return Imitation(teacher, self.sharpness)
+        return Imitation(teacher, self.sharpness, weight=self.weight)
 
     def teacher(
         self, model: nn.Module, retain: Any, *, loss: Loss = cross_entropy, batch_size: int = 128, seed: int = 0
@@ -213,12 +220,17 @@ class Novice(_Made):
 class NoviceOrAscent(Novice):
     """A `Novice` where one can be had at a bounded price, and `BoundedForgetting` where not: the default of LUR.
 
-    The novice learns for three epochs of the retain data, but for 60 steps at least and 500 at most, so that it never
-    costs more than 500 forwards and backwards of a retain batch. It is taken if its retain loss then is a tenth of that
-    of guessing or less; a poorer one would have the model forget what it is to keep. It is not in models that cannot
+    The novice learns for six epochs of the retain data, but for 60 steps at least and 500 at most, so that it never
+    costs more than 500 forwards and backwards of a retain batch. The model is drawn towards its answers with three times
+    the weight of an ascent, since they are an end to come to. It is taken if its retain loss then is a tenth of that of
+    guessing or less; a poorer one would have the model forget what it is to keep. It is not in models that cannot
     learn so fast from scratch (large ones, those that were pretrained), in data that do not tell their length, where
     the model takes a batch in parts, and where anything fails. `result.settings["forget_target"]` tells which it was.
     """
+
+    epochs: float = 6.0
+    sharpness: float = 1.75
+    weight: float = 3.0
 
     def prepare(self, passes: Passes) -> Loss:
         """Train a novice, or do not."""

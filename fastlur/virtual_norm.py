@@ -1,10 +1,10 @@
 """Virtual batch normalisation: batch norm by the statistics of a reference batch instead of the batch's own.
 
 Forget batches are seldom like the data: one class, one person, one trigger. Normalised by themselves they are not what
-the network sees in use, where statistics are those of everything, and what is learned on them does not carry over. On
-half of a class of MNIST a run that imitated its teacher under its own statistics missed the retrained model by 22
-points, and by 1 under those of retain items, gradients through the statistics included; without these (the running
-statistics of evaluation, or another pass's as constants) runs diverged.
+the network sees in use, where statistics are those of everything, and what is learned on them does not carry over:
+answers that were right in training are wrong afterwards. By the statistics of retain items they hold, if gradients go
+through the statistics too; without that (the running statistics of evaluation, or another pass's as constants) runs
+diverged. A feature that no retain item has is scaled by the square root of 1/eps, as it will be in use.
 
 Source: the idea of a reference batch is that of Salimans et al., "Improved Techniques for Training GANs", arXiv
 1606.03498. There it is one batch for all time and the item counts as well; here it is drawn anew in every step.

@@ -19,8 +19,8 @@ BENCH = Bench("cnn", "digits", epochs=20)
 BOUNDS = {
     "random10": (2.5, 0.0),
     "class": (1.0, 20.0),
-    "mislabelled": (2.5, 10.0),
-    "backdoor": (2.5, 10.0),
+    "mislabelled": (1.0, 10.0),
+    "backdoor": (1.0, 10.0),
 }
 
 

@@ -58,6 +58,12 @@ class TestImitation:
         found = Imitation(teacher, sharpness, without_truth)(model, (x, y))
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)  # the teacher's answers are float32
 
+    def test_weight_is_a_factor_on_it(self):
+        model, teacher, data = mlp(), mlp(), blobs(9)
+        one, three = (Imitation(teacher, 2.0, weight=weight)(model, data) for weight in (1.0, 3.0))
+        torch.testing.assert_close(three, 3 * one)
+        assert made(Novice(epochs=20, lr=3e-2, weight=3.0), mlp(), blobs(12), learnable(64)).weight == 3.0
+
     def test_asks_the_teacher_in_eval_mode_and_leaves_it_alone(self):
         teacher, (x, y) = mlp(dropout=0.9).train(), blobs(9)
         target, before = Imitation(teacher), state(teacher)
@@ -157,7 +163,8 @@ class TestNovice:
             fastlur.MetaStep(mlp(), forget_loss=Novice())
 
     @pytest.mark.parametrize(
-        "wrong", [{"epochs": 0}, {"sharpness": -1}, {"lr": 0}, {"part": "tail"}, {"part": torch.ones(2).numpy()}]
+        "wrong",
+        [{"epochs": 0}, {"sharpness": -1}, {"lr": 0}, {"weight": 0}, {"part": "tail"}, {"part": torch.ones(2).numpy()}],
     )
     def test_refuses_what_is_out_of_range(self, wrong):
         with pytest.raises(fastlur.ArgumentError, match=next(iter(wrong))):
@@ -208,7 +215,7 @@ class TestDefault:
     def test_a_novice_learns_for_a_bounded_number_of_steps(self, items, epochs, steps):
         target, taken = self.learning(items, epochs)
         assert isinstance(target, Imitation)
-        assert target.sharpness == 2.0
+        assert (target.sharpness, target.weight) == (NoviceOrAscent.sharpness, NoviceOrAscent.weight)
         assert taken == steps
 
     def test_it_is_what_a_call_without_a_loss_takes(self):

@@ -221,7 +221,7 @@ class NoviceOrAscent(Novice):
     """A `Novice` where one can be had at a bounded price, and `BoundedForgetting` where not: the default of LUR.
 
     The novice learns for six epochs of the retain data, but for 60 steps at least and 500 at most, so that it never
-    costs more than 500 forwards and backwards of a retain batch. The model is drawn towards its answers with three times
+    costs more than 500 forwards and backwards of a retain batch. The model is drawn to its answers with three times
     the weight of an ascent, since they are an end to come to. It is taken if its retain loss then is a tenth of that of
     guessing or less; a poorer one would have the model forget what it is to keep. It is not in models that cannot
     learn so fast from scratch (large ones, those that were pretrained), in data that do not tell their length, where

@@ -29,8 +29,10 @@ check-slow: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench/bench_*.py --benchmark-only -s
 
-# Everything, 1e8 elements too, kept in bench/results with the machine in it.
+# Everything, 1e8 elements too, kept in bench/results with the machine in it. Steps and memory may lie there in parts, one
+# case or some a file; they make way for the whole.
 bench-full: $(STAMP) ext
+	rm -f bench/results/cpu-*-step.json bench/results/cpu-*-memory.json
 	for part in exact growth memory ops scissorhands step whole; do \
 	  FASTLUR_BENCH_FULL=1 $(BIN)/python -m pytest bench/bench_$$part.py --benchmark-only -s --record $$part || exit 1; \
 	done

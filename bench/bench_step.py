@@ -54,7 +54,7 @@ def test_step(
     model = models.model(name)
     small = batch(min(items, 8), 2), batch(min(items, 8), 3)
     options = {} if layout is None else {"memory_format": getattr(torch, layout)}
-    checked = [arm for arm in others if arm in MODES or arm == FRUGAL]
+    checked = [arm for arm in others if arm in (*MODES, FRUGAL, LENT)]
     cosines = {arm: round(gate.check(model, *small, arm, precision, **options), 3) for arm in checked}
     with arms(model, batch(items, 0), batch(items, 1), precision, others, **options) as made:
         times = interleaved(made, SECONDS, fewest=ROUNDS.get((name, items, precision, layout), 4) if FULL else 4)

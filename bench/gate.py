@@ -1,13 +1,13 @@
-"""No figure for a wrong step: the alignment of each mode against the same formulas in float64, by plain autograd.
+"""No figure for a wrong step: what each mode makes of two batches against the same formulas in float64, plain autograd.
 
-What is compared is the direction less the undisplaced sum of the gradients, the part that the method is for. A fast
-step that does not align is not a result.
+Three things are compared: the direction less the undisplaced sum of the gradients, the part that the method is for (a
+fast step that does not align is not a result); that sum itself; and what the update moved.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,36 +17,50 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlur
 from fastlur.losses import cross_entropy, negative_cross_entropy
+from fastlur.statistics import Statistics
+from fastlur.virtual_norm import VirtualNorm, reference_of
 
 RHO = 0.1  # length of the inner step
-LEAST = {"fp32": 0.9, "bf16": 0.7}  # cosine
-Gradient = Callable[[Tensor | None], Tensor]
+LEAST = {"fp32": 0.9, "bf16": 0.7}  # cosine of what displacement adds
+LEAST_SUM = {"fp32": 0.999, "bf16": 0.9}  # of the undisplaced sum
+MOVED = 1e-3  # what an update may miss lr times its direction by, as a part of it
+RATE = 0.1
+BY: dict[str, Any] = {"normalize_by": "own", "relative_inner_lr": True, "forget_loss": negative_cross_entropy}
 
 
-def alignment(model: nn.Module, forget: Any, retain: Any, mode: Any, precision: str, **options: Any) -> Tensor:
-    """Ours: the direction of a second step at the same θ, less that with an inner step of length 0."""
+def directions(
+    model: nn.Module, forget: Any, retain: Any, mode: Any, precision: str, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Ours: the direction of a second step at the same θ, less that with an inner step of length 0; and the latter."""
     parts = []
     for rho in (RHO, 0.0):
         with fastlur.MetaStep(
-            copy.deepcopy(model),
-            forget_loss=negative_cross_entropy,
-            lr=0.0,
-            gradient=mode,
-            inner_lr=rho,
-            relative_inner_lr=True,
-            normalize_by="own",
-            precision=precision,
-            **options,
+            copy.deepcopy(model), lr=0.0, gradient=mode, inner_lr=rho, precision=precision, **(BY | options)
         ) as step:
             for _ in range(2):  # the second is where `optimistic` differs from `secant`
                 step(forget, retain)
-            pairs = zip(step.state.inner_gradient.views, step.state.outer_gradient.views, strict=True)
-            parts.append(torch.cat([(inner + outer).reshape(-1) for inner, outer in pairs]).double())
-    return parts[0] - parts[1]
+            parts.append(_direction(step))
+    return parts[0] - parts[1], parts[1]
 
 
-def truth(model: nn.Module, forget: Any, retain: Any, mode: str) -> Tensor:
-    """The same in float64."""
+def _direction(step: fastlur.MetaStep) -> Tensor:
+    pairs = zip(step.state.inner_gradient.views, step.state.outer_gradient.views, strict=True)
+    return torch.cat([(inner + outer).reshape(-1) for inner, outer in pairs]).double()
+
+
+def moved(model: nn.Module, forget: Any, retain: Any, mode: Any, precision: str, **options: Any) -> float:
+    """How far a first step of SGD is from −lr times its direction, as a part of that."""
+    model = copy.deepcopy(model)
+    before = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).double()
+    with fastlur.MetaStep(model, lr=RATE, gradient=mode, inner_lr=RHO, precision=precision, **(BY | options)) as step:
+        step(forget, retain)
+        wanted = -RATE * _direction(step)
+    after = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).double()
+    return float((after - before - wanted).norm() / wanted.norm())
+
+
+def truth(model: nn.Module, forget: Any, retain: Any, mode: str, normalize_by: str = "own") -> tuple[Tensor, Tensor]:
+    """The same two in float64."""
     model = copy.deepcopy(model).double().train()
     parameters = list(model.parameters())
     theta = [p.detach().clone() for p in parameters]
@@ -60,7 +74,13 @@ def truth(model: nn.Module, forget: Any, retain: Any, mode: str) -> Tensor:
             pieces = [None] * len(theta) if step is None else step.split([t.numel() for t in theta])
             for p, t, piece in zip(parameters, theta, pieces, strict=True):
                 p.copy_(t if piece is None else t - piece.view_as(t))
-        found = torch.autograd.grad(loss(model, wide(batch)), parameters, create_graph=graph)
+        with ExitStack() as stack:
+            if normalize_by == "retain" and loss is negative_cross_entropy:
+                stack.enter_context(Statistics(model).frozen())
+                norms = VirtualNorm(model)
+                stack.enter_context(norms.by(lambda: cross_entropy(model, reference_of(wide(retain)))))
+            value = loss(model, wide(batch))
+        found = torch.autograd.grad(value, parameters, create_graph=graph)
         return torch.cat([g.reshape(-1) for g in found])
 
     a = gradient(cross_entropy, retain)
@@ -73,39 +93,68 @@ def truth(model: nn.Module, forget: Any, retain: Any, mode: str) -> Tensor:
     u = gradient(negative_cross_entropy, forget, alpha * a)
     alpha = RHO / max(a.norm(), u.norm())
     if mode == "first_order":
-        return a + u - plain
+        return a + u - plain, plain
     if mode == "exact":
         with sdpa_kernel(SDPBackend.MATH):  # fused attention cannot be differentiated twice
             graph = gradient(cross_entropy, retain, None, True)
             product = torch.autograd.grad(graph @ u, parameters)
-        return a - alpha * torch.cat([h.reshape(-1) for h in product]) + u - plain
-    return gradient(cross_entropy, retain, alpha * u) + u - plain
+        return a - alpha * torch.cat([h.reshape(-1) for h in product]) + u - plain, plain
+    return gradient(cross_entropy, retain, alpha * u) + u - plain, plain
 
 
 def check(model: nn.Module, forget: Any, retain: Any, mode: str, precision: str, **options: Any) -> float:
-    """The cosine between the two; raises where it is too small, or where only half of the alignment is there.
+    """The cosine of what displacement adds; raises where anything is not as in float64.
 
-    The two halves may point the same way, so that a cosine cannot tell one from both. In fp32, where rounding is
-    smaller than a half, ours must then be nearer to its own truth than to that of `first_order`.
+    The two halves of the alignment may point the same way, so that a cosine cannot tell one from both: ours must be
+    nearer to its own truth than to that of `first_order`, too.
+
+    Args:
+        model: the weights; a copy is stepped.
+        forget: a small batch, since the truth is in float64.
+        retain: likewise.
+        mode: an arm of LUR, as `arms` names them.
+        precision: "fp32" or "bf16".
+        **options: what else a `MetaStep` takes.
+
+    Raises:
+        AssertionError: with what is wrong.
     """
     mode, options = _mode(mode, options)
-    ours, own = alignment(model, forget, retain, mode, precision, **options), truth(model, forget, retain, mode)
-    cosine = float(functional.cosine_similarity(ours, own, dim=0))
+    by = options.get("normalize_by", "own")
+    (ours, sum_of_ours), (own, plain) = _both(model, forget, retain, mode, precision, options)
+    cosine, straight = _cosine(ours, own), _cosine(sum_of_ours, plain)
     assert cosine >= LEAST[precision], f"{mode} in {precision} does not align: cosine {cosine:.3f}"
-    if precision == "fp32" and mode != "first_order":
-        half = truth(model, forget, retain, "first_order")
+    assert straight >= LEAST_SUM[precision], f"{mode} in {precision}: the gradients are others, cosine {straight:.3f}"
+    if mode != "first_order":
+        half, _ = truth(model, forget, retain, "first_order", by)
         assert (ours - own).norm() < (ours - half).norm(), f"{mode} in {precision} does not align: it is first_order"
+    missed = moved(model, forget, retain, mode, precision, **options)
+    assert missed <= MOVED, f"{mode} in {precision}: the update misses its direction by {missed:.1e}"
     return cosine
 
 
 def compared(model: nn.Module, forget: Any, retain: Any, mode: str, precision: str, **options: Any) -> float:
-    """The cosine between the two."""
+    """The cosine of what displacement adds, whatever it is."""
     mode, options = _mode(mode, options)
-    ours = alignment(model, forget, retain, mode, precision, **options)
-    return float(functional.cosine_similarity(ours, truth(model, forget, retain, mode), dim=0))
+    (ours, _), (own, _) = _both(model, forget, retain, mode, precision, options)
+    return _cosine(ours, own)
+
+
+def _both(
+    model: nn.Module, forget: Any, retain: Any, mode: str, precision: str, options: dict[str, Any]
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return (
+        directions(model, forget, retain, mode, precision, **options),
+        truth(model, forget, retain, mode, options.get("normalize_by", "own")),
+    )
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    return float(functional.cosine_similarity(one, other, dim=0))
 
 
 def _mode(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The mode of an arm, and its options: "exact, graph made anew" is `exact` without the graph kept."""
+    """The mode of an arm, and its options: `exact` without the graph kept, or statistics of retain items."""
     mode, _, variant = name.partition(", ")
-    return mode, options | {"keep_graph": False} if variant else options
+    more = {"graph made anew": {"keep_graph": False}, "normalized by retain items": {"normalize_by": "retain"}}
+    return mode, options | more.get(variant, {})

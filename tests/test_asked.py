@@ -31,20 +31,42 @@ def step(items, spread=0.01, **ratios):
 
 def test_without_results_nothing_is_held_or_missed(results):
     assert len(lines()) > 10
-    assert all("not measured |  |" in line for line in lines() if "as accounted" not in line)
+    assert all("not measured |  |" in line for line in lines())
 
 
 def test_a_bound_is_held_or_missed_where_the_middle_half_is_on_one_side(results):
     results("cpu-a-step", step(64, optimistic=1.0, secant=1.55, exact=2.0))
     results("cpu-b-step", step(8, spread=0.1, optimistic=1.04))
     found = [line for line in lines() if line.startswith("| step of")]
-    assert [line.split("|")[4].strip() for line in found] == ["held", "undecided", "**missed**", "held"]
+    assert [line.split("|")[4].strip() for line in found] == ["held", "undecided", "", "", "**missed**", "held"]
     assert "1.04 [0.94, 1.14]" in found[1]
+
+
+def test_of_two_measurements_of_a_step_the_dearer_one_counts(results):
+    results("cpu-a-step", step(64, optimistic=1.0))
+    ratios = {"LUR, optimistic": [1.1, 1.05, 1.2]}
+    results("cpu-scissorhands", {"batch": 64, "ratio_to_bare": ratios, "optimistic_to": {}})
+    found = next(line for line in lines() if line.startswith("| step of `optimistic` ÷"))
+    assert "1.10 [1.05, 1.20]" in found
+    assert "**missed**" in found
+
+
+def test_what_one_side_alone_reaches_is_no_ratio(results):
+    arms = {asked.LUR: (1.0, [0.8, 1.2]), asked.CLEANED: (None, None)}
+    seconds, each = ({arm: found[part] for arm, found in arms.items()} for part in (0, 1))
+    results("cpu-whole", {"to_the_gap": {"fixed, 1": {"gap": 1.0, "seconds": seconds, "each": each}}})
+    found = [line for line in lines() if line.startswith("| whole run of LUR ÷ ScissorHands cleaned, to")]
+    assert "only LUR comes as near: no ratio |  |" in found[0]
+    arms[asked.CLEANED] = (4.0, [1.0, 7.0])
+    seconds, each = ({arm: found[part] for arm, found in arms.items()} for part in (0, 1))
+    results("cpu-whole", {"to_the_gap": {"fixed, 1": {"gap": 1.0, "seconds": seconds, "each": each}}})
+    found = [line for line in lines() if line.startswith("| whole run of LUR ÷ ScissorHands cleaned, to")]
+    assert "0.25 [0.17, 0.80] | undecided" in found[0]
 
 
 def test_figures_of_a_gpu_are_not_taken_for_those_of_a_cpu(results):
     results("gpu-a-step", step(64, optimistic=0.5), gpu="H100")
-    assert all("not measured |  |" in line for line in lines() if "as accounted" not in line)
+    assert all("not measured |  |" in line for line in lines())
 
 
 def test_operations_are_counted(results):

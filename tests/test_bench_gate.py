@@ -6,9 +6,12 @@ import gate
 import pytest
 import torch
 from helpers import MODES, blobs, mlp
+from torch import nn
 
 from fastlur import meta
 from fastlur.methods.lur import LUR, LURState
+from fastlur.passes import Passes
+from fastlur.update import Update
 
 DIRECTION, DISPLACED = meta.direction, LURState.displaced
 
@@ -76,11 +79,49 @@ def test_a_direction_that_is_negated_is_refused(mode, small, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["exact", "secant", "optimistic"])
-def test_half_of_the_alignment_is_not_passed_off_as_the_whole(mode, small, monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_half_of_the_alignment_is_not_passed_off_as_the_whole(mode, precision, small, monkeypatch):
     monkeypatch.setattr(meta, "direction", lambda arena, gradient, previous: DIRECTION(arena, "first_order"))
-    assert gate.check(*small, "first_order", "fp32") >= 0.99
-    with pytest.raises(AssertionError, match=f"{mode} in fp32 does not align"):
+    gate.check(*small, "first_order", precision)
+    with pytest.raises(AssertionError, match=f"{mode} in {precision} does not align"):
+        gate.check(*small, mode, precision)
+
+
+def test_with_lent_statistics_the_truth_has_them_too(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4))
+    lent = "optimistic, normalized by retain items"
+    assert gate.check(model, blobs(32), blobs(64), lent, "fp32") >= 0.99
+    monkeypatch.setattr(Passes, "_lending", lambda self, which: None)
+    with pytest.raises(AssertionError, match="optimistic in fp32"):
+        gate.check(model, blobs(32), blobs(64), lent, "fp32")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_that_are_others_are_refused_whatever_they_add(mode, small, monkeypatch):
+    """An offset that every evaluation shares is none of what displacement adds."""
+    made = Passes.gradient
+
+    def shifted(self, which, out, at=None, **options):
+        made(self, which, out, at, **options)
+        for flat in out.flats:
+            flat.add_(1.0)
+
+    monkeypatch.setattr(Passes, "gradient", shifted)
+    with pytest.raises(AssertionError, match=f"{mode} in fp32"):
         gate.check(*small, mode, "fp32")
+
+
+def test_an_update_that_does_something_else_is_refused(small, monkeypatch):
+    made = Update.apply
+
+    def twice(self, direction):
+        made(self, direction)
+        made(self, direction)
+
+    monkeypatch.setattr(Update, "apply", twice)
+    with pytest.raises(AssertionError, match="the update misses its direction"):
+        gate.check(*small, "secant", "fp32")
 
 
 def test_no_alignment_at_all_is_refused(small, monkeypatch):

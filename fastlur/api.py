@@ -122,8 +122,7 @@ def unlearn(
         checkpoint: a directory; an interrupted run goes on from it, bit for bit, when the same call is made again.
             Removed at the end, since it still holds the old weights.
         checkpoint_every: steps between two checkpoints.
-        keep_checkpoints: leave the last two where they are when the run is over; made again, the call then ends at once
-            with the same model.
+        keep_checkpoints: leave the last two when the run is over; made again, the call then ends with that model.
         allow_overlap: go on although retain contains forget items (equal inputs and targets). Tensors in memory are
             compared whole; of data that may have to be decoded at most 5,000 items a side, with a warning.
         progress: show a bar on standard error.
@@ -207,6 +206,7 @@ def unlearn(
             "weight_decay": weight_decay,
             "max_grad_norm": clip,
             "precision": precision,
+            "micro_batch": micro_batch,
             "max_retain_loss_increase": max_retain_loss_increase,
             "stop": [identity.name_of(rule) for rule in rules],
             "seed": seed,
@@ -218,8 +218,8 @@ def unlearn(
             "compile": compile,
             "deterministic": deterministic,
         }
-        stack.enter_context(kept_modes(model))
-        stack.enter_context(determinism(deterministic))
+        for around in (kept_modes(model), determinism(deterministic)):
+            stack.enter_context(around)
         if where.type == "cuda":
             torch.cuda.reset_peak_memory_stats(where)
         if checkpoint is not None:
@@ -242,8 +242,7 @@ def unlearn(
             )
         # one from elsewhere may write to the weights without saying so
         named = type(method) in METHODS.values() and getattr(method, "trim", None) is None
-        rewrites = not named or getattr(method, "rewrites", True)
-        given = Snapshot(model, parameters) if rewrites else None
+        given = Snapshot(model, parameters) if not named or getattr(method, "rewrites", True) else None
         try:
             step = stack.enter_context(
                 Step(
@@ -263,6 +262,7 @@ def unlearn(
                     feed=Feed(sources, seed, where, memory_format),
                     steps=total,
                     rows=rows,
+                    target=None if checkpoints is None or found is None else checkpoints.target(found),
                 )
             )
             done = 0 if found is None else int(found.record["step"])
@@ -270,13 +270,13 @@ def unlearn(
             for stream in streams.values():
                 stack.callback(stream.close)
             observers = [*callbacks, *rules]
+            interrupt = stack.enter_context(Interrupt())
             if checkpoints is not None:
                 every, keep = checkpoint_every, keep_checkpoints
                 kept = Checkpointer(checkpoints, step, history, streams, observers, budget, every, total, keep, began)
                 if found is not None:
                     stack.callback(set_random_states, random_states())  # callbacks go on with the run's, ours stay
                     ended = kept.resume(found)
-            interrupt = stack.enter_context(Interrupt())
         except BaseException:
             if given is not None:
                 given.put_back()
@@ -305,7 +305,7 @@ def unlearn(
             raise
         if budget is not None:
             ended = budget.last() or ended
-        if checkpoints is not None and not keep_checkpoints:
+        if checkpoints is not None and not (keep_checkpoints or interrupt.pending):  # else nothing would be left
             checkpoints.purge()
     settings["micro_batch"] = step.passes.spare.rows
     settings["forget_target"] = identity.name_of(step.passes.losses["forget"])
@@ -316,5 +316,5 @@ def unlearn(
     key = new_key()
     data = {str(side): fingerprints(contents[side], side, key) for side in look.SIDES}
     seconds = time.perf_counter() - began + (0.0 if kept is None else kept.before)
-    peak, caveat = peak_memory(where), getattr(method, "caveat", "")
-    return Result(model, history, seconds, peak, ended, settings, data, key, caveat)
+    caveat = getattr(method, "caveat", "")
+    return Result(model, history, seconds, peak_memory(where), ended, settings, data, key, caveat)

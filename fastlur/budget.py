@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlur.errors import ArgumentError, DataError
+from fastlur.errors import ArgumentError, DataError, number
 from fastlur.loop import StepEvent
 from fastlur.passes import Loss
 from fastlur.slots import Selection
@@ -119,5 +119,5 @@ def check_limit(limit: object, loss: object = None) -> None:
             f"max_retain_loss_increase={limit!r}: a {kind} compares with the model as given, which is there only once "
             "the run begins; leave it None, and stop by a rule such as fastlur.stopping's"
         )
-    if not isinstance(limit, int | float) or isinstance(limit, bool) or not limit >= 0:
+    if not number(limit) and not (isinstance(limit, float) and limit == math.inf):
         raise ArgumentError(f"max_retain_loss_increase={limit!r} must be a number ≥ 0, or None for no budget")

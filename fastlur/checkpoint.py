@@ -10,24 +10,22 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from fastlur import ours
 from fastlur.errors import CheckpointError
 from fastlur.folder import Folder
-from fastlur.identity import name_of
-from fastlur.packing import pack, unpack
+from fastlur.passes import Loss, Passes
 from fastlur.step import Step
-from fastlur.world import random_states, set_random_states
+from fastlur.targets import brought_back
+from fastlur.whole_state import gathered, put_back
 
 KEPT = 2
 LARGEST = 16 << 20  # bytes of a description without a history: names, settings, states of rules, random states
@@ -141,24 +139,32 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint: none in {self.name} is intact ({'; '.join(faults)}); move them away")
         return None
 
+    def target(self, found: Found) -> Callable[[Passes], Loss] | None:
+        """What brings the target of a run's forget loss back as it was, where it had one that was made; else None.
+
+        Raises:
+            CheckpointError: now, or when it is called: what the checkpoint holds does not fit the run.
+        """
+        if found.record.get("forget_target") is None:
+            return None
+        prefix = "target/"
+        with self._reading(found) as file:
+            tensors = {n.removeprefix(prefix): file.get_tensor(n) for n in set(file.keys()) if n.startswith(prefix)}
+
+        def again(passes: Passes) -> Loss:
+            with self._fitting(found):
+                return brought_back(found.record["forget_target"], tensors, passes)
+
+        return again
+
     def restore(self, step: Step, found: Found) -> None:
         """Bring a run to where it was; on an error the model is as it was.
 
         Raises:
             CheckpointError: what the checkpoint holds does not fit the run.
         """
-        try:
-            with self.folder.opened(found.tensors) as (digest, path):
-                if digest != found.record["checksum"]:
-                    raise ValueError("its tensors have changed since they were found")
-                with safe_open(path, framework="pt") as file:
-                    self._fill(step, found.record, file.get_tensor, set(file.keys()))
-        except CheckpointError:
-            raise
-        except DAMAGE as error:
-            raise CheckpointError(
-                f"checkpoint={self.name}: step {found.record.get('step')} does not fit this run: {_line(error)}"
-            ) from error
+        with self._reading(found) as file:
+            put_back(step, found.record, file.get_tensor, set(file.keys()))
         mine = ours.checkpoint_files(self.folder)
         for name in (f"{ours.stem(number)}.{ending}" for number in self._damaged for ending in ours.PAIR):
             if name in mine:  # or it would count as one of those that are kept
@@ -178,33 +184,12 @@ class Checkpoints:
 
     def _content(self, step: Step, extra: dict[str, Any]) -> tuple[bytes, bytes]:
         """Both files."""
-        state, space = step.state_dict(), step.space
-        tensors = {f"buffer/{k}": v.detach().clone() for k, v in space.model.named_buffers()}
-        tensors |= {f"weight/{k}": v for k, v in zip(space.names, space.theta.views, strict=True)}
-        for vector, named in state["vectors"].items():
-            tensors |= {f"vector/{vector}/{name}": tensor for name, tensor in named.items()}
-        tensors |= {f"method/{name}": tensor for name, tensor in state["tensors"].items()}
-        tensors["control"] = state["control"]
-        optimizer = pack(state["optimizer"], "optimizer", tensors)
-        random = pack(random_states(), "random", tensors)
-        payload = safetensors.torch.save(
-            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata=ours.metadata(ours.CHECKPOINT)
-        )
-        record = {
-            "settings": self.settings,
-            "step": state["step"],
-            "rows": state["rows"],
-            "method": state["method"],
-            "forget_target": name_of(step.passes.losses["forget"]),
-            "vectors": sorted(state["vectors"]),
-            "optimizer": optimizer,
-            "random": random,
-            "checksum": blake2b(payload, digest_size=32).hexdigest(),
-            **extra,
-        }
+        record, tensors = gathered(step)
+        payload = safetensors.torch.save(tensors, metadata=ours.metadata(ours.CHECKPOINT))
+        record |= {"settings": self.settings, "checksum": blake2b(payload, digest_size=32).hexdigest(), **extra}
         text = json.dumps(record)
         whole = ours.described(ours.CHECKPOINT, json.dumps({"record": record, "checksum": _digest(text)}))
-        if len(whole) > _most(state["step"]):
+        if len(whole) > _most(record["step"]):
             raise ValueError(f"its description has {len(whole)} bytes, and could not be read again")
         return payload, whole
 
@@ -221,6 +206,27 @@ class Checkpoints:
                 raise ValueError("its tensors are damaged")
         return Found(record, f"{stem}.safetensors")
 
+    @contextmanager
+    def _fitting(self, found: Found) -> Iterator[None]:
+        """Whatever fails inside is a `CheckpointError`."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except DAMAGE as error:
+            raise CheckpointError(
+                f"checkpoint={self.name}: step {found.record.get('step')} does not fit this run: {_line(error)}"
+            ) from error
+
+    @contextmanager
+    def _reading(self, found: Found) -> Iterator[Any]:
+        """The tensors of a checkpoint, unchanged since it was found."""
+        with self._fitting(found), self.folder.opened(found.tensors) as (digest, path):
+            if digest != found.record["checksum"]:
+                raise ValueError("its tensors have changed since they were found")
+            with safe_open(path, framework="pt") as file:
+                yield file
+
     def _same_run(self, theirs: dict[str, Any]) -> None:
         mine = json.loads(json.dumps(self.settings))
         for key in sorted({*mine, *theirs}, key=lambda key: (key not in VERSIONS, key)):
@@ -230,46 +236,6 @@ class Checkpoints:
                     f"{'pass the model as it was at the start, or ' if key == 'model' else ''}"
                     "use another directory, or remove it to start afresh"
                 )
-
-    @staticmethod
-    def _fill(step: Step, record: dict[str, Any], tensor: Callable[[str], Tensor], names: set[str]) -> None:
-        """Everything is read and compared first; the model is written last, when nothing can fail any more."""
-        target, theirs = name_of(step.passes.losses["forget"]), record["forget_target"]
-        if target != theirs:  # made from the data before the first step, it hangs on what fits in memory, too
-            raise CheckpointError(
-                f"checkpoint: its run went towards {theirs}, and this one came to {target}; resume it where it was "
-                "begun, or give forget_loss= in a run of its own"
-            )
-        space = step.space
-        weights = [tensor(f"weight/{name}") for name in space.names]
-        for name, saved, view in zip(space.names, weights, space.theta.views, strict=True):
-            if (saved.shape, saved.dtype) != (view.shape, view.dtype):
-                raise ValueError(f"weight {name!r} is {saved.dtype} of shape {tuple(saved.shape)}")
-        prefix = "buffer/"
-        buffers = {name.removeprefix(prefix): tensor(name) for name in names if name.startswith(prefix)}
-        for name in buffers:
-            owner, _, last = name.rpartition(".")
-            module = space.model.get_submodule(owner)
-            if last not in module._buffers and hasattr(module, last):
-                raise ValueError(f"{name!r} is no buffer of the model")
-            now, saved = module._buffers.get(last), buffers[name]
-            grows = not type(module).__module__.startswith("torch.")  # a module of the caller's may
-            if now is not None and (saved.dtype != now.dtype or not (grows or saved.shape == now.shape)):
-                raise ValueError(f"buffer {name!r} is {saved.dtype} of shape {tuple(saved.shape)}")
-        vectors = {
-            vector: {name: tensor(f"vector/{vector}/{name}") for name in space.names} for vector in record["vectors"]
-        }
-        own = {name.removeprefix("method/"): tensor(name) for name in names if name.startswith("method/")}
-        state = {"control": tensor("control"), **{name: record[name] for name in ("step", "rows", "method")}}
-        optimizer = unpack(record["optimizer"], tensor)
-        random = unpack(record["random"], tensor)
-        set_random_states(random)
-        step.load_state_dict(state | {"vectors": vectors, "tensors": own, "optimizer": optimizer})
-        with torch.no_grad():
-            for saved, view in zip(weights, space.theta.views, strict=True):
-                view.copy_(saved)
-        gone = {name: None for name, _ in space.model.named_buffers() if name not in buffers}
-        step.passes.statistics.take(gone | {name: value.to(space.device) for name, value in buffers.items()})
 
     def _steps(self, names: list[str]) -> list[int]:
         """The steps of the descriptions among these files, the last one first."""

@@ -170,7 +170,7 @@ class Checkpointer:
         """
         try:
             if isinstance(error, Interrupted):
-                if self.budget is None:
+                if self.budget is None and self._saved != self.step.step:
                     self.save()
             elif not self.step.weights_are_finite():
                 found = self.checkpoints.newest()

@@ -28,6 +28,7 @@ from fastlur.world import borrowed_random
 
 MEBI = 1 << 20
 DISPLACED = 3  # vectors that `displace` reads and writes: the unit in which vector work is timed
+TAUGHT = 3  # vectors beside its weights that a target has while it is trained: a gradient and two moments
 DECIDED = 2  # by the dots of a step
 UPDATED = {"sgd": 6, "adamw": 8}  # by its update
 
@@ -44,8 +45,8 @@ class Estimate:
             the vectors already), temporaries of its operations, and, where it is copied or added, the gradient of a
             tensor until it is in its place. For "exact" also the graph that the Hessian-vector product needs.
         batch: a batch of each side.
-        other: copies of the model's buffers, by which a bad step is undone, and what a trim, a mask in the making or
-            work between the passes takes beyond a pass.
+        other: copies of the model's buffers, by which a bad step is undone, the model that is a target, and what a
+            trim, a mask or a target in the making or work between the passes takes beyond a pass.
         seconds: of a step.
     """
 
@@ -92,11 +93,11 @@ def estimate(
     as it was: weights, their storage, buffers, gradients, modes and random state. (On CUDA torch's record of the peak
     starts again.)
 
-    Peak memory is that of the steps and of a trim or a mask before them (see docs/memory.md for what is counted). Not
-    in it: the interpreter and its libraries, what an allocator keeps for itself, the data, checkpoints, a retain
-    budget, a target that is trained for the forget loss (`fastlur.targets`), and what a method does before its first
-    step by itself, such as the Fisher information of SSD. Steps that
-    run a compiled forward take less.
+    Peak memory is that of the steps and of a trim, a mask or a target (`fastlur.targets`) in the making before them.
+    What is counted stands in docs/memory.md. Not in it: the interpreter and its libraries, what an allocator keeps for
+    itself, the data, checkpoints, a retain budget, and what a method does before its first step by itself, such as the
+    Fisher information of SSD. Steps that run a compiled forward take less. Seconds are of a step, without a target's
+    training.
 
     Args:
         model: on the CPU or on a CUDA device.
@@ -166,8 +167,10 @@ def estimate(
         seconds += _walk(space) * walks
     masks = cost.masks * weights
     vectors = round((cost.buffers - BYTE * cost.masks) * moving) + masks
-    step = vectors + buffers + max(activations, round((cost.temporaries + copied) * moving))
-    before = _before(method, moving, weights, activations)
+    target = (moving + still + buffers) * sum(getattr(loss, "models", 0) for loss in losses.values())
+    step = vectors + buffers + target + max(activations, round((cost.temporaries + copied) * moving))
+    making = target + TAUGHT * moving + activations if target else 0
+    before = max(_before(method, moving, weights, activations) + target, making)
     return Estimate(
         parameters=moving + still + buffers,
         vectors=vectors,

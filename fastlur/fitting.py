@@ -33,6 +33,8 @@ def check_state(state: Any, method: Any, control: Tensor, tensors: Mapping[str, 
         raise CheckpointError(f"state: step={state['step']!r} is no number of a step")
     if state.get("rows") is not None and not _whole(state["rows"], 1):
         raise CheckpointError(f"state: rows={state['rows']!r} is neither None nor a positive whole number")
+    if not isinstance(state.get("lent", True), bool):
+        raise CheckpointError(f"state: lent={state['lent']!r} is neither True nor False")
     _check_tensor("control", state["control"], control)
     for part in ("vectors", "tensors"):
         if not isinstance(state[part], Mapping) or not all(isinstance(name, str) for name in state[part]):
@@ -70,10 +72,22 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
     before = optimizer.state_dict()
     try:
         optimizer.load_state_dict(state)
+        _as_saved(optimizer, state)
     except Exception as error:  # one of the caller's raises what it likes
         optimizer.load_state_dict(before)
         said = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"state: does not fit the optimizer ({type(error).__name__}: {said})") from error
+
+
+def _as_saved(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Torch casts what it loads to the type of the weights; here it comes back as it was, to the bit."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    for weight, number in zip(weights, numbers, strict=True):
+        for name, value in state["state"].get(number, {}).items():
+            now = optimizer.state[weight].get(name)
+            if isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype != value.dtype:
+                optimizer.state[weight][name] = value.to(now.device, copy=True)
 
 
 def _check_tensor(name: str, saved: Any, now: Tensor) -> None:

@@ -34,7 +34,7 @@ def pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 def unpack(value: Any, tensor: Callable[[str], Tensor]) -> Any:
     """What `pack` was given; `tensor` gives one by its name."""
-    kind, content = next(iter(value.items()))
+    ((kind, content),) = value.items()
     match kind:
         case "tensor":
             return tensor(content)

@@ -98,11 +98,7 @@ class Passes:
 
     @property
     def feed(self) -> Feed:
-        """The data.
-
-        Raises:
-            ArgumentError: nobody gave any, as in a loop of the user's own.
-        """
+        """The data; an `ArgumentError` where nobody gave any, as in a loop of the user's own."""
         if self._feed is None:
             raise ArgumentError("method: looks at the data beforehand; use it through fastlur.unlearn")
         return self._feed
@@ -275,6 +271,10 @@ class Passes:
         """Whether forget passes of steps are normalised by retain items."""
         return bool(self._norms)
 
+    def borrow_no_more(self) -> None:
+        """From now on forget passes are normalised by themselves."""
+        self._norms = None
+
     def _lending(self, which: Which) -> VirtualNorm | None:
         """What lends a pass its statistics; None in eval mode, and where there are no retain items."""
         asked = which == "forget" and self.space.model.training and "retain" in self._batches
@@ -296,7 +296,7 @@ class Passes:
                 return self._seeded(which, lambda: call(loss, self._batches[which]))
         except Recomputed as error:
             error.warn()
-            self._norms = None
+            self.borrow_no_more()
             return self._evaluate(which, call, loss)
 
     def _seeded(self, which: Which, evaluate: Callable[[], Any]) -> Tensor:  # every pass: the same dropout mask

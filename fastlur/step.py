@@ -54,6 +54,7 @@ class Step:
         steps: int | None = None,
         capture: bool = False,
         rows: int | None = None,
+        target: Callable[[Passes], Loss] | None = None,
     ) -> None:
         checks.module(model)
         checks.numbers(lr, momentum, weight_decay, max_grad_norm, precision)
@@ -65,7 +66,7 @@ class Step:
         try:
             if capture:
                 check_capture(self.space.device, optimizer)
-            self.method = method
+            self.method, self.given = method, losses
             self.memory_format = memory_format
             weights: dict[Which, float] = {"forget": method.forget_weight, "retain": 1.0}
             forward: Callable[..., Any] = torch.compile(model) if compile else model
@@ -87,7 +88,8 @@ class Step:
                 drawn: dict[Which, str] = {"retain": "kept", "forget": "target"}  # a novice learns by the retain loss
                 for side, draw in drawn.items():
                     seed_torch(derive(seed, draw), self.space.device)
-                    made = prepared(losses[side], self.passes)
+                    again = side == "forget" and target is not None
+                    made = target(self.passes) if again else prepared(losses[side], self.passes)  # type: ignore[misc]
                     self.passes.losses = self.passes.losses | {side: made}
                 seed_torch(derive(seed, "prepare"), self.space.device)
                 trim, mask = getattr(method, "trim", None), getattr(method, "mask", None)
@@ -198,7 +200,8 @@ class Step:
         vectors = self._fixed() | {f"method.{k}": v for k, v in self.state.vectors().items()}
         named = {k: {n: t.clone() for n, t in zip(self.space.names, v.views, strict=True)} for k, v in vectors.items()}
         custom = None if self.update.custom is None else self.update.custom.state_dict()
-        plain = {"step": self.step, "method": self.method.settings(), "rows": self.passes.spare.rows}
+        passes = self.passes
+        plain = {"step": self.step, "method": self.method.settings(), "rows": passes.spare.rows, "lent": passes.borrows}
         tensors = {name: tensor.clone() for name, tensor in self.state.tensors().items()}
         return plain | {
             "control": self.update.control.clone(),
@@ -236,6 +239,8 @@ class Step:
         self.update.forget_reach()
         self.step = state["step"]
         self.passes.spare.rows = state.get("rows") or self.passes.spare.rows
+        if state.get("lent") is False:
+            self.passes.borrow_no_more()
         self._unread = []
         if self._captured is not None:  # what the method remembers on the host is part of a graph
             self._captured = Captured(self._work, self.passes)

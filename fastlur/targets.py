@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,13 @@ class Imitation:
 
 
 class _Made:
-    """A target that is made from the model and the data of a run, before its first step."""
+    """A target that is made from the model and the data of a run, before its first step.
+
+    Attributes:
+        models: of the model's size that it holds, for `fastlur.estimate`.
+    """
+
+    models: ClassVar[int] = 1
 
     def prepare(self, passes: Passes) -> Loss:
         """The loss to descend along, made once; draws random numbers."""
@@ -116,7 +122,7 @@ class Novice(_Made):
     It is made before the first step, from a copy of the model whose moving parameters are drawn anew (by their modules'
     `reset_parameters`; entries shuffled where a module has none), by AdamW with a short warm-up and a linear decay, and
     costs as much as that many epochs over the retain data do. While it is trained three more vectors of the model's
-    size are held, afterwards one. A run that is resumed makes it again. A novice that does not come to half of the loss
+    size are held, afterwards one. A checkpoint holds it as well. A novice that does not come to half of the loss
     of guessing has nothing to teach: a warning says so, and `BoundedForgetting` takes its place.
 
     Args:
@@ -257,6 +263,53 @@ def _frozen(model: nn.Module) -> nn.Module:
         parameter.grad = None
         parameter.requires_grad_(False)
     return model.eval()
+
+
+def saved(loss: Loss, made: Loss) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """What a target is brought back from: plain values and tensors; None for a loss that was not made here.
+
+    Args:
+        loss: what the run was given.
+        made: what it has made of itself.
+    """
+    if not isinstance(loss, _Made):
+        return None, {}
+    if not isinstance(made, Imitation):
+        return {"kind": "ascent"}, {}
+    told = {name: getattr(made, name) for name in ("sharpness", "without_truth", "weight")}
+    return {"kind": "imitation", **told}, {
+        **dict(made.teacher.named_parameters()),
+        **dict(made.teacher.named_buffers()),
+    }
+
+
+def brought_back(kept: dict[str, Any], tensors: dict[str, Tensor], passes: Passes) -> Loss:
+    """The target that `saved` spoke of, as it was: nothing is trained again, and no random number drawn.
+
+    Raises:
+        ValueError: it does not fit the model, or is no target.
+    """
+    if kept["kind"] == "ascent":
+        return BoundedForgetting()
+    if kept["kind"] != "imitation":
+        raise ValueError(f"{kept['kind']!r} is no kind of target")
+    teacher = copied(passes.space.model)
+    parameters = dict(teacher.named_parameters())
+    if not set(parameters) <= set(tensors):
+        raise ValueError("its target is of another model")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            owner, _, last = name.rpartition(".")
+            module, now = teacher.get_submodule(owner), parameters.get(name)
+            if now is None:
+                if last not in module._buffers:
+                    raise ValueError(f"its target has a {name!r}, the model has not")
+                module._buffers[last] = tensor.to(passes.space.device)  # a module of the caller's may let it grow
+            elif (tensor.shape, tensor.dtype) != (now.shape, now.dtype):
+                raise ValueError(f"the {name!r} of its target is {tensor.dtype} of shape {tuple(tensor.shape)}")
+            else:
+                now.copy_(tensor)
+    return Imitation(_frozen(teacher), kept["sharpness"], bool(kept["without_truth"]), kept["weight"])
 
 
 def prepared(loss: Loss, passes: Passes) -> Loss:

@@ -60,10 +60,19 @@ class Verification:
 
     def __str__(self) -> str:
         said = self.record.content
-        method, versions = said.get("settings", {}).get("method", {}).get("name", ""), said.get("versions", {})
-        lines = [f"{self.record.path}: intact; {method} by fastlur {versions.get('fastlur', '')}"]
+        method, version = _told(said, "settings", "method", "name"), _told(said, "versions", "fastlur")
+        lines = [f"{self.record.path}: intact; {method} by fastlur {version}"]
         lines += [f"{side}: {match}" for side, match in self.matches.items()]
-        return "\n".join(lines + [f"- {line}" for line in said.get("statement", [])])
+        statement = said.get("statement")
+        told = [_told({"": each}, "") for each in statement] if isinstance(statement, list) else []
+        return "\n".join(lines + [f"- {line}" for line in told])
+
+
+def _told(content: Any, *path: str) -> str:
+    """A text in a record, which somebody else may have written: on one line, and nothing that a terminal obeys."""
+    for part in path:
+        content = content.get(part) if isinstance(content, dict) else None
+    return "".join(c if c.isprintable() else "?" for c in content) if isinstance(content, str) else ""
 
 
 def verify(

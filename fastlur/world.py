@@ -74,8 +74,10 @@ def random_states() -> dict[str, Any]:
 
 def set_random_states(states: dict[str, Any]) -> None:
     """Put the generators into states that `random_states` gave; devices that are not there now are left out."""
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    kind, keys, place, *rest = states["numpy"]
+    if not (isinstance(place, int) and 0 <= place <= len(keys)):  # numpy would read there, wherever that is
+        raise ValueError(f"numpy's generator was at {place!r} of {len(keys)}")
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), place, *rest))  # noqa: NPY002
     random.setstate(states["python"])
     torch.set_rng_state(states["torch"])
     for device, state in enumerate(states.get("cuda", [])[: torch.cuda.device_count()]):

@@ -125,7 +125,7 @@ class TestParts:
         assert part.activations < whole.activations / 4
 
     def test_buffers_are_held_twice(self, cnn):
-        found = fastlur.estimate(cnn, images(8))
+        found = fastlur.estimate(cnn, images(8), forget_loss=fastlur.losses.BoundedForgetting())
         buffers = sum(b.nbytes for b in cnn.buffers())
         assert found.parameters >= size(cnn) + buffers
         assert found.other == buffers
@@ -154,7 +154,8 @@ class TestParts:
         assert trimmed.peak == plain.peak + 1.25 * size(model) - plain.activations
         plain, trimmed = (fastlur.estimate(model, batch(512), one(trim=trim)) for trim in (None, Trim()))
         assert trimmed.peak == plain.peak + size(model)
-        assert fastlur.estimate(model, batch(1), fastlur.LUR(trim=Trim())).other == 0
+        trimmed = fastlur.LUR(trim=Trim())
+        assert fastlur.estimate(model, batch(1), trimmed, forget_loss=fastlur.losses.BoundedForgetting()).other == 0
 
     def test_a_larger_forget_batch_counts(self):
         model = Deep()
@@ -194,6 +195,14 @@ class TestParts:
         assert together.vectors == 2 * apart.vectors
         small = fastlur.estimate(model, batch(1), forms[1])
         assert small.other + small.activations == pytest.approx(8 * size(model))  # the programme on the host
+
+    def test_a_target_is_a_model_more(self):
+        model, data = Deep(), batch(512)
+        plain = fastlur.estimate(model, data, forget_loss=fastlur.losses.BoundedForgetting())
+        for target in (None, fastlur.targets.Novice(), fastlur.targets.SecondChoice()):
+            found = fastlur.estimate(model, data, forget_loss=target)
+            assert found.other - plain.other == size(model)
+            assert found.vectors == plain.vectors
 
     def test_lent_statistics_hold_the_activations_of_their_reference_too(self):
         """A quarter of the retain items go through the model once more in a forget pass."""

@@ -271,7 +271,7 @@ class TestRetainBudget:
         assert "rolled back" in result.ended
         assert same(state(model), state(given))
 
-    @pytest.mark.parametrize("limit", [True, "1", float("nan"), -0.1])
+    @pytest.mark.parametrize("limit", [True, "1", float("nan"), -0.1, 10**400])
     def test_what_is_no_limit_is_refused_before_anything_else(self, limit):
         with pytest.raises(fastlur.ArgumentError, match="max_retain_loss_increase="):
             run(mlp(), blobs(8), blobs(8), max_retain_loss_increase=limit)

@@ -10,14 +10,17 @@ import threading
 
 import pytest
 import torch
-from checkpoints import go_on, job, whole
+from checkpoints import break_off, go_on, job, whole
 from helpers import MODES, blobs, mlp, run, same, state
 from torch import nn
 
 import fastlur
+from fastlur.checkpoint import Checkpoints
 from fastlur.interrupt import Interrupt, Interrupted
 from fastlur.losses import BoundedForgetting
 from fastlur.methods import METHODS, Trim
+from fastlur.statistics import Statistics
+from fastlur.step import Step
 
 
 def control_c():
@@ -238,6 +241,65 @@ def test_a_handler_of_the_callers_own_is_left_alone():
         signal.signal(signal.SIGINT, before)
     assert len(pressed) == 4
     assert result.ended == "all steps done"
+
+
+def test_after_the_last_step_what_was_saved_stays(tmp_path):
+    """The call does not return, so that its model may be lost with it: the last checkpoint is all there is."""
+    model, data, options = job(tmp_path, steps=9, checkpoint_every=2)
+    expected = whole(model, data, options)
+
+    def last(event):
+        if event.step == 9:
+            control_c()
+
+    with pytest.raises(KeyboardInterrupt):
+        fastlur.unlearn(copy.deepcopy(model), *data, **options, callbacks=[last])
+    assert list(tmp_path.glob("*.json"))
+    assert same(state(go_on(model, data, options)[0]), state(expected))
+
+
+def test_a_step_that_was_just_saved_is_not_saved_again(tmp_path, monkeypatch):
+    """A second write that fails, as on a full disk, would take the first one along."""
+    model, data, options = job(tmp_path, steps=9, checkpoint_every=4)
+    made, written = Checkpoints.save, []
+
+    def save(self, step, extra):
+        if step.step in written:
+            raise fastlur.CheckpointError("no space left on device")
+        written.append(step.step)
+        made(self, step, extra)
+        if step.step == 4:
+            control_c()
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    with pytest.raises(Interrupted, match="after step 4") as caught:
+        fastlur.unlearn(model, *data, **options)
+    assert not getattr(caught.value, "__notes__", [])
+    assert [path.name for path in tmp_path.glob("*.json")] == ["fastlur-step-00000004.json"]
+
+
+@pytest.mark.parametrize("at", ["load_state_dict", "take"])
+def test_while_a_checkpoint_is_brought_back_it_waits_for_the_end(at, tmp_path, monkeypatch):
+    """Weights of which some are those of the checkpoint and some as given would be nobody's."""
+    model, data, options = job(tmp_path, steps=9, checkpoint_every=2)
+    expected, seen = whole(model, data, options), {}
+    remember = lambda event: seen.update({event.step: state(event.model)})
+    whole(model, data, options | {"callbacks": [remember]})
+    break_off(model, data, options)
+    owner = Step if at == "load_state_dict" else Statistics
+    made = getattr(owner, at)
+
+    def pressed(self, value):
+        control_c()
+        made(self, value)
+
+    first = copy.deepcopy(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, at, pressed)
+        with pytest.raises(KeyboardInterrupt):
+            fastlur.unlearn(first, *data, **options)
+    assert same(state(first), seen[5])  # the checkpoint is of step 4, and the step after it is whole
+    assert same(state(go_on(model, data, options)[0]), state(expected))
 
 
 def test_off_the_main_thread_there_is_nothing_to_handle():

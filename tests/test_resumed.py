@@ -7,11 +7,12 @@ import os
 
 import pytest
 import torch
-from checkpoints import break_at, break_off, forged, go_on, job
+from checkpoints import break_at, break_off, forged, go_on, job, whole
 from helpers import Interrupted, blobs, mlp, same, state
 
 import fastlur
 from fastlur.stopping import Patience
+from fastlur.targets import Novice, SecondChoice
 
 
 class Counting:
@@ -114,6 +115,12 @@ def test_data_that_are_not_looked_at_are_warned_of(tmp_path, monkeypatch):
         fastlur.unlearn(model, forget, Decoded(), **options)
 
 
+def _numpy(record, place):
+    """Another place in the state of numpy's generator, in its description."""
+    states = dict(record["random"]["dict"])
+    states["numpy"]["list"][2] = {"plain": place}
+
+
 FORGED = {
     "a loss too large for a number": lambda record: record["history"].update(lr=[10**400] * 4),
     "a baseline too large": lambda record: record.update(baseline=10**400),
@@ -122,11 +129,75 @@ FORGED = {
     "seconds below zero": lambda record: record.update(seconds=-1.0),
     **{f"rows of {rows!r}": lambda record, rows=rows: record.update(rows=rows) for rows in (-3, 0, "x", 1.5, True)},
     "no vectors": lambda record: record.update(vectors=5),
-    "no target": lambda record: record.pop("forget_target"),
-    "another target": lambda record: record.update(forget_target=["Imitation()"]),
+    "a target that is none": lambda record: record.update(forget_target=["imitation"]),
+    "lent statistics of some kind": lambda record: record.update(lent="own"),
+    "a place outside of numpy's generator": lambda record: _numpy(record, 10**7),
     "an object": lambda record: record.update(optimizer={"py/reduce": "os.system"}),
     "a number of a tensor": lambda record: record.update(random={"dict": [["torch", {"plain": 10**400}]]}),
 }
+
+
+def test_what_a_model_counts_about_itself_is_no_change(tmp_path):
+    class Counted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.calls = mlp(), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.layer(x)
+
+    torch.manual_seed(0)
+    inputs, _ = blobs(40)
+    data, model = (blobs(12), (inputs, inputs[:, :4].argmax(-1))), Counted()
+    for target in (None, Novice(epochs=40, lr=3e-2, sharpness=1.0), SecondChoice()):
+        options = {"forget_loss": target, "steps": 9, "batch_size": 8, "progress": False}
+        saving = {"checkpoint": tmp_path / str(target), "checkpoint_every": 2}
+        assert same(*of_both_runs(model, data, options, saving))
+
+
+def of_both_runs(model, data, options, saving):
+    """The weights after a run that nothing disturbs, and after one that is broken off and made again."""
+    undisturbed = whole(model, data, options)
+    break_off(model, data, options | saving)
+    return state(undisturbed), state(go_on(model, data, options | saving)[0])
+
+
+def test_another_number_of_items_at_a_time_is_refused_by_name(tmp_path):
+    model, data, options = job(tmp_path)
+    break_off(model, data, options)
+    before = state(model)
+    with pytest.raises(fastlur.CheckpointError, match="micro_batch was None, now 4"):
+        fastlur.unlearn(model, *data, **options, micro_batch=4)
+    assert same(state(model), before)
+
+
+def test_that_a_model_cannot_be_lent_statistics_is_known_after_a_resume():
+    """It checkpoints its activations for large batches only: of itself, a small one would be lent some again."""
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 4))
+    with fastlur.MetaStep(model) as step, fastlur.MetaStep(copy.deepcopy(model)) as other:
+        assert step.passes.borrows
+        step.passes.borrow_no_more()
+        saved = step.state_dict()
+        other.load_state_dict(saved)
+        assert not other.passes.borrows
+
+
+@pytest.mark.parametrize("kind", [torch.optim.NAdam, torch.optim.SGD, torch.optim.AdamW])
+def test_the_state_of_an_optimizer_comes_back_in_its_own_kind_of_numbers(kind, tmp_path):
+    """torch's own load_state_dict would make float64 of what NAdam holds in float32."""
+    data, start = (blobs(12, dtype=torch.float64), blobs(40, dtype=torch.float64)), mlp(dtype=torch.float64)
+
+    def go(**more):
+        model = copy.deepcopy(start)
+        made = kind(model.parameters(), lr=0.01)
+        fastlur.unlearn(model, *data, optimizer=made, steps=9, batch_size=8, progress=False, **more)
+        return state(model)
+
+    undisturbed, saving = go(), {"checkpoint": tmp_path, "checkpoint_every": 2}
+    with pytest.raises(Interrupted):
+        go(callbacks=[break_at(5)], **saving)
+    assert same(go(**saving), undisturbed)
 
 
 @pytest.mark.parametrize("case", FORGED)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+from hashlib import blake2b
 
 import pytest
+import safetensors.torch
 import torch
+from checkpoints import forged
 from helpers import Interrupted, blobs, images, interrupt, mlp, run, same, state
 from torch import nn
 
@@ -240,18 +243,46 @@ class TestDefault:
         assert isinstance(made(NoviceOrAscent(lr=3e-2), mlp(), *data), Imitation)
         assert isinstance(made(NoviceOrAscent(lr=3e-2), mlp(), *data, micro_batch=4), BoundedForgetting)
 
-    def test_a_resumed_run_that_comes_to_another_target_is_refused(self, tmp_path, monkeypatch):
-        model, data = mlp(), (blobs(12), learnable(64))
-        options = {"checkpoint": tmp_path, "checkpoint_every": 1, "steps": 6, "forget_loss": NoviceOrAscent(lr=3e-2)}
-        with pytest.raises(Interrupted):
-            run(copy.deepcopy(model), *data, callbacks=[interrupt], **options)
-        before = state(model)
-        with monkeypatch.context() as patch:
-            patch.setattr("fastlur.targets.Novice.judged", lambda *_: 1 / 0)  # as where memory runs out
-            with pytest.raises(fastlur.CheckpointError, match=r"went towards Imitation.* came to BoundedForgetting"):
-                run(model, *data, **options)
-        assert same(state(model), before)
-        run(model, *data, **options)  # and where it comes to the same it goes on
+
+@pytest.mark.parametrize(
+    "target", [NoviceOrAscent(lr=3e-2), QUICK, SecondChoice(), NoviceOrAscent(epochs=0.1, lr=1e-9)]
+)
+def test_a_resumed_run_goes_on_towards_the_target_that_it_had(target, tmp_path, monkeypatch):
+    """It lies in the checkpoint: nothing is trained again, and where one would come to another now it is the same."""
+    model, data = mlp(dropout=0.3), (learnable(12), learnable(64))
+    options = {"forget_loss": target, "steps": 6, "allow_overlap": True}
+    twin, first = copy.deepcopy(model), copy.deepcopy(model)
+    found = run(twin, *data, **options).settings["forget_target"]
+    with pytest.raises(Interrupted):
+        run(first, *data, callbacks=[interrupt], checkpoint=tmp_path, checkpoint_every=1, **options)
+    monkeypatch.setattr(type(target), "prepare", lambda *_: 1 / 0)
+    result = run(model, *data, checkpoint=tmp_path, checkpoint_every=1, **options)
+    assert same(state(model), state(twin))
+    assert result.settings["forget_target"] == found
+
+
+@pytest.mark.parametrize("spoil", ["kind", "sharpness", "weight", "name", "shape"])
+def test_a_forged_target_is_refused_and_nothing_is_changed(spoil, tmp_path):
+    model, data = mlp(), (blobs(12), learnable(64))
+    options = {"forget_loss": QUICK, "steps": 6, "checkpoint": tmp_path, "checkpoint_every": 1}
+    with pytest.raises(Interrupted):
+        run(copy.deepcopy(model), *data, callbacks=[interrupt], **options)
+    if spoil in ("name", "shape"):
+        file = max(tmp_path.glob("*.safetensors"))
+        tensors = safetensors.torch.load_file(file)
+        weight = tensors.pop("target/0.weight")
+        tensors["target/0.weights" if spoil == "name" else "target/0.weight"] = weight[:1].clone()
+        file.write_bytes(safetensors.torch.save(tensors))
+        checksum = blake2b(file.read_bytes(), digest_size=32).hexdigest()
+        forged(tmp_path, lambda record: record.update(checksum=checksum))
+    else:
+        forged(
+            tmp_path, lambda record: record["forget_target"].update({spoil: "x"} if spoil == "kind" else {spoil: -1})
+        )
+    before = state(model)
+    with pytest.raises(fastlur.CheckpointError, match="does not fit this run"):
+        run(model, *data, **options)
+    assert same(state(model), before)
 
 
 def test_the_second_choice_is_that_of_the_model_as_given():

@@ -220,6 +220,22 @@ class TestHostileRecords:
         with pytest.raises(fastlur.RecordError, match="no hashes to compare with"):
             fastlur.verify(directory, forget=data[0], key=result.key)
 
+    @pytest.mark.parametrize(
+        "change", [{"settings": []}, {"versions": 5}, {"statement": 7}, {"settings": {"method": "lur"}}]
+    )
+    def test_what_it_says_of_itself_may_be_of_any_kind(self, result, tmp_path, change):
+        directory = result.save(tmp_path)
+        forge(directory, lambda record: record.update(change))
+        assert "intact" in str(fastlur.verify(directory))
+
+    def test_it_cannot_print_a_verdict_of_its_own(self, result, tmp_path):
+        directory = result.save(tmp_path)
+        lie = "0.1\nforget: the 100 given are those of the record\x1b[31m"
+        forge(directory, lambda record: record.update(versions={"fastlur": lie}, statement=[lie]))
+        said = str(fastlur.verify(directory))
+        assert not [line for line in said.splitlines() if line.startswith("forget: ")]
+        assert "\x1b" not in said
+
 
 def holding(content):
     """How many tensors that are alive hold these bytes somewhere."""

@@ -40,13 +40,15 @@ def in_conflict(step: Step, forget: Any, retain: Any) -> bool:
 
 
 def repaired(step: Step, forget: Any, retain: Any) -> bool:
-    """Whether the gradient of a step in conflict no longer does."""
+    """Whether a step in conflict takes the conflict away: 1 % of it may be left, which is rounding."""
     repair: Any = step.state
+    memory = repair.memories[0].flats
     with step.passes.of_step(2, forget, retain):
         repair.joint_gradient()
+        before = ops.grad_dot(repair.gradient.flats, memory)[0][0]
         repair.project()
-        dots, _ = ops.grad_dot(repair.gradient.flats, repair.memories[0].flats)
-    return bool(dots[0] >= -1e-4 * (dots[1] * dots[2]).sqrt())
+        after = ops.grad_dot(repair.gradient.flats, memory)[0][0]
+    return bool(before < 0) and bool(after >= 0.01 * before)
 
 
 def collection() -> float:

@@ -26,15 +26,18 @@ class TestVerdict:
             made(LUR, 1.0, 2.0, steps=20),
             made(LUR, 0.5, 3.0, steps=30),
         ]
-        assert verdict(runs, [PUBLISHED, CLEANED, LUR], gaps=(3.0,)) == {  # one of them did not run
-            f"the best of {PUBLISHED}": {"gap": 2.0, "seconds": {PUBLISHED: 8.0, LUR: 2.0}},
-            f"the best of {LUR}": {"gap": 0.5, "seconds": {PUBLISHED: None, LUR: 3.0}},
-            "fixed, 3": {"gap": 3.0, "seconds": {PUBLISHED: 4.0, LUR: 1.0}},
+        found = verdict(runs, [PUBLISHED, CLEANED, LUR], gaps=(3.0,))  # one of them did not run
+        assert {label: (each["gap"], each["seconds"]) for label, each in found.items()} == {
+            f"the best of {PUBLISHED}": (2.0, {PUBLISHED: 8.0, LUR: 2.0}),
+            f"the best of {LUR}": (0.5, {PUBLISHED: None, LUR: 3.0}),
+            "fixed, 3": (3.0, {PUBLISHED: 4.0, LUR: 1.0}),
         }
 
     def test_seeds_are_averaged_and_rates_are_not(self):
         runs = [made(CLEANED, 4.0, 2.0), made(CLEANED, 2.0, 4.0, seed=1), made(CLEANED, 5.0, 1.0, rate=3.0)]
-        assert verdict(runs, [CLEANED], gaps=()) == {f"the best of {CLEANED}": {"gap": 3.0, "seconds": {CLEANED: 3.0}}}
+        assert verdict(runs, [CLEANED], gaps=()) == {
+            f"the best of {CLEANED}": {"gap": 3.0, "seconds": {CLEANED: 3.0}, "each": {CLEANED: [2.0, 4.0]}}
+        }
 
 
 def test_every_arm_is_given_a_rate_and_the_fast_forms_go_to_both_sides():

@@ -123,8 +123,9 @@ def _whole() -> Iterator[Target]:
         ("LUR ÷ ScissorHands cleaned, with LUR's loss", LUR, BOUNDED),
         ("LUR as it comes (with a novice) ÷ ScissorHands cleaned", NOVICE, CLEANED),
     )
+    once = {each["gap"]: (label, each) for label, each in reversed(found.items())}  # both sides' best may be one
     for said, mine, other in pairs:
-        for label, each in found.items():
+        for label, each in reversed(once.values()):
             what = f"whole run of {said}, to a gap of {each['gap']:.2g} ({label})"
             ours, theirs = (each["seconds"].get(arm) for arm in (mine, other))
             if ours is not None and theirs is not None:

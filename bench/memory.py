@@ -25,6 +25,7 @@ from arms import bare, named, stepping
 from models import MODELS
 
 import fastlur
+from fastlur.losses import negative_cross_entropy
 
 # 64 KiB and more is mapped on its own, and unmapped when freed
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
@@ -137,7 +138,8 @@ def predicted(name: str, items: int, arm: str) -> dict[str, Any]:
     torch.manual_seed(0)
     make, batch = MODELS[name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    estimate = fastlur.estimate(make().to(device), tuple(each.to(device) for each in batch(items, 0)), named(arm))
+    data = tuple(each.to(device) for each in batch(items, 0))
+    estimate = fastlur.estimate(make().to(device), data, named(arm), forget_loss=negative_cross_entropy)
     return vars(estimate) | {"peak": estimate.peak}
 
 

@@ -6,6 +6,7 @@ import random
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -298,7 +299,7 @@ def tried(call: Callable[[], Any], *models: Any, begun: list[int] | None = None)
         call: the call.
         models: that it may change.
         begun: the steps that it made, if somebody counts them: what is refused after the first one has changed weights,
-            and what the model or torch in it raises over a later batch is passed on.
+            and what the model or torch in it raises over a later batch is passed on; never what our own code does.
 
     Returns:
         What it returned; None if it did not.
@@ -311,7 +312,7 @@ def tried(call: Callable[[], Any], *models: Any, begun: list[int] | None = None)
         except fastlur.FastlurError as error:
             refused = error
         except Exception as error:
-            if not begun and not _of_the_caller(error):
+            if of_ours(error) or not (begun or _of_the_caller(error)):
                 raise
             passed = error
     if refused is None:
@@ -324,6 +325,12 @@ def tried(call: Callable[[], Any], *models: Any, begun: list[int] | None = None)
     early = isinstance(refused, NOTHING_CHANGED) and not begun
     assert not (what := watch.changed(early)), f"{what} changed, although it was refused: {refused!r}"
     return None
+
+
+def of_ours(error: Exception) -> bool:
+    """Whether code of the package itself raised what is none of its documented errors."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return Path(last.filename).is_relative_to(Path(fastlur.__file__).parent)
 
 
 def _of_the_caller(error: Exception) -> bool:

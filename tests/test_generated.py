@@ -12,7 +12,7 @@ import warnings
 
 import pytest
 import torch
-from generated import ODD, Items, Watch, calls, data, mlp, models, mostly, odd, small, tried
+from generated import ODD, Items, Watch, calls, data, mlp, models, mostly, odd, of_ours, small, tried
 from helpers import blobs
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -151,6 +151,7 @@ def stepping(draw):
             except Exception as error:  # a loss and a model of the caller's raise what they like
                 failed = error
             kind = "refused" if isinstance(failed, fastlur.FastlurError) else "passed on"
+            assert kind == "refused" or failed is None or not of_ours(failed), repr(failed)
             calls["worked" if failed is None else kind] += 1
             assert failed is None or not (what := inside.changed()), f"{what} changed in a step that failed: {failed!r}"
     assert not (what := outside.changed(contents=False)), f"{what} changed"

@@ -60,7 +60,12 @@ def overview(folder: Path = RESULTS) -> str:
             for each in found.values():
                 contenders = [line["gap"].mean for other, line in each.items() if other not in ("before", "retrained")]
                 shown = each[arm]["gap"].shown() if arm in each else ""
-                best = shown and arm not in ("before", "retrained") and each[arm]["gap"].mean == min(contenders)
+                best = (
+                    shown
+                    and arm not in ("before", "retrained")
+                    and each[arm]["gap"].mean == min(contenders)
+                    and len(contenders) > 1
+                )
                 cells.append(f"**{shown}**" if best else shown)
             lines.append(f"| {arm} | {' | '.join(cells)} |")
         lines.append("")

@@ -287,6 +287,15 @@ def _bytes(value: torch.Tensor) -> Any:
     return value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+def options(draw, sensible, strange, most=3):
+    """Some of the sensible options, and now and then a value that is none."""
+    names = draw(st.lists(st.sampled_from(sorted(sensible)), max_size=most, unique=True))
+    chosen = {name: draw(st.sampled_from(sensible[name])) for name in names}
+    if draw(st.integers(0, 2)) == 2:
+        chosen[draw(st.sampled_from(sorted(strange)))] = draw(odd)
+    return chosen
+
+
 calls = {"worked": 0, "refused": 0, "passed on": 0}
 
 

@@ -24,16 +24,18 @@ class Target:
         asked: the bound.
         found: what was measured, in words with its spread; None: not measured.
         held: whether it is enough; None: not measured, or undecided: the spread is on both sides of the bound.
+        comparable: False: what was measured has no ratio to be held against the bound.
     """
 
     what: str
     asked: str
     found: str | None
     held: bool | None
+    comparable: bool = True
 
     def line(self) -> str:
         """The table's row."""
-        none = "" if not self.found or self.found.endswith("no ratio") else "undecided"
+        none = "undecided" if self.found and self.comparable else ""
         verdict = {True: "held", False: "**missed**", None: none}[self.held]
         return f"| {self.what} | {self.asked} | {self.found or 'not measured'} | {verdict} |"
 
@@ -133,7 +135,7 @@ def _whole() -> Iterator[Target]:
                 yield most(what, 0.5, (ours / theirs, min(ratios), max(ratios)))
             else:
                 one = "neither comes" if ours is theirs else f"only {'LUR' if theirs is None else 'ScissorHands'} comes"
-                yield Target(what, "≤ 0.5", f"{one} as near: no ratio", None)
+                yield Target(what, "≤ 0.5", f"{one} as near: no ratio", None, comparable=False)
     if not found:
         yield Target("whole run of LUR ÷ ScissorHands cleaned, to the same gap", "≤ 0.5", None, None)
 

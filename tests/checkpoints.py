@@ -8,6 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from helpers import Interrupted, blobs, mlp, same, state
 
@@ -113,3 +114,13 @@ def forged(tmp_path, change):
     text = json.dumps(record)
     checksum = blake2b(text.encode(), digest_size=32).hexdigest()
     path.write_bytes(json.dumps({"fastlur": "checkpoint", "record": record, "checksum": checksum}).encode())
+
+
+def forged_tensors(tmp_path, change):
+    """The newest checkpoint with other tensors, of which `change` is given the dict, and its checksums in order."""
+    file = max(tmp_path.glob("*.safetensors"))
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    file.write_bytes(safetensors.torch.save(tensors))
+    checksum = blake2b(file.read_bytes(), digest_size=32).hexdigest()
+    forged(tmp_path, lambda record: record.update(checksum=checksum))

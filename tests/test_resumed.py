@@ -7,8 +7,8 @@ import os
 
 import pytest
 import torch
-from checkpoints import break_at, break_off, forged, go_on, job, whole
-from helpers import Interrupted, blobs, mlp, same, state
+from checkpoints import break_at, break_off, forged, go_on, job
+from helpers import Interrupted, blobs, mlp, of_both, same, state
 
 import fastlur
 from fastlur.stopping import Patience
@@ -152,15 +152,8 @@ def test_what_a_model_counts_about_itself_is_no_change(tmp_path):
     data, model = (blobs(12), (inputs, inputs[:, :4].argmax(-1))), Counted()
     for target in (None, Novice(epochs=40, lr=3e-2, sharpness=1.0), SecondChoice()):
         options = {"forget_loss": target, "steps": 9, "batch_size": 8, "progress": False}
-        saving = {"checkpoint": tmp_path / str(target), "checkpoint_every": 2}
-        assert same(*of_both_runs(model, data, options, saving))
-
-
-def of_both_runs(model, data, options, saving):
-    """The weights after a run that nothing disturbs, and after one that is broken off and made again."""
-    undisturbed = whole(model, data, options)
-    break_off(model, data, options | saving)
-    return state(undisturbed), state(go_on(model, data, options | saving)[0])
+        go = lambda options=options, **more: fastlur.unlearn(model, *data, **options, **more)
+        assert same(*of_both(model, go, tmp_path / str(target)))
 
 
 def test_another_number_of_items_at_a_time_is_refused_by_name(tmp_path):
@@ -186,18 +179,13 @@ def test_that_a_model_cannot_be_lent_statistics_is_known_after_a_resume():
 @pytest.mark.parametrize("kind", [torch.optim.NAdam, torch.optim.SGD, torch.optim.AdamW])
 def test_the_state_of_an_optimizer_comes_back_in_its_own_kind_of_numbers(kind, tmp_path):
     """torch's own load_state_dict would make float64 of what NAdam holds in float32."""
-    data, start = (blobs(12, dtype=torch.float64), blobs(40, dtype=torch.float64)), mlp(dtype=torch.float64)
+    data, model = (blobs(12, dtype=torch.float64), blobs(40, dtype=torch.float64)), mlp(dtype=torch.float64)
 
     def go(**more):
-        model = copy.deepcopy(start)
         made = kind(model.parameters(), lr=0.01)
         fastlur.unlearn(model, *data, optimizer=made, steps=9, batch_size=8, progress=False, **more)
-        return state(model)
 
-    undisturbed, saving = go(), {"checkpoint": tmp_path, "checkpoint_every": 2}
-    with pytest.raises(Interrupted):
-        go(callbacks=[break_at(5)], **saving)
-    assert same(go(**saving), undisturbed)
+    assert same(*of_both(model, go, tmp_path))
 
 
 @pytest.mark.parametrize("case", FORGED)

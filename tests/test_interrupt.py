@@ -247,15 +247,17 @@ def test_after_the_last_step_what_was_saved_stays(tmp_path):
     """The call does not return, so that its model may be lost with it: the last checkpoint is all there is."""
     model, data, options = job(tmp_path, steps=9, checkpoint_every=2)
     expected = whole(model, data, options)
-
-    def last(event):
-        if event.step == 9:
-            control_c()
-
-    with pytest.raises(KeyboardInterrupt):
-        fastlur.unlearn(copy.deepcopy(model), *data, **options, callbacks=[last])
+    # in the rule that ends the run: at a callback's the run would be broken off between two steps, as at any other
+    options |= {"stop": lambda event: event.step == 9 and (control_c() or "enough")}
+    with pytest.raises(KeyboardInterrupt, match="the run is over"):
+        fastlur.unlearn(copy.deepcopy(model), *data, **options)
     assert list(tmp_path.glob("*.json"))
-    assert same(state(go_on(model, data, options)[0]), state(expected))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        resumed, _ = go_on(model, data, options)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert same(state(resumed), state(expected))
 
 
 def test_a_step_that_was_just_saved_is_not_saved_again(tmp_path, monkeypatch):
@@ -279,7 +281,8 @@ def test_a_step_that_was_just_saved_is_not_saved_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("at", ["load_state_dict", "take"])
-def test_while_a_checkpoint_is_brought_back_it_waits_for_the_end(at, tmp_path, monkeypatch):
+@pytest.mark.parametrize("times", [1, 2])  # the second would raise at once
+def test_while_a_checkpoint_is_brought_back_it_waits_for_the_end(times, at, tmp_path, monkeypatch):
     """Weights of which some are those of the checkpoint and some as given would be nobody's."""
     model, data, options = job(tmp_path, steps=9, checkpoint_every=2)
     expected, seen = whole(model, data, options), {}
@@ -290,7 +293,8 @@ def test_while_a_checkpoint_is_brought_back_it_waits_for_the_end(at, tmp_path, m
     made = getattr(owner, at)
 
     def pressed(self, value):
-        control_c()
+        for _ in range(times):
+            control_c()
         made(self, value)
 
     first = copy.deepcopy(model)
@@ -298,7 +302,7 @@ def test_while_a_checkpoint_is_brought_back_it_waits_for_the_end(at, tmp_path, m
         patch.setattr(owner, at, pressed)
         with pytest.raises(KeyboardInterrupt):
             fastlur.unlearn(first, *data, **options)
-    assert same(state(first), seen[5])  # the checkpoint is of step 4, and the step after it is whole
+    assert same(state(first), seen[6 - times])  # the checkpoint is of step 4; after one, the next step is made whole
     assert same(state(go_on(model, data, options)[0]), state(expected))
 
 

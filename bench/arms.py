@@ -14,7 +14,6 @@ import fastlur
 from fastlur.data import Feed, source
 from fastlur.losses import cross_entropy, negative_cross_entropy
 from fastlur.methods import METHODS, SaliencyMask, Trim
-from fastlur.methods.base import Direction
 from fastlur.step import Step
 
 Arm = Callable[[], object]
@@ -76,9 +75,12 @@ def opened(model: nn.Module, method: Any, forget: Any, retain: Any, **options: A
     return stepping(copy.deepcopy(model), method, forget, retain, **options)
 
 
-def stepping(model: nn.Module, method: Any, forget: Any, retain: Any, **options: Any) -> Step:
-    """The same over the model itself."""
-    sources = {"forget": source([forget] * EPOCH, "forget", 1), "retain": source([retain] * EPOCH, "retain", 1)}
+def stepping(
+    model: nn.Module, method: Any, forget: Any, retain: Any, *, forget_batches: int = EPOCH, **options: Any
+) -> Step:
+    """The same over the model itself; `forget_batches` is how many of the epoch's have forget data."""
+    batches = {"forget": [forget] * forget_batches, "retain": [retain] * EPOCH}
+    sources = {side: source(each, side, 1) for side, each in batches.items()}
     losses = {"retain": cross_entropy, "forget": negative_cross_entropy}
     feed = Feed(sources, 0, next(model.parameters()).device)  # type: ignore[arg-type]
     return Step(model, method, losses, lr=LR, momentum=MOMENTUM, feed=feed, steps=1000, **options)  # type: ignore[arg-type]
@@ -100,41 +102,6 @@ def other(name: str) -> Any:
     """Another method with its defaults, or None where it is not there."""
     method, settings = OTHERS[name]
     return METHODS[method](**settings) if method in METHODS else None
-
-
-def parts(step: Step, forget: Any, retain: Any) -> dict[str, Callable[[], None]]:
-    """The parts of ScissorHands, each runnable alone; a step includes the update."""
-    repair: Any = step.state
-
-    def within(part: Callable[[], None], whole: bool = False) -> Callable[[], None]:
-        def run() -> None:
-            with step.passes.of_step(2, forget, retain):
-                part()
-                if whole:  # with the update, and what the form does after every step
-                    step.update.decide(Direction(repair.gradient), list(step.passes.values.values()))
-                    step.update.apply(Direction(repair.gradient))
-                    repair.tidy()
-
-        return run
-
-    def conflict() -> None:
-        repair.joint_gradient()
-        repair.project()
-
-    def trim() -> None:
-        Trim(batches=1)(step.passes)
-
-    with step.passes.of_step(1, forget, retain):
-        repair.anchor()
-        repair.joint_gradient()
-        for memory, gradient in zip(repair.memories[0].flats, repair.gradient.flats, strict=True):
-            torch.neg(gradient, out=memory)  # and so it stays: the weights hardly move while this is measured
-    return {
-        "step in conflict": within(conflict, whole=True),
-        "retain-only step": within(repair.retain_gradient, whole=True),
-        "anchors, once an epoch": within(repair.anchor),
-        "trim, a batch": trim,
-    }
 
 
 def _laid(value: Any, memory_format: torch.memory_format) -> Any:

@@ -18,37 +18,13 @@ from typing import Any
 import gate
 import models
 import pytest
-from arms import bare, lur, opened, parts
+from arms import bare, lur, opened
+from conflict import parts, repairs
 from measure import interleaved, medians, ratio
 from models import MODELS
 
-from fastlur import ops
-from fastlur.methods import METHODS
-from fastlur.step import Step
-
 FULL = os.environ.get("FASTLUR_BENCH_FULL") == "1"
 SECONDS = 60.0 if FULL else 10.0
-
-
-def in_conflict(step: Step, forget: Any, retain: Any) -> bool:
-    """Whether the joint gradient still points against the memory."""
-    repair: Any = step.state
-    with step.passes.of_step(2, forget, retain):
-        repair.joint_gradient()
-        dots = ops.grad_dot(repair.gradient.flats, repair.memories[0].flats)[0]
-    return bool(dots[0] < 0)
-
-
-def repaired(step: Step, forget: Any, retain: Any) -> bool:
-    """Whether a step in conflict takes the conflict away: 1 % of it may be left, which is rounding."""
-    repair: Any = step.state
-    memory = repair.memories[0].flats
-    with step.passes.of_step(2, forget, retain):
-        repair.joint_gradient()
-        before = ops.grad_dot(repair.gradient.flats, memory)[0][0]
-        repair.project()
-        after = ops.grad_dot(repair.gradient.flats, memory)[0][0]
-    return bool(before < 0) and bool(after >= 0.01 * before)
 
 
 def collection() -> float:
@@ -74,16 +50,13 @@ def test_parts(items: int, benchmark: Any, record: list[dict[str, Any]]) -> None
             made[f"LUR, {mode}"] = lambda step=step: step(forget, retain)  # type: ignore[misc]
         conflicts = []
         for form in ("cleaned", "as_published"):
-            for name in ("step in conflict", "retain-only step", "anchors, once an epoch", "trim, a batch"):
-                if (form, name) == ("as_published", "trim, a batch"):
-                    continue  # which both forms have in common
-                step = stack.enter_context(opened(model, METHODS["scissorhands"](form=form, trim=None), forget, retain))
-                made[f"{form}: {name}"] = parts(step, forget, retain)[name]
-                if name == "step in conflict":
-                    conflicts.append(step)
+            arms, conflict = parts(stack, form, model, forget, retain)
+            conflicts.append(conflict)
+            if form == "as_published":
+                del arms["trim, a batch"]  # which both forms have in common
+            made |= {f"{form}: {name}": arm for name, arm in arms.items()}
         times = interleaved(made, SECONDS, fewest=8 if FULL else 5)
-        assert all(in_conflict(step, forget, retain) for step in conflicts), "steps in conflict were none"
-        assert all(repaired(step, forget, retain) for step in conflicts), "a step in conflict was not repaired"
+        assert all(repairs(step, forget, retain) for step in conflicts), "steps in conflict were none"
         collected = collection()
         benchmark.pedantic(made["LUR, optimistic"], rounds=1)
     published = "as_published: step in conflict"

@@ -16,7 +16,8 @@ from typing import Any
 
 import gate
 import torch
-from arms import FRUGAL, MODES, Arm, bare, lur, opened, parts
+from arms import FRUGAL, MODES, Arm, bare, lur, opened
+from conflict import in_conflict
 from measure import Times, ratio
 from models import MODELS
 from torch import Tensor, nn
@@ -172,7 +173,9 @@ def arm(case: Case, model: nn.Module, forget: Any, retain: Any, name: str, captu
     method = lur(name) if form is None else METHODS["scissorhands"](form=form, trim=None)
     options = settings(case) | ({"capture": True} if capture else {})
     with opened(model, method, forget, retain, precision=precision, **options) as step:
-        yield (lambda: step(forget, retain)) if form is None else parts(step, forget, retain)["step in conflict"]
+        if form is not None:
+            in_conflict(step, forget, retain)
+        yield lambda: step(forget, retain)
 
 
 def memory(row: Row, case: Case, model: nn.Module, forget: Any, retain: Any, name: str) -> dict[str, int | None] | None:

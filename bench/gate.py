@@ -24,7 +24,7 @@ RHO = 0.1  # length of the inner step
 LEAST = {"fp32": 0.9, "bf16": 0.7}  # cosine of what displacement adds
 LEAST_SUM = {"fp32": 0.999, "bf16": 0.9}  # of the undisplaced sum
 MOVED = 1e-3  # what an update may miss lr times its direction by, as a part of it
-RATE = 0.1
+FAR = 0.1  # of the weights' length, which that update is to move them, so that their rounding does not hide it
 BY: dict[str, Any] = {"normalize_by": "own", "relative_inner_lr": True, "forget_loss": negative_cross_entropy}
 
 
@@ -48,13 +48,16 @@ def _direction(step: fastlur.MetaStep) -> Tensor:
     return torch.cat([(inner + outer).reshape(-1) for inner, outer in pairs]).double()
 
 
-def moved(model: nn.Module, forget: Any, retain: Any, mode: Any, precision: str, **options: Any) -> float:
-    """How far a first step of SGD is from −lr times its direction, as a part of that."""
+def moved(
+    model: nn.Module, forget: Any, retain: Any, mode: Any, precision: str, length: float, **options: Any
+) -> float:
+    """How far a first step of SGD is from −lr times its direction, which is about so long, as a part of that."""
     model = copy.deepcopy(model)
     before = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).double()
-    with fastlur.MetaStep(model, lr=RATE, gradient=mode, inner_lr=RHO, precision=precision, **(BY | options)) as step:
+    rate = FAR * float(before.norm()) / length
+    with fastlur.MetaStep(model, lr=rate, gradient=mode, inner_lr=RHO, precision=precision, **(BY | options)) as step:
         step(forget, retain)
-        wanted = -RATE * _direction(step)
+        wanted = -rate * _direction(step)
     after = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).double()
     return float((after - before - wanted).norm() / wanted.norm())
 
@@ -128,7 +131,7 @@ def check(model: nn.Module, forget: Any, retain: Any, mode: str, precision: str,
     if mode != "first_order":
         half, _ = truth(model, forget, retain, "first_order", by)
         assert (ours - own).norm() < (ours - half).norm(), f"{mode} in {precision} does not align: it is first_order"
-    missed = moved(model, forget, retain, mode, precision, **options)
+    missed = moved(model, forget, retain, mode, precision, float(sum_of_ours.norm()), **options)
     assert missed <= MOVED, f"{mode} in {precision}: the update misses its direction by {missed:.1e}"
     return cosine
 

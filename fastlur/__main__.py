@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
     commands.add_parser("info", help="versions, device, and which backend serves each operation")
     check = commands.add_parser("verify", help="compare the checksums of a record that result.save wrote")
-    check.add_argument("directory", type=Path)
+    check.add_argument("directory")
     for side in ("forget", "retain"):
         text = (
             f"a safetensors file of the {side} items, its tensors named inputs and targets: are they the recorded ones?"
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         check.add_argument(f"--{side}", type=Path, help=text)
     check.add_argument("--key", type=Path, help="the file that result.save(key_file=…) wrote")
     remove = commands.add_parser("purge", help="remove checkpoints and what they hold of a model from before")
-    remove.add_argument("directory", type=Path)
+    remove.add_argument("directory")
     return parser
 
 

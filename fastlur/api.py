@@ -140,7 +140,7 @@ def unlearn(
         The first three are raised before a parameter changes, but for what only a later batch or look of a stopping
         rule shows; the model is then that of the last whole step. All are `fastlur.FastlurError`.
     """
-    began = time.perf_counter()
+    began, history = time.perf_counter(), History()
     checks.module(model)
     checks.losses(loss=loss, forget_loss=forget_loss)
     if forget is retain:
@@ -160,7 +160,6 @@ def unlearn(
     checks.path("checkpoint", checkpoint)
     if max_retain_loss_increase is not None:
         check_limit(max_retain_loss_increase, loss)
-    history = History()
     budget: RetainBudget | None = None
     checkpoints: Checkpoints | None = None
     found: Found | None = None
@@ -191,7 +190,7 @@ def unlearn(
         usual = DEFAULT_LR | getattr(method, "rates", {})
         base = lr if lr is not None else usual.get(str(optimizer), 0.0)
         clip = checks.clipping(method, max_grad_norm)
-
+        checks.numbers(base, momentum, weight_decay, clip, precision)
         settings = {
             "fastlur": __version__,
             "torch": torch.__version__,
@@ -218,8 +217,8 @@ def unlearn(
             "compile": compile,
             "deterministic": deterministic,
         }
-        for around in (kept_modes(model), determinism(deterministic)):
-            stack.enter_context(around)
+        stack.enter_context(kept_modes(model))
+        stack.enter_context(determinism(deterministic))
         if where.type == "cuda":
             torch.cuda.reset_peak_memory_stats(where)
         if checkpoint is not None:
@@ -272,8 +271,8 @@ def unlearn(
             observers = [*callbacks, *rules]
             interrupt = stack.enter_context(Interrupt())
             if checkpoints is not None:
-                every, keep = checkpoint_every, keep_checkpoints
-                kept = Checkpointer(checkpoints, step, history, streams, observers, budget, every, total, keep, began)
+                how_often = checkpoint_every, total, keep_checkpoints
+                kept = Checkpointer(checkpoints, step, history, streams, observers, budget, *how_often, began)
                 if found is not None:
                     stack.callback(set_random_states, random_states())  # callbacks go on with the run's, ours stay
                     ended = kept.resume(found)
@@ -296,6 +295,8 @@ def unlearn(
                     progress=progress,
                     interrupted=lambda: interrupt.pending,
                 )
+                if budget is not None and not budget.finishes:
+                    ended = budget.last() or ended  # before it is saved: what a repeat brings back is within it
                 if kept is not None:
                     kept.over(ended)
             step.finish()
@@ -305,16 +306,15 @@ def unlearn(
             raise
         if budget is not None:
             ended = budget.last() or ended
-        if checkpoints is not None and not (keep_checkpoints or interrupt.pending):  # else nothing would be left
-            checkpoints.purge()
+        keep = keep_checkpoints or interrupt.pending  # after Ctrl-C nothing is returned, and they are all there is
+        settings["checkpoints_kept"] = checkpoints is not None and (keep or not checkpoints.purge())
     settings["micro_batch"] = step.passes.spare.rows
     settings["forget_target"] = identity.name_of(step.passes.losses["forget"])
     settings["parameters_moved"] = sum(slot.numel for slot in step.space.slots)
     settings["parameters_total"] = sum(parameter.numel() for parameter in model.parameters())
     settings["method"] = identity.without_hashes(settings["method"])
-    settings["checkpoints_kept"] = checkpoints is not None and keep_checkpoints
     key = new_key()
     data = {str(side): fingerprints(contents[side], side, key) for side in look.SIDES}
     seconds = time.perf_counter() - began + (0.0 if kept is None else kept.before)
-    caveat = getattr(method, "caveat", "")
-    return Result(model, history, seconds, peak_memory(where), ended, settings, data, key, caveat)
+    caveat, digest = getattr(method, "caveat", ""), identity.model_digest(model)
+    return Result(model, history, seconds, peak_memory(where), ended, settings, data, key, caveat, digest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -38,7 +39,7 @@ class Batches:
         epoch = number = 0
         while True:
             _seed(self.batches, derive(seed, "epoch", epoch))
-            iterator, begin = iter(self.batches), number
+            iterator, begin = iter(_fresh(self.batches)), number
             while True:
                 seed_loading(derive(seed, "load", number))
                 try:
@@ -58,7 +59,7 @@ class Batches:
         try:
             if seed is not None:
                 _seed(self.batches, seed)
-            yield from self.batches
+            yield from _fresh(self.batches)
         finally:
             for generator, state in before:
                 generator.set_state(state)
@@ -92,6 +93,18 @@ def reorders(batches: Iterable[Any]) -> bool:
     if batches.batch_sampler is not None and type(batches.batch_sampler) is not BatchSampler:
         return True
     return not isinstance(getattr(batches.batch_sampler, "sampler", batches.sampler), SequentialSampler)
+
+
+def _fresh(batches: Iterable[Any]) -> Iterable[Any]:
+    """A loader that keeps its workers has one iterator for all that go over it: another one, with workers of its own.
+
+    They begin each pass anew, as those of other loaders do, so that a pass does not depend on those before it.
+    """
+    if not isinstance(batches, DataLoader) or not batches.persistent_workers:
+        return batches
+    fresh = copy.copy(batches)
+    fresh._iterator = None
+    return fresh
 
 
 def _seed(batches: Iterable[Any], seed: int) -> None:

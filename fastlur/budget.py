@@ -63,6 +63,7 @@ class RetainBudget:
             )
         self._good, self._when = Snapshot(model, parameters), "the model as given"
         self._given = Snapshot(model, parameters) if finishes else self._good
+        self.finishes = finishes
 
     def measure(self) -> float:
         """Mean retain loss now, over the items."""

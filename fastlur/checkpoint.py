@@ -20,11 +20,11 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
 from fastlur import ours
-from fastlur.errors import CheckpointError
+from fastlur.errors import CheckpointError, first_line
 from fastlur.folder import Folder
 from fastlur.passes import Loss, Passes
 from fastlur.step import Step
-from fastlur.targets import brought_back
+from fastlur.target_state import brought_back
 from fastlur.whole_state import gathered, put_back
 
 KEPT = 2
@@ -77,8 +77,9 @@ class Checkpoints:
         if not free:
             raise CheckpointError(f"checkpoint={self.name} is in use by another run; wait for it, or use another")
         try:
-            self.folder.write("fastlur-probe", b"")
-            self.folder.remove("fastlur-probe")
+            probe = ours.probe()
+            self.folder.write(probe, b"")
+            self.folder.remove(probe)
         except OSError as error:
             self.close()
             raise CheckpointError(f"checkpoint={self.name} cannot be written to: {error}") from error
@@ -127,7 +128,7 @@ class Checkpoints:
                     found = self._read(number)
                     theirs = dict(found.record["settings"])
                 except DAMAGE as error:
-                    faults.append(f"step {number}: {_line(error)}")
+                    faults.append(f"step {number}: {first_line(error)}")
                     self._damaged.append(number)
                     continue
                 self._same_run(theirs)
@@ -171,16 +172,23 @@ class Checkpoints:
                 with suppress(OSError):
                     self.folder.remove(name)
 
-    def purge(self) -> None:
-        """Remove every checkpoint, since they still hold the old weights; what cannot be removed is warned of."""
+    def purge(self) -> bool:
+        """Remove every checkpoint, since they still hold the old weights; what cannot be removed is warned of.
+
+        Returns:
+            Whether nothing is left.
+        """
+        failed: list[str] = []
         try:
-            for name in ours.checkpoint_files(self.folder):
-                self.folder.remove(name)
+            _, failed = self.folder.remove_all(ours.checkpoint_files(self.folder))
         except OSError as error:
+            failed = [str(error)]
+        if failed:
             warnings.warn(
-                f"checkpoint={self.name} holds weights from before, and they could not be removed: {error}",
+                f"checkpoint={self.name} holds weights from before, and they could not be removed: {failed[0]}",
                 stacklevel=2,
             )
+        return not failed
 
     def _content(self, step: Step, extra: dict[str, Any]) -> tuple[bytes, bytes]:
         """Both files."""
@@ -215,7 +223,7 @@ class Checkpoints:
             raise
         except DAMAGE as error:
             raise CheckpointError(
-                f"checkpoint={self.name}: step {found.record.get('step')} does not fit this run: {_line(error)}"
+                f"checkpoint={self.name}: step {found.record.get('step')} does not fit this run: {first_line(error)}"
             ) from error
 
     @contextmanager
@@ -231,8 +239,9 @@ class Checkpoints:
         mine = json.loads(json.dumps(self.settings))
         for key in sorted({*mine, *theirs}, key=lambda key: (key not in VERSIONS, key)):
             if mine.get(key) != theirs.get(key):
+                was, now = _differing(theirs.get(key), mine.get(key))
                 raise CheckpointError(
-                    f"checkpoint={self.name} is of another run: {key} was {theirs.get(key)!r}, now {mine.get(key)!r}; "
+                    f"checkpoint={self.name} is of another run: {key} was {was!r}, now {now!r}; "
                     f"{'pass the model as it was at the start, or ' if key == 'model' else ''}"
                     "use another directory, or remove it to start afresh"
                 )
@@ -271,8 +280,12 @@ def _most(step: int) -> int:
     return min(LARGEST + ROW * step, 1 << 30)
 
 
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+def _differing(one: Any, other: Any) -> tuple[Any, Any]:
+    """Of two sets of settings what they do not have in common."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return one, other
+    keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    return tuple({key: each[key] for key in keys if key in each} for each in (one, other))  # type: ignore[return-value]
 
 
 def _digest(text: str) -> str:

@@ -170,7 +170,7 @@ class Checkpointer:
         """
         try:
             if isinstance(error, Interrupted):
-                if self.budget is None and self._saved != self.step.step:
+                if self.budget is None and self._saved != self.step.step and not error.amid:
                     self.save()
             elif not self.step.weights_are_finite():
                 found = self.checkpoints.newest()

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastlur.content import Content
 from fastlur.data import to_device
-from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError, nearest, number, unknown
+from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError, first_line, nearest, number, unknown
 from fastlur.leaves import Reached
 from fastlur.losses import IGNORED, logits_and_targets
 from fastlur.microbatch import Spare
@@ -276,7 +276,7 @@ def _value(value: Any, tried: Tried) -> None:
 
 def _why(error: Exception, tried: Tried) -> str:
     which = tried.which
-    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    said = first_line(error)
     if "more than 1 value per channel" in said:
         return f"{which}: batch norm needs more than one item a batch here; give more items, or a larger batch_size"
     return f"{which}: the model or {tried.argument} cannot take the first batch ({type(error).__name__}: {said})"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastlur.errors import ModelError
+from fastlur.errors import ModelError, first_line
 from fastlur.graph import ends, nodes
 from fastlur.space import ParameterSpace, Vector
 from fastlur.twice import Twice
@@ -154,8 +154,7 @@ def refused() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:
-        said = str(error).splitlines()[0]
-        what = f"gradient='exact' cannot differentiate this model twice ({said}); use 'secant'"
+        what = f"gradient='exact' cannot differentiate this model twice ({first_line(error)}); use 'secant'"
         raise ModelError(what) from error
 
 

@@ -63,6 +63,11 @@ def finite(value: object) -> TypeGuard[float]:
     return math.isfinite(value)
 
 
+def first_line(error: BaseException) -> str:
+    """What somebody else's error says, as far as it fits into a message of one line."""
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
 def check_flags(**values: object) -> None:
     """Refuse anything but True and False.
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastlur import checks, footprint, ops
 from fastlur.data import to_device
-from fastlur.errors import ArgumentError, DataError, FastlurError
+from fastlur.errors import ArgumentError, DataError, FastlurError, first_line
 from fastlur.footprint import Memory
 from fastlur.losses import cross_entropy
 from fastlur.methods import resolve
@@ -152,9 +152,8 @@ def estimate(
             except (FastlurError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
-                said = (str(error).splitlines() or [""])[0]
                 raise DataError(
-                    f"batch: the model or a loss cannot take it ({type(error).__name__}: {said})"
+                    f"batch: the model or a loss cannot take it ({type(error).__name__}: {first_line(error)})"
                 ) from error
         moving = sum(flat.nbytes for flat in space.theta.flats)
         weights = sum(flat.numel() for flat in space.theta.flats)

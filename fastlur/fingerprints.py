@@ -85,7 +85,7 @@ def write_key(path: str | os.PathLike[str], key: bytes, record: str | os.PathLik
         ArgumentError: it would lie with the record, or holds another key.
         RecordError: it cannot be written.
     """
-    if not isinstance(path, str | os.PathLike):
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise ArgumentError(f"key_file={path!r} must be the path of a file")
     place = Path(path)
     try:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlur.errors import CheckpointError
+from fastlur.errors import CheckpointError, first_line
 from fastlur.space import Vector
 
 PARTS = ("step", "method", "control", "vectors", "tensors", "optimizer")
@@ -75,7 +75,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
         _as_saved(optimizer, state)
     except Exception as error:  # one of the caller's raises what it likes
         optimizer.load_state_dict(before)
-        said = (str(error).splitlines() or [""])[0]
+        said = first_line(error)
         raise CheckpointError(f"state: does not fit the optimizer ({type(error).__name__}: {said})") from error
 
 

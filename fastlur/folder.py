@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 
@@ -29,6 +29,8 @@ class Folder:
     """
 
     def __init__(self, path: str | os.PathLike[str], make: bool = True) -> None:
+        if not os.fspath(path):
+            raise ValueError("an empty path, which would mean the working directory; write '.' for that")
         self.path = Path(os.path.abspath(path))  # wherever the process goes meanwhile
         if make:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -87,6 +89,17 @@ class Folder:
         """Bytes of a plain file."""
         with self._opened(name) as handle:
             return os.fstat(handle).st_size
+
+    def remove_all(self, names: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Remove what can be; the names of it, and why the others cannot."""
+        removed, failed = [], []
+        for name in names:
+            try:
+                self.remove(name)
+                removed.append(name)
+            except OSError as error:
+                failed.append(str(error))
+        return removed, failed
 
     def remove(self, name: str) -> None:
         """Remove a file, or a link and not what it points at, if there is one."""

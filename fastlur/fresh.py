@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastlur.errors import ModelError
+from fastlur.errors import ModelError, first_line
 from fastlur.passes import Passes
 from fastlur.space import Vector
 
@@ -60,9 +60,24 @@ def renew(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, also of a model that holds results of its own, as hooks that compute weights leave them behind."""
+    """A deep copy, also of a model that holds results of its own, as hooks that compute weights leave them behind.
+
+    Raises:
+        ModelError: it cannot be copied, as one that holds a lock or a file.
+    """
     results = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
-    return copy.deepcopy(model, {id(result): result.detach().clone() for result in results})
+    try:
+        return copy.deepcopy(model, {id(result): result.detach().clone() for result in results})
+    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, OSError) as error:
+        raise ModelError(f"model: a {type(model).__name__} cannot be copied ({first_line(error)})") from error
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """The model in eval mode, without gradients."""
+    for parameter in model.parameters():
+        parameter.grad = None
+        parameter.requires_grad_(False)
+    return model.eval()
 
 
 def _draw(model: nn.Module, wanted: set[int], pairs: list[tuple[Tensor, Tensor]]) -> list[int]:
@@ -104,7 +119,9 @@ def _reset(module: nn.Module) -> None:
         module.reset_parameters()  # type: ignore[operator]
     except Exception as error:
         kind = type(module).__name__
-        raise ModelError(f"model: reset_parameters() of a {kind} fails ({error}); pass a freshly made model") from error
+        raise ModelError(
+            f"model: reset_parameters() of a {kind} fails ({first_line(error)}); pass a freshly made model"
+        ) from error
 
 
 def _shuffled(value: Tensor) -> Tensor:

@@ -46,6 +46,21 @@ def architecture_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def model_settings(model: nn.Module) -> dict[str, str]:
+    """The numbers with a point and the switches that modules of the caller's hold as attributes: a dropout rate, say.
+
+    Whole numbers are left out, since a module may count with them, and so are texts, which may be places of files.
+    """
+    return {
+        f"{name}.{key}".lstrip("."): repr(value)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if not type(module).__module__.startswith("torch.")
+        and isinstance(value, bool | float)
+        and not (key.startswith("_") or key == "training")
+    }
+
+
 def name_of(value: Any, deep: int = 2) -> str:
     """Where a callable or another object is from, with its plain numbers; for messages and for records.
 

@@ -13,7 +13,13 @@ NOTICE = b"\nstopping after this step; Ctrl-C once more stops at once\n"
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, raised between two steps: the model is that of the last one."""
+    """Ctrl-C, raised between two steps: the model is that of the last one.
+
+    Attributes:
+        amid: it came while a step was being made or looked at, so that streams and rules are not all of that step.
+    """
+
+    amid = False
 
 
 class Interrupt:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastlur import checks, content, identity
 from fastlur.data import Indexed, Source, Stream, source, to_device
-from fastlur.errors import ArgumentError, DataError, FastlurError
+from fastlur.errors import ArgumentError, DataError, FastlurError, first_line
 from fastlur.losses import IGNORED, TARGETS, split
 from fastlur.passes import ARGUMENT, Which
 from fastlur.slots import Selection, select
@@ -50,7 +50,7 @@ def look_at_data(forget: Any, retain: Any, batch_size: int, seed: int, device: t
             except (FastlurError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # a data set of the caller's raises what it likes
-                said = (str(error).splitlines() or [""])[0]
+                said = first_line(error)
                 raise DataError(f"{side}: cannot be read ({type(error).__name__}: {said})") from error
     return sources, contents, firsts
 
@@ -110,6 +110,7 @@ def same_run(
     same |= {f"{side} batches": batching(sources[side], contents[side]) for side in SIDES}
     same |= {f"what {ARGUMENT[side]} does": identity.fingerprint(each) for side, each in losses.items()}
     same |= {"model": identity.model_digest(model), "architecture": identity.architecture_digest(model)}
+    same["settings of the model"] = identity.model_settings(model)
     same["stop"] = [identity.shown(rule) for rule in rules]
     same["optimizer's parameters"] = identity.optimizer_parameters(optimizer, model)
     same["code of the method"] = identity.code_of(method)

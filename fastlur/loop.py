@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fastlur.data import Stream
+from fastlur.errors import NonFiniteError
 from fastlur.history import History
 from fastlur.interrupt import Interrupted
 from fastlur.stats import StepStats
@@ -81,14 +83,10 @@ def run(
         while step.step < steps:
             rate = lr(step.step)
             step.update.set_lr(rate)
-            try:
-                with borrowed_random(device):
-                    batches = next(forget), next(retain)
-            except Exception as error:
-                if interrupted():  # Ctrl-C ends the workers of a loader as well
-                    raise Interrupted(f"after step {step.step} of {steps}") from error
-                raise
-            stats = step(*batches)
+            with _dying_of_the_same_key(step, steps, interrupted, amid=False), borrowed_random(device):
+                batches = next(forget), next(retain)
+            with _dying_of_the_same_key(step, steps, interrupted):
+                stats = step(*batches)
             used = step.update.lr
             if history.add(stats, rate if used is None else used) and progress:
                 last = {name: f"{history[name][-1]:.3f}" for name in ("forget_loss", "retain_loss", "cosine")}
@@ -96,7 +94,8 @@ def run(
             bar.update()
             event = StepEvent(step.step, steps, stats, step.space.model, time.perf_counter() - began)
             for observer in observers:
-                answer = observer(event)
+                with _dying_of_the_same_key(step, steps, interrupted):
+                    answer = observer(event)
                 if answer:
                     history.flush()
                     return answer if isinstance(answer, str) else "stopped by a callback or rule"
@@ -105,3 +104,20 @@ def run(
                 raise Interrupted(f"after step {step.step} of {steps}")
     history.flush()
     return "all steps done"
+
+
+@contextmanager
+def _dying_of_the_same_key(
+    step: Step, steps: int, interrupted: Callable[[], bool], amid: bool = True
+) -> Iterator[None]:
+    """Ctrl-C ends the workers of a loader as well: what fails of that is no error of the loader."""
+    try:
+        yield
+    except NonFiniteError:
+        raise
+    except Exception as error:
+        if not interrupted():
+            raise
+        raised = Interrupted(f"after step {step.step} of {steps}")
+        raised.amid = amid
+        raise raised from error

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastlur.errors import ArgumentError, DataError, check_flags, number
+from fastlur.errors import ArgumentError, DataError, check_flags, first_line, number
 from fastlur.task import reads_ahead
 
 IGNORED = -100  # cross-entropy's own mark for a target that does not count
@@ -242,4 +242,4 @@ def _mean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     try:
         return functional.cross_entropy(wide(logits), targets)
     except IndexError as error:  # the CPU's; what could be checked beforehand was
-        raise DataError(f"a target is outside the model's {logits.shape[-1]} logits: {error}") from error
+        raise DataError(f"a target is outside the model's {logits.shape[-1]} logits: {first_line(error)}") from error

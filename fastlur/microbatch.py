@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
-from fastlur.errors import ModelError
+from fastlur.errors import ModelError, first_line
 from fastlur.rows import parts_of, rows_of, tensors_of
 from fastlur.statistics import Statistics
 from fastlur.world import borrowed_random, kept_modes, seed_torch
@@ -76,7 +76,7 @@ class Spare:
             try:
                 return attempt()
             except torch.OutOfMemoryError as error:
-                said = (str(error).splitlines() or [""])[0]
+                said = first_line(error)
             undo()  # outside of the clause: the error holds on to everything that the attempt had
             self._take_fewer(said, rows_of(batch))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlur.errors import ArgumentError, FastlurError
+from fastlur.errors import ArgumentError, FastlurError, first_line
 
 
 class Moved:
@@ -42,7 +42,7 @@ class Moved:
             self._put_back()
             if isinstance(error, FastlurError) or not isinstance(error, Exception):
                 raise
-            raise ArgumentError(f"device={self._device!r} cannot be used: {_line(error)}") from error
+            raise ArgumentError(f"device={self._device!r} cannot be used: {first_line(error)}") from error
         # what stayed where it was is not held: later storage would be needed twice
         self._parameters = [each for each in self._parameters if _replaced(each[0]._parameters.get(each[1]), each[3])]
         self._buffers = [each for each in self._buffers if each[0]._buffers.get(each[1]) is not each[2]]
@@ -80,13 +80,9 @@ def _usable(device: Any) -> torch.device:
         if bool(torch.zeros((), device=where)):
             raise RuntimeError("it does not compute")
     except Exception as error:  # torch's backends raise what they like
-        raise ArgumentError(f"device={device!r} cannot be used: {_line(error)}") from error
+        raise ArgumentError(f"device={device!r} cannot be used: {first_line(error)}") from error
     return where
 
 
 def _replaced(now: Tensor | None, data: Tensor) -> bool:
     return now is None or now.device != data.device
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -7,6 +7,7 @@ for the other, whose mark may be what was damaged.
 from __future__ import annotations
 
 import re
+import secrets
 import stat
 
 from fastlur.folder import SUFFIX, Folder
@@ -16,12 +17,18 @@ CHECKPOINT, RECORD = "checkpoint", "record"
 PAIR = ("json", "safetensors")
 NAME = re.compile(rf"{STEM}([0-9]{{8}})\.json")
 _FILE = re.compile(rf"({STEM}[0-9]{{8}})\.(json|safetensors)")
-_HALF = re.compile(rf"\.({STEM}[0-9]{{8}}\.(json|safetensors)|fastlur-probe)" + re.escape(SUFFIX))
+_PROBE = re.compile(r"fastlur-probe-[0-9a-f]{16}")
+_HALF = re.compile(rf"\.({STEM}[0-9]{{8}}\.(json|safetensors)|{_PROBE.pattern})" + re.escape(SUFFIX))
 
 
 def stem(number: int) -> str:
     """The name of the checkpoint after a step, without what its two files end in."""
     return f"{STEM}{number:08d}"
+
+
+def probe() -> str:
+    """The name of an empty file that shows whether a directory can be written to: nobody has one of that name."""
+    return f"fastlur-probe-{secrets.token_hex(8)}"
 
 
 def metadata(kind: str) -> dict[str, str]:
@@ -43,6 +50,8 @@ def is_checkpoint(folder: Folder, name: str) -> bool:
     """Whether a file is of a checkpoint; an empty one and a link by its name alone, since nothing is lost with it."""
     if _HALF.fullmatch(name):
         return is_marked(folder, name, CHECKPOINT)
+    if _PROBE.fullmatch(name):
+        return folder.kind(name) == stat.S_IFREG and not folder.head(name, 1)
     found = _FILE.fullmatch(name)
     if not found:
         return False

@@ -21,21 +21,21 @@ def purge(directory: str | os.PathLike[str]) -> list[str]:
         The names of the files removed.
 
     Raises:
-        CheckpointError: there is no such directory, a run is using it, or something could not be removed.
+        CheckpointError: there is no such directory, a run is using it, or something could not be removed; the rest
+            was.
     """
-    removed: list[str] = []
     try:
         folder = Folder(directory, make=False)
         free = folder.lock()
         if not free:
             raise CheckpointError(f"{os.fspath(directory)!r} is in use by a run; wait for its end")
         try:
-            for name in sorted({*checkpoint_files(folder), *orphans(folder)}):
-                folder.remove(name)
-                removed.append(name)
+            removed, failed = folder.remove_all(sorted({*checkpoint_files(folder), *orphans(folder)}))
         finally:
             folder.unlock()
     except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{directory!r} cannot be purged: {error}") from error
+    if failed:
         done = f" ({len(removed)} files were removed)" if removed else ""
-        raise CheckpointError(f"{directory!r} cannot be purged: {error}{done}") from error
+        raise CheckpointError(f"{directory!r} cannot be purged of {len(failed)} files: {failed[0]}{done}")
     return removed

@@ -60,6 +60,8 @@ class Record:
         """
         if not isinstance(model, nn.Module):
             raise ModelError(f"model: a {type(model).__name__} is no torch.nn.Module")
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+            raise ModelError("model: has parameters of no shape yet; pass a batch through it first")
         described = self.content["model"]
         try:
             payload = Folder(self.path, make=False).read(described["file"], described["bytes"])

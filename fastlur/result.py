@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from fastlur import record
-from fastlur.errors import ArgumentError
+from fastlur.errors import ArgumentError, RecordError
 from fastlur.fingerprints import Fingerprints, new_key, write_key
 from fastlur.history import History
+from fastlur.identity import model_digest
 from fastlur.info import versions
 from fastlur.statement import statement
 
@@ -34,6 +35,7 @@ class Result:
         key: what they are keyed with, 32 bytes, drawn for this run. With it guesses of what was forgotten can be
             tested: keep it apart from the record, or let it go.
         caveat: what the method does not guarantee.
+        digest: a hash of the model's parameters and buffers at the end of the run; None: not known.
     """
 
     model: nn.Module
@@ -45,6 +47,7 @@ class Result:
     data: dict[str, Fingerprints] = field(default_factory=dict, repr=False)
     key: bytes = field(default_factory=new_key, repr=False)
     caveat: str = ""
+    digest: str | None = field(default=None, repr=False)
 
     def summary(self) -> str:
         """A few lines for a person."""
@@ -87,7 +90,8 @@ class Result:
 
         Raises:
             ArgumentError: metrics that are no plain values, or a key file that lies in the record.
-            RecordError: the record cannot be written; what was there is as it was.
+            RecordError: the record cannot be written, or the model is no longer that of the end of the run; what was
+                there is as it was.
         """
         given = {"before": before, "after": after, "reference": reference}
         metrics = {name: _plain(name, value) for name, value in given.items() if value is not None}
@@ -102,8 +106,13 @@ class Result:
             "peak_memory": self.peak_memory,
             "history": dict(self.history),
         }
-        if not isinstance(path, str | os.PathLike):
+        if not isinstance(path, str | os.PathLike) or not os.fspath(path):
             raise ArgumentError(f"path={path!r} must be the path of a directory")
+        if self.digest is not None and model_digest(self.model) != self.digest:
+            raise RecordError(
+                "model: has changed since the run, so that this record would not be of its weights; save right after "
+                "the run, before anything else is done to the model"
+            )
         if key_file is not None:
             write_key(key_file, self.key, path)
         return record.write(path, self.model, content)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastlur.data import source, to_device
-from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError
+from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError, first_line
 from fastlur.losses import IGNORED, logits_and_targets
 from fastlur.outputs import entropy, log_odds, modified_entropy
 from fastlur.world import borrowed_random, mode
@@ -67,7 +67,7 @@ def scores(model: nn.Module, data: Any, name: str, batch_size: int) -> Scores:
             except FastlurError:
                 raise
             except Exception as error:
-                said = str(error).splitlines()[0] if str(error) else type(error).__name__
+                said = first_line(error)
                 raise DataError(f"{name}: the model cannot take a batch ({type(error).__name__}: {said})") from error
             parts.append(_each(logits, targets.long(), name))
     if not parts or not sum(part.shape[1] for part in parts):
@@ -89,7 +89,7 @@ def _read(batches: Iterator[Any], name: str) -> Iterator[Any]:
         except (FastlurError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            said = (str(error).splitlines() or [""])[0]
+            said = first_line(error)
             raise DataError(f"{name}: cannot be read ({type(error).__name__}: {said})") from error
         yield batch
 

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from fastlur.errors import ModelError
+from fastlur.errors import ModelError, first_line
 from fastlur.leaves import remedy_for_frozen
 
 Selection = None | str | Sequence[str] | Callable[[str, nn.Parameter], bool]
@@ -54,7 +54,7 @@ def select(model: nn.Module, parameters: Selection) -> list[tuple[str, nn.Parame
         try:
             chosen = {id(p) for name, p in named if patterns(name, p)}
         except Exception as error:
-            said = (str(error).splitlines() or [""])[0]
+            said = first_line(error)
             raise ModelError(
                 f"parameters: the predicate (name, parameter) failed ({type(error).__name__}: {said})"
             ) from error

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from fastlur.interrupt import Whole
 from fastlur.slots import Selection, select
 from fastlur.space import ParameterSpace
 from fastlur.statistics import Statistics
@@ -37,10 +38,10 @@ class Snapshot:
         self._buffers = self._statistics.copies()
 
     def put_back(self) -> None:
-        """Give the model what was kept."""
-        with torch.no_grad():
+        """Give the model what was kept, without a break."""
+        with Whole(), torch.no_grad():
             torch._foreach_copy_([p.detach() for p in self._parameters], self._weights)
-        self._statistics.put(self._buffers)
+            self._statistics.put(self._buffers)
 
 
 @contextmanager
@@ -50,7 +51,7 @@ def undone(space: ParameterSpace, statistics: Statistics) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with torch.no_grad():
+        with Whole(), torch.no_grad():
             torch._foreach_copy_(space.theta.flats, weights.flats)
-        statistics.put(buffers)
+            statistics.put(buffers)
         raise

@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from fastlur.data import source
-from fastlur.errors import ArgumentError, DataError, FastlurError, finite, nearest, unknown
+from fastlur.errors import ArgumentError, DataError, FastlurError, finite, first_line, nearest, unknown
 from fastlur.identity import called, fingerprint
 from fastlur.loop import StepEvent
 from fastlur.scores import scores
@@ -93,7 +93,7 @@ class _Looking:
         except FastlurError:
             raise
         except Exception as error:
-            said = (str(error).splitlines() or [""])[0]
+            said = first_line(error)
             raise DataError(f"metric: {called(self.metric)} failed ({type(error).__name__}: {said})") from error
         try:
             return float(value)

@@ -18,9 +18,10 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from fastlur import checks
 from fastlur.data import Feed, source
-from fastlur.errors import ArgumentError, ModelError, nearest, unknown
-from fastlur.fresh import copied, renew
+from fastlur.errors import ArgumentError, FastlurError, ModelError, first_line, nearest, unknown
+from fastlur.fresh import copied, frozen, renew
 from fastlur.identity import model_digest
 from fastlur.losses import BoundedForgetting, cross_entropy, divergence, logits_and_targets
 from fastlur.methods.base import check_range
@@ -72,7 +73,7 @@ class Imitation:
         return f"Imitation({model_digest(self.teacher)}, {more})"
 
 
-class _Made:
+class Made:
     """A target that is made from the model and the data of a run, before its first step.
 
     Attributes:
@@ -92,7 +93,7 @@ class _Made:
 
 
 @dataclass(frozen=True)
-class SecondChoice(_Made):
+class SecondChoice(Made):
     """What the model as given would say were the true label no answer; costs a copy of the model.
 
     Right where what is forgotten can have no other trace than its label, such as a whole class.
@@ -108,11 +109,11 @@ class SecondChoice(_Made):
 
     def prepare(self, passes: Passes) -> Loss:
         """Keep a copy of the model."""
-        return Imitation(_frozen(copied(passes.space.model)), self.sharpness, without_truth=True)
+        return Imitation(frozen(copied(passes.space.model)), self.sharpness, without_truth=True)
 
 
 @dataclass(frozen=True)
-class Novice(_Made):
+class Novice(Made):
     """What the same network says that has had a few epochs of the retain data only, sharpened.
 
     A novice has learned what is common and not yet what is particular, and has never seen a forget item: it tells what
@@ -179,26 +180,43 @@ class Novice(_Made):
         return Imitation(teacher, self.sharpness, weight=self.weight)
 
     def teacher(
-        self, model: nn.Module, retain: Any, *, loss: Loss = cross_entropy, batch_size: int = 128, seed: int = 0
+        self, model: nn.Module, retain: Any, *, loss: Loss | None = None, batch_size: int = 128, seed: int = 0
     ) -> nn.Module:
         """The novice itself, for an `Imitation` that serves several runs; the model is left as it is.
 
         Args:
             model: of its kind the novice is to be.
             retain: what it learns, in any form `unlearn` takes.
-            loss: retain loss.
+            loss: retain loss; None: cross-entropy.
             batch_size: for data that do not come in batches.
             seed: of its weights and of the order of the data.
+
+        Raises:
+            ArgumentError: `loss`, `batch_size` or `seed` is none.
+            ModelError: no module, or one that cannot be copied, that nothing moves in, or that cannot take the data.
+            DataError: `retain` is no data.
         """
-        device = next(model.parameters()).device
+        checks.module(model)
+        checks.losses(loss=loss)
+        checks.positive_ints(batch_size=batch_size)
+        checks.seed(seed)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
         feed = Feed({"retain": source(retain, "retain", batch_size)}, seed, device)
         with borrowed_random(device):
             seed_torch(derive(seed, "novice"), device)
-            return self._taught(model, feed, loss, "fp32")
+            try:
+                return self._taught(model, feed, loss or cross_entropy, "fp32")
+            except FastlurError:
+                raise
+            except Exception as error:
+                said = f"{type(error).__name__}: {first_line(error)}"
+                raise ModelError(f"model: one of its kind cannot learn the retain data ({said})") from error
 
     def _taught(self, model: nn.Module, feed: Feed, loss: Loss, precision: str) -> nn.Module:
         teacher = copied(model)
         moving = [p for p in teacher.parameters() if p.requires_grad]
+        if not moving:
+            raise ModelError("model: no parameter asks for a gradient, so that nothing of it could learn")
         if self.part == "head":
             last = [m for m in teacher.modules() if any(p.requires_grad for p in m.parameters(recurse=False))][-1]
             moving = [p for p in last.parameters(recurse=False) if p.requires_grad]
@@ -219,7 +237,7 @@ class Novice(_Made):
             with passing(teacher, device, precision, training=self.part == "all"):
                 torch.autograd.backward(loss(teacher, batch), inputs=moving)
             optimizer.step()
-        return _frozen(teacher)
+        return frozen(teacher)
 
 
 @dataclass(frozen=True)
@@ -255,61 +273,6 @@ def _batches(feed: Feed, steps: int, per_epoch: int) -> Iterator[Any]:
     for epoch in range(-(-steps // per_epoch)):
         left = min(per_epoch, steps - epoch * per_epoch)
         yield from feed.batches("retain", left, draw=("novice", epoch))
-
-
-def _frozen(model: nn.Module) -> nn.Module:
-    """The model in eval mode, without gradients."""
-    for parameter in model.parameters():
-        parameter.grad = None
-        parameter.requires_grad_(False)
-    return model.eval()
-
-
-def saved(loss: Loss, made: Loss) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """What a target is brought back from: plain values and tensors; None for a loss that was not made here.
-
-    Args:
-        loss: what the run was given.
-        made: what it has made of itself.
-    """
-    if not isinstance(loss, _Made):
-        return None, {}
-    if not isinstance(made, Imitation):
-        return {"kind": "ascent"}, {}
-    told = {name: getattr(made, name) for name in ("sharpness", "without_truth", "weight")}
-    return {"kind": "imitation", **told}, {
-        **dict(made.teacher.named_parameters()),
-        **dict(made.teacher.named_buffers()),
-    }
-
-
-def brought_back(kept: dict[str, Any], tensors: dict[str, Tensor], passes: Passes) -> Loss:
-    """The target that `saved` spoke of, as it was: nothing is trained again, and no random number drawn.
-
-    Raises:
-        ValueError: it does not fit the model, or is no target.
-    """
-    if kept["kind"] == "ascent":
-        return BoundedForgetting()
-    if kept["kind"] != "imitation":
-        raise ValueError(f"{kept['kind']!r} is no kind of target")
-    teacher = copied(passes.space.model)
-    parameters = dict(teacher.named_parameters())
-    if not set(parameters) <= set(tensors):
-        raise ValueError("its target is of another model")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            owner, _, last = name.rpartition(".")
-            module, now = teacher.get_submodule(owner), parameters.get(name)
-            if now is None:
-                if last not in module._buffers:
-                    raise ValueError(f"its target has a {name!r}, the model has not")
-                module._buffers[last] = tensor.to(passes.space.device)  # a module of the caller's may let it grow
-            elif (tensor.shape, tensor.dtype) != (now.shape, now.dtype):
-                raise ValueError(f"the {name!r} of its target is {tensor.dtype} of shape {tuple(tensor.shape)}")
-            else:
-                now.copy_(tensor)
-    return Imitation(_frozen(teacher), kept["sharpness"], bool(kept["without_truth"]), kept["weight"])
 
 
 def prepared(loss: Loss, passes: Passes) -> Loss:

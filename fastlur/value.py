@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlur.errors import DataError, ModelError, not_scalar
+from fastlur.errors import DataError, ModelError, first_line, not_scalar
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def in_memory() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        said = (str(error).splitlines() or [""])[0]
+        said = first_line(error)
         raise ModelError(
             f"gradient='exact' ran out of memory ({said}); use 'optimistic' or 'secant', which can take a batch in "
             "parts, keep_graph=False, or a smaller batch_size"

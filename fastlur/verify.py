@@ -10,7 +10,7 @@ import torch
 
 from fastlur import content
 from fastlur.data import source
-from fastlur.errors import ArgumentError, FastlurError, RecordError
+from fastlur.errors import ArgumentError, FastlurError, RecordError, first_line
 from fastlur.fingerprints import check_key, keyed
 from fastlur.record import Record, read
 from fastlur.world import borrowed_random, derive
@@ -123,4 +123,6 @@ def _hashes(data: Any, side: str, batch_size: int, seed: int) -> set[bytes]:
         except FastlurError:
             raise
         except Exception as error:
-            raise RecordError(f"{side}: the data cannot be read ({type(error).__name__}: {error})") from error
+            raise RecordError(
+                f"{side}: the data cannot be read ({type(error).__name__}: {first_line(error)})"
+            ) from error

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastlur.interrupt import Whole
 from fastlur.packing import pack, unpack
 from fastlur.step import Step
-from fastlur.targets import saved
+from fastlur.target_state import saved
 from fastlur.world import random_states, set_random_states
 
 PLAIN = ("step", "rows", "lent", "method")  # of a step's own state

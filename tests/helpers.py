@@ -63,6 +63,12 @@ def interrupt(event):
         raise Interrupted
 
 
+def learnable(n, classes=4):
+    """Items whose class can be read off."""
+    targets = torch.arange(n) % classes
+    return torch.randn(n, 6) * 0.1 + torch.eye(6)[targets] * 3, targets
+
+
 def images(n: int) -> tuple[Tensor, Tensor]:
     """n random digits-sized images and labels."""
     return torch.rand(n, 1, 8, 8), torch.randint(0, 10, (n,))

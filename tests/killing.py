@@ -145,12 +145,13 @@ def life(directory: Path, out: Path, method: str, steps: int) -> None:
     """The call of `unlearn`, its checkpoints written slowly."""
     import safetensors.torch
     import torch
-    from helpers import blobs
+    from helpers import blobs, learnable
     from torch import nn
 
     import fastlur
     from fastlur import folder
     from fastlur.methods import SaliencyMask
+    from fastlur.targets import Novice
 
     write, flush = folder.Folder.write, os.fsync
 
@@ -173,10 +174,11 @@ def life(directory: Path, out: Path, method: str, steps: int) -> None:
         "mox": fastlur.methods.MOX(alpha=0.2, momentum=0.7),
         "retrain": fastlur.methods.Retrain(reinitialise=True),
     }
-    fastlur.unlearn(
+    forget, retain = learnable(12), learnable(40)
+    result = fastlur.unlearn(
         model,
-        blobs(12),
-        blobs(40),
+        forget,
+        retain,
         method=settings.get(method, method),
         steps=steps,
         batch_size=8,
@@ -185,9 +187,12 @@ def life(directory: Path, out: Path, method: str, steps: int) -> None:
         checkpoint_every=EVERY,
         keep_checkpoints=True,
         progress=False,
+        forget_loss=Novice(epochs=20) if method == "lur" else None,
         callbacks=[lambda event: tell(f"step {event.step}")],
         stop=fastlur.stopping.Patience(fastlur.stopping.LossOn(blobs(20)), looks=10**6, every=3),
     )
+    if method == "lur":
+        assert result.settings["forget_target"].startswith("Imitation")  # so that a checkpoint holds it as well
     half = out.with_suffix(".half")
     half.write_bytes(safetensors.torch.save(model.state_dict()))
     half.replace(out)

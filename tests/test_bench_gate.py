@@ -5,10 +5,11 @@ from __future__ import annotations
 import gate
 import pytest
 import torch
-from helpers import MODES, blobs, mlp
+from helpers import MODES, blobs, learnable, mlp
 from torch import nn
 
 from fastlur import meta
+from fastlur.losses import cross_entropy
 from fastlur.methods.lur import LUR, LURState
 from fastlur.passes import Passes
 from fastlur.update import Update
@@ -25,6 +26,20 @@ def small():
 @pytest.mark.parametrize("mode", MODES)
 def test_what_aligns_passes(mode, small):
     assert gate.check(*small, mode, "fp32") >= 0.99
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_so_does_what_hardly_has_a_gradient(mode):
+    """Of a model that has learned both sides an update of an ordinary rate would drown in the rounding of weights."""
+    torch.manual_seed(0)
+    model, forget, retain = mlp(), learnable(32), learnable(32)
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    for _ in range(150):
+        optimizer.zero_grad()
+        (cross_entropy(model, forget) + cross_entropy(model, retain)).backward()
+        optimizer.step()
+    assert sum(float(p.grad.square().sum()) for p in model.parameters()) ** 0.5 < 3e-3
+    assert gate.check(model, forget, retain, mode, "fp32") >= 0.9
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -269,6 +269,8 @@ class TestDisk:
         with pytest.warns(UserWarning, match="holds weights from before, and they could not be removed"):
             result = fastlur.unlearn(model, *data, **options, callbacks=[obstruct])
         assert result.ended == "all steps done"
+        assert not list(tmp_path.glob("*.safetensors"))  # the others are gone
+        assert result.settings["checkpoints_kept"]  # and a record says that some are not
 
 
 def test_a_checkpoint_of_another_run_is_not_restored_however_intact(tmp_path):

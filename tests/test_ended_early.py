@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from checkpoints import go_on, job
-from helpers import same, state
+from helpers import learnable, mlp, same, state
 
 import fastlur
+from fastlur.losses import cross_entropy
 from fastlur.stopping import Reached
 
 
@@ -47,3 +50,27 @@ class TestEndedEarly:
         assert again.ended == first.ended
         assert again.history == first.history
         assert same(state(again.model), state(first.model))
+
+    @pytest.mark.parametrize("method", [fastlur.methods.SSD(alpha=0.1, dampening=0.1), "gradient_ascent"])
+    def test_one_that_ended_outside_its_budget_comes_back_within_it(self, tmp_path, method):
+        """By a change without a step, or by a rule between two looks."""
+        torch.manual_seed(0)
+        fitted, forget, retain = mlp(), learnable(12), learnable(40)
+        optimizer = torch.optim.Adam(fitted.parameters(), 0.05)
+        for _ in range(20):
+            optimizer.zero_grad()
+            cross_entropy(fitted, retain).backward()
+            optimizer.step()
+        optimizer.zero_grad()
+        options = {"stop": lambda event: event.step == 7 and "enough", "lr": 30.0, "steps": 20}
+        if method != "gradient_ascent":
+            options = {}
+        options |= {"checkpoint": tmp_path, "keep_checkpoints": True, "progress": False}
+        found = []
+        for _ in range(2):
+            model = copy.deepcopy(fitted)
+            result = fastlur.unlearn(model, forget, retain, method=method, max_retain_loss_increase=0.01, **options)
+            assert result.ended.endswith("rolled back to the model as given")
+            assert same(state(model), state(fitted))
+            found.append(result.ended)
+        assert found[0] == found[1]

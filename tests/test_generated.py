@@ -1,7 +1,7 @@
 """Generated calls over the public surface: each works, or is refused by a documented error before anything changes.
 
-`make check-slow` makes thousands of them and prints how many. What is called stands in `generated_runs` and
-`generated_parts`, what odd values there are and how a call is watched in `generated`.
+`make check-slow` makes thousands of them and prints how many. What is called stands in `generated_runs`,
+`generated_parts` and `generated_kept`, what odd values there are and how a call is watched in `generated`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 from generated import calls
+from generated_kept import aiming, attacking, estimating, recording, resuming, scoring
 from generated_parts import choosing_methods, losing, making_parts, naming_methods, operating
 from generated_runs import differentiating, evaluating, stepping, unlearning
 from hypothesis import HealthCheck, Phase, given, settings
@@ -25,6 +26,12 @@ PROPERTIES = {
     "operations": (operating, 40, 600),
     "losses": (losing, 10, 150),
     "parts": (making_parts, 15, 300),
+    "records": (recording, 20, 300),
+    "runs made again": (resuming, 10, 150),
+    "targets": (aiming, 15, 300),
+    "estimate": (estimating, 10, 200),
+    "attacks": (attacking, 15, 300),
+    "scores of items": (scoring, 10, 150),
 }
 
 

@@ -21,6 +21,7 @@ from fastlur.losses import BoundedForgetting
 from fastlur.methods import METHODS, Trim
 from fastlur.statistics import Statistics
 from fastlur.step import Step
+from fastlur.stopping import Reached
 
 
 def control_c():
@@ -335,6 +336,33 @@ def test_a_loader_whose_workers_die_of_the_same_key_is_no_error(tmp_path):
     pressing.clear()
     resumed, steps = go_on(model, data, options)
     assert steps[0] == 4
+    assert same(state(resumed), state(expected))
+
+
+def look():
+    """What a metric does; replaced in a test, since what a rule refers to by a global name is not compared."""
+
+
+def test_nor_is_a_metric_that_reads_such_a_loader(tmp_path, monkeypatch):
+    """Rules would have missed a look if that step were saved, so the last checkpoint that was written counts."""
+    looks = []
+
+    def dying():
+        looks.append(1)
+        if len(looks) == 6:
+            control_c()
+            raise RuntimeError("DataLoader worker exited unexpectedly")
+
+    rule = Reached(lambda model: look() or 1.0, at_most=0.0, every=1)
+    model, data, options = job(tmp_path, checkpoint_every=4, stop=rule)
+    expected = whole(model, data, options)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "look", dying)
+        with pytest.raises(Interrupted, match="after step 6 of 9"):
+            fastlur.unlearn(mlp_like(model), *data, **options)
+    assert [path.name for path in tmp_path.glob("*.json")] == ["fastlur-step-00000004.json"]
+    resumed, steps = go_on(model, data, options)
+    assert steps[0] == 5
     assert same(state(resumed), state(expected))
 
 

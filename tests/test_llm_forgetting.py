@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from tiny_lm import F64, TinyLM, answers, padded, rows, texts, to_the_left
+from tiny_lm import F64, TinyLM, answers, learned, padded, rows, texts, to_the_left
 from torch.nn import functional
 
 import fastlur
@@ -265,26 +265,41 @@ def encoded(batch):
     return fastlur.llm.Encoded(items, padding=0)
 
 
-def test_losses_move_the_model_in_a_run_and_in_a_loop_of_ones_own():
+@pytest.fixture(scope="module")
+def taught():
+    """A model that knows a forget and a retain set."""
+    return learned(texts(8), texts(8, seed=9), steps=150)
+
+
+@pytest.mark.parametrize(
+    ("loss", "forgets", "prefers"),
+    [(NPO(), 4, None), (SimNPO(), 0.4, None), (DPO(), 8, 8), (IDK(), 2, 8)],
+    ids=["NPO", "SimNPO", "DPO", "IDK"],
+)
+def test_a_run_takes_answers_away_and_brings_preferred_ones(loss, forgets, prefers, taught):
+    """In nats an answer, against a run that only retains; what is retained stays likely."""
     forget, retain = with_preferred(texts(8), texts(8, seed=5)), texts(8, seed=9)
-    for loss in (NPO(), SimNPO(), DPO(), IDK()):
-        model = TinyLM()
-        before = likelihood(model, forget).log_probs.detach().mean()
-        fastlur.unlearn(
-            model,
-            forget,
-            retain,
-            loss=fastlur.llm.causal_cross_entropy,
-            forget_loss=loss,
-            steps=30,
-            lr=0.1,
-            progress=False,
-        )
-        after = likelihood(model, forget).log_probs.detach().mean()
-        assert after < before, loss
+    asked = texts(8), texts(8, seed=5), retain
+    options = {"steps": 30, "lr": 0.1, "progress": False, "loss": fastlur.llm.causal_cross_entropy}
+    found = []
+    for weight in (0.0, 0.3):
+        model, method = copy.deepcopy(taught), fastlur.LUR(forget_weight=weight)
+        fastlur.unlearn(model, forget, retain, method=method, forget_loss=loss, **options)
+        found.append([float(likelihood(model, each).log_probs.detach().mean()) for each in asked])
+    (known, unlikely, _), (gone, instead, kept) = found
+    assert known > -0.1
+    assert gone <= known - forgets
+    assert prefers is None or instead > unlikely + prefers
+    assert kept > -0.2
+
+
+def test_a_loss_serves_in_a_loop_of_ones_own():
+    forget, retain = with_preferred(texts(8), texts(8, seed=5)), texts(8, seed=9)
     model = TinyLM()
     loss = NPO(0.5, reference_log_probs(model, forget))
+    assert float(loss(model, forget).detach()) == pytest.approx(
+        4 * math.log(2)
+    )  # of the model as given, whatever it is
     with fastlur.MetaStep(model, fastlur.llm.causal_cross_entropy, loss, lr=0.1) as step:
         values = [float(step(forget, retain).forget_loss) for _ in range(5)]
-    assert values[0] == pytest.approx(4 * math.log(2), abs=0.05)
-    assert values[-1] < values[0]
+    assert values[-1] < values[0] - 0.5

@@ -177,6 +177,24 @@ def spoiled(method, at, count):
     return call
 
 
+def test_it_is_of_the_run_and_of_no_later_one(job, tmp_path):
+    """A second request that changes the same model, or anything else that does."""
+    result = run(*job)
+    with torch.no_grad():
+        result.model[0].bias[0] += 1e-6
+    with pytest.raises(fastlur.RecordError, match="has changed since the run"):
+        result.save(tmp_path / "record", key_file=tmp_path / "key")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["path", "key_file"])
+def test_an_empty_path_is_not_the_working_directory(job, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(fastlur.ArgumentError, match=f"{kind}=''"):
+        run(*job).save(**({"path": ""} if kind == "path" else {"path": "record", "key_file": ""}))
+    assert not list(tmp_path.iterdir())
+
+
 class TestWholeOrNotAtAll:
     @pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.replace", "os.open"])
     def test_a_failure_at_any_moment_leaves_the_old_record_or_the_new_one(self, job, tmp_path, monkeypatch, call):
@@ -213,7 +231,7 @@ class TestWholeOrNotAtAll:
         results = [run(*job) for _ in range(2)]
         states = []
         for index, result in enumerate(results):
-            result.model = mlp()
+            result.model, result.digest = mlp(), None
             result.settings = {"which": index}
             states.append(state(result.model))
         results[0].save(tmp_path)
@@ -238,7 +256,7 @@ class TestWholeOrNotAtAll:
     def test_a_writer_killed_at_random_moments_leaves_one_of_its_records(self, job, tmp_path):
         results = [run(*job) for _ in range(2)]
         for index, result in enumerate(results):
-            result.model, result.settings = mlp(), {"which": index}
+            result.model, result.settings, result.digest = mlp(), {"which": index}, None
         results[0].save(tmp_path)
         randomly, flush, left = random.Random(0), os.fsync, 0
         for _ in range(20):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
 from checkpoints import forged, forged_tensors
-from helpers import Interrupted, blobs, images, interrupt, mlp, run, same, state
+from helpers import Interrupted, blobs, images, interrupt, learnable, mlp, run, same, state
 from torch import nn
 
 import fastlur
@@ -17,12 +18,6 @@ from fastlur.losses import BoundedForgetting
 from fastlur.targets import FEWEST, MOST, Imitation, Novice, NoviceOrAscent, SecondChoice
 
 QUICK = Novice(epochs=20, lr=3e-2)
-
-
-def learnable(n, classes=4):
-    """Items whose class can be read off."""
-    targets = torch.arange(n) % classes
-    return torch.randn(n, 6) * 0.1 + torch.eye(6)[targets] * 3, targets
 
 
 class Seen(Exception):
@@ -186,6 +181,37 @@ class TestNovice:
         assert found.ua > 95
         assert found.ta > 90
         assert type(target).__name__ in result.settings["forget_loss"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        (fastlur.ModelError, {"model": 5}),
+        (fastlur.ModelError, {"model": nn.Flatten()}),
+        (fastlur.ModelError, {"model": mlp().requires_grad_(False)}),
+        (fastlur.DataError, {"retain": 5}),
+        (fastlur.ArgumentError, {"loss": 5}),
+        (fastlur.ArgumentError, {"batch_size": 0}),
+        (fastlur.ArgumentError, {"seed": "a"}),
+    ],
+)
+def test_a_novice_beside_a_run_refuses_what_it_cannot_learn_from(kind, wrong):
+    given = {"model": mlp(), "retain": blobs(8)} | wrong
+    with pytest.raises(kind, match=next(iter(wrong))):
+        Novice(epochs=1).teacher(given.pop("model"), given.pop("retain"), **given)
+
+
+def test_a_model_that_cannot_be_copied_is_refused_or_climbed_away_from():
+    model, forget, retain = mlp(), learnable(12), learnable(40)
+    model.lock = threading.Lock()
+    before = state(model)
+    with pytest.raises(fastlur.ModelError, match="Sequential cannot be copied"):
+        run(model, forget, retain, forget_loss=SecondChoice())
+    assert same(state(model), before)
+    with pytest.warns(UserWarning, match="cannot be copied.*BoundedForgetting takes its place"):
+        told = run(model, forget, retain, forget_loss=QUICK).settings["forget_target"]
+    assert told.startswith("BoundedForgetting(")
+    assert run(model, forget, retain).settings["forget_target"] == told
 
 
 class TestDefault:

@@ -312,12 +312,26 @@ class TestPurge:
         assert fastlur.purge(tmp_path) == ["fastlur-step-00000001.json"]
 
     def test_what_cannot_be_removed_is_an_error(self, tmp_path):
+        break_off(*job(tmp_path))
         (tmp_path / "fastlur-step-00000001.json").mkdir()
-        with pytest.raises(fastlur.CheckpointError, match="cannot be purged"):
+        with pytest.raises(fastlur.CheckpointError, match=r"cannot be purged of 1 files.*\(4 files were removed\)"):
             fastlur.purge(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["fastlur-step-00000001.json"]
         for place in (tmp_path / "nowhere", "a\0b"):
             with pytest.raises(fastlur.CheckpointError, match="cannot be purged"):
                 fastlur.purge(place)
+
+    def test_an_empty_path_is_not_the_working_directory(self, tmp_path, monkeypatch, capsys):
+        break_off(*job(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        before = sorted(tmp_path.iterdir())
+        for use in (fastlur.purge, fastlur.verify):
+            with pytest.raises(fastlur.FastlurError, match="an empty path"):
+                use("")
+        for command in ("purge", "verify"):
+            assert main([command, ""]) == 1
+            assert "an empty path" in capsys.readouterr().err
+        assert sorted(tmp_path.iterdir()) == before
 
     @pytest.mark.parametrize("method", ["scrub", "mox", "bad_teacher", "selective_amnesia", "scissorhands", "lur"])
     def test_a_run_that_is_over_holds_no_copy_of_the_old_weights(self, tmp_path, method):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlur.data import source, to_device
-from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError
+from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError, first_line
 from fastlur.fresh import copied
 from fastlur.losses import split
 from fastlur.world import borrowed_random, seed_loading
@@ -36,7 +36,9 @@ def gather(data: Any, name: str, device: torch.device, seed: int, most: int | No
         except FastlurError:
             raise
         except Exception as error:
-            raise DataError(f"{name}: cannot be taken as one batch ({type(error).__name__}: {error})") from error
+            raise DataError(
+                f"{name}: cannot be taken as one batch ({type(error).__name__}: {first_line(error)})"
+            ) from error
     return whole if most is None else rows(whole, torch.arange(min(most, count(whole))))
 
 
@@ -63,7 +65,9 @@ def joined(*batches: Any) -> Any:
     try:
         return _joined(list(batches))
     except (TypeError, KeyError, RuntimeError, ValueError) as error:
-        raise DataError(f"retain: its batches are of another kind than those of forget ({error})") from error
+        raise DataError(
+            f"retain: its batches are of another kind than those of forget ({first_line(error)})"
+        ) from error
 
 
 def own_copy(model: Any, name: str) -> nn.Module:
@@ -76,8 +80,8 @@ def own_copy(model: Any, name: str) -> nn.Module:
         raise ModelError(f"{name}: a {type(model).__name__} is no torch.nn.Module")
     try:
         mine = copied(model)
-    except (RuntimeError, TypeError) as error:
-        raise ModelError(f"{name}: cannot be copied ({error})") from error
+    except ModelError as error:
+        raise ModelError(f"{name}: {str(error).removeprefix('model: ')}") from error
     for parameter in mine.parameters():
         parameter.grad = None
         parameter.requires_grad_(parameter.is_floating_point())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastlur.audit.items import count, rows
-from fastlur.errors import DataError, FastlurError, ModelError
+from fastlur.errors import DataError, FastlurError, ModelError, first_line
 from fastlur.losses import cross_entropy, logits_and_targets, split
 
 TINY = 1e-30
@@ -30,7 +30,7 @@ def alignments(model: nn.Module, directions: Sequence[Mapping[str, Tensor]], bat
         except FastlurError:
             raise
         except (RuntimeError, TypeError, IndexError) as error:
-            raise DataError(f"forget/others: the model cannot take item {index} ({error})") from error
+            raise DataError(f"forget/others: the model cannot take item {index} ({first_line(error)})") from error
         whole = [torch.zeros_like(moving[n]) if s is None else s for n, s in zip(names, slopes, strict=True)]
         found.append([float(_cosine(whole, [d[name] for name in names])) for d in directions])
     return np.array(found)
@@ -103,7 +103,9 @@ class Matching:
             (slope,) = torch.autograd.grad(self.smooth * _variation(x) - match, x)
             return float(match.detach()), slope
         except RuntimeError as error:
-            raise ModelError(f"before: cannot be differentiated twice, which the attack needs ({error})") from error
+            raise ModelError(
+                f"before: cannot be differentiated twice, which the attack needs ({first_line(error)})"
+            ) from error
 
 
 def _cosine(a: Iterable[Tensor], b: Iterable[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastlur import checks
 from fastlur.data import Feed, source
 from fastlur.errors import ArgumentError, DataError
-from fastlur.fresh import copied
+from fastlur.fresh import copied, frozen
 from fastlur.llm.likelihood import likelihood
 from fastlur.llm.preferred import preferred_of
 from fastlur.losses import IGNORED, PREFERRED
@@ -182,7 +182,7 @@ class Reference:
         if keep == "adapters" and why is not None:
             raise ArgumentError(f"keep='adapters': {why}; use 'copy'")
         self.copies = keep == "copy" or why is not None
-        self._model = _still(copied(model)) if self.copies else model
+        self._model = frozen(copied(model)) if self.copies else model
         self._statistics = Statistics(model)
 
     def ask(self, question: Callable[[nn.Module], T]) -> T:
@@ -247,10 +247,3 @@ def _why_not(passes: Passes) -> str | None:
     if bool(((now - bare).abs() > ALIKE * now.abs().max()).any()):
         return "the adapters have been trained before, so that the model without them is not the one that was given"
     return None
-
-
-def _still(model: nn.Module) -> nn.Module:
-    for parameter in model.parameters():
-        parameter.grad = None
-        parameter.requires_grad_(False)
-    return model.eval()

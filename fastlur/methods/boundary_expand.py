@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastlur.errors import ModelError
+from fastlur.errors import ModelError, first_line
 from fastlur.losses import IGNORED, cross_entropy, logits_and_targets
 from fastlur.methods.base import Cost, Direction, Gradients, Recipe, check_range
 from fastlur.passes import Passes
@@ -87,7 +87,9 @@ class BoundaryExpand(Recipe):
             try:
                 passes.value("forget", loss=shadow.loss)
             except RuntimeError as error:  # something behind the layer does not take one more
-                raise ModelError(f"model: goes on after its last registered nn.Linear ({error}); {REMEDY}") from error
+                raise ModelError(
+                    f"model: goes on after its last registered nn.Linear ({first_line(error)}); {REMEDY}"
+                ) from error
         return shadow
 
     def direction(self, passes: Passes, state: Shadow) -> Direction:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from fastlur import content, meta, ops
 from fastlur.data import source, to_device
-from fastlur.errors import ArgumentError, DataError, FastlurError, nearest, unknown
+from fastlur.errors import ArgumentError, DataError, FastlurError, first_line, nearest, unknown
 from fastlur.losses import IGNORED, logits_and_targets, wide
 from fastlur.membership import Attackers, features
 from fastlur.methods.base import Cost, Direction, Recipe, State, check_range
@@ -206,7 +206,7 @@ def _strangers(seen: Callable[[Iterable[Any]], Tensor], held_out: Iterable[Any])
     except (FastlurError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        said = (str(error).splitlines() or [""])[0]
+        said = first_line(error)
         raise DataError(
             f"nonmembers: the model cannot take them ({type(error).__name__}: {said}); pass labelled data like those "
             "to retain"

@@ -1,0 +1,62 @@
+"""A target that was made from a model and its data, as plain values and tensors by name, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlur.fresh import copied, frozen
+from fastlur.losses import BoundedForgetting
+from fastlur.passes import Loss, Passes
+from fastlur.targets import Imitation, Made
+
+
+def saved(loss: Loss, made: Loss) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """What a target is brought back from: plain values and tensors; None for a loss that is not made here.
+
+    Args:
+        loss: what the run was given.
+        made: what it has made of itself.
+    """
+    if not isinstance(loss, Made):
+        return None, {}
+    if type(made) is BoundedForgetting and vars(made) == vars(BoundedForgetting()):
+        return {"kind": "ascent"}, {}
+    if type(made) is not Imitation:
+        return None, {}  # one of the caller's own making is made again, as it was the first time
+    told = {name: getattr(made, name) for name in ("sharpness", "without_truth", "weight")}
+    return {"kind": "imitation", **told}, {
+        **dict(made.teacher.named_parameters()),
+        **dict(made.teacher.named_buffers()),
+    }
+
+
+def brought_back(kept: dict[str, Any], tensors: dict[str, Tensor], passes: Passes) -> Loss:
+    """The target that `saved` spoke of, as it was: nothing is trained again, and no random number drawn.
+
+    Raises:
+        ValueError: it does not fit the model, or is no target.
+    """
+    if kept["kind"] == "ascent":
+        return BoundedForgetting()
+    if kept["kind"] != "imitation":
+        raise ValueError(f"{kept['kind']!r} is no kind of target")
+    teacher = copied(passes.space.model)
+    parameters = dict(teacher.named_parameters())
+    if not set(parameters) <= set(tensors):
+        raise ValueError("its target is of another model")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            owner, _, last = name.rpartition(".")
+            module, now = teacher.get_submodule(owner), parameters.get(name)
+            if now is None:
+                if last not in module._buffers:
+                    raise ValueError(f"its target has a {name!r}, the model has not")
+                module._buffers[last] = tensor.to(passes.space.device)  # a module of the caller's may let it grow
+            elif (tensor.shape, tensor.dtype) != (now.shape, now.dtype):
+                raise ValueError(f"the {name!r} of its target is {tensor.dtype} of shape {tuple(tensor.shape)}")
+            else:
+                now.copy_(tensor)
+    return Imitation(frozen(teacher), kept["sharpness"], bool(kept["without_truth"]), kept["weight"])

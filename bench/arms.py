@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 import fastlur
+from fastlur import targets
 from fastlur.data import Feed, source
 from fastlur.losses import cross_entropy, negative_cross_entropy
 from fastlur.methods import METHODS, SaliencyMask, Trim
+from fastlur.passes import Loss, Passes
 from fastlur.step import Step
 
 Arm = Callable[[], object]
 MODES = ("optimistic", "secant", "first_order", "exact")
 FRUGAL = "exact, graph made anew"
-LENT = "optimistic, normalized by retain items"  # the default where there is batch norm; the others by their own batch
+LENT = "optimistic, normalized by retain items"  # where there is batch norm; the others by their own batch
+AS_IT_COMES = "optimistic, as it comes"  # the same towards a novice's answers, which are asked for in every step
+BORROWING = (LENT, AS_IT_COMES)
 ONCE: dict[str, Any] = {"batches": 1}  # no more for what is done before the first step, which is no part of a step
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "joint": ("neggrad_plus", {}),
@@ -30,6 +36,14 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 LR, MOMENTUM = 1e-4, 0.9
 EPOCH = 500  # batches; what is done once an epoch falls into the warm-up
+
+
+class Novice(targets.NoviceOrAscent):
+    """LUR's default target, taken whatever it has learned in two steps: an answer costs the same."""
+
+    def prepare(self, passes: Passes) -> Loss:
+        """Hardly train it."""
+        return replace(self, epochs=2 / EPOCH).judged(passes, math.inf)
 
 
 def bare(
@@ -65,7 +79,8 @@ def arms(
             method = named(name)
             if method is None:
                 continue
-            step = stack.enter_context(opened(model, method, forget, retain, precision=precision, **options))
+            more = {"forget_loss": aim(name), "precision": precision} | options
+            step = stack.enter_context(opened(model, method, forget, retain, **more))
             made[name] = lambda step=step: step(forget, retain)  # type: ignore[misc]
         yield made
 
@@ -76,12 +91,19 @@ def opened(model: nn.Module, method: Any, forget: Any, retain: Any, **options: A
 
 
 def stepping(
-    model: nn.Module, method: Any, forget: Any, retain: Any, *, forget_batches: int = EPOCH, **options: Any
+    model: nn.Module,
+    method: Any,
+    forget: Any,
+    retain: Any,
+    *,
+    forget_batches: int = EPOCH,
+    forget_loss: Loss = negative_cross_entropy,
+    **options: Any,
 ) -> Step:
     """The same over the model itself; `forget_batches` is how many of the epoch's have forget data."""
     batches = {"forget": [forget] * forget_batches, "retain": [retain] * EPOCH}
     sources = {side: source(each, side, 1) for side, each in batches.items()}
-    losses = {"retain": cross_entropy, "forget": negative_cross_entropy}
+    losses = {"retain": cross_entropy, "forget": forget_loss}
     feed = Feed(sources, 0, next(model.parameters()).device)  # type: ignore[arg-type]
     return Step(model, method, losses, lr=LR, momentum=MOMENTUM, feed=feed, steps=1000, **options)  # type: ignore[arg-type]
 
@@ -91,10 +113,15 @@ def named(name: str) -> Any:
     return lur(name) if name.split(",")[0] in MODES else other(name)
 
 
+def aim(name: str) -> Loss:
+    """The forget loss of an arm."""
+    return Novice() if name == AS_IT_COMES else negative_cross_entropy
+
+
 def lur(name: str) -> fastlur.LUR:
     """LUR in the mode named."""
     mode, _, rest = name.partition(", ")
-    by = "retain" if name == LENT else "own"
+    by = "retain" if name in BORROWING else "own"
     return fastlur.LUR(gradient=mode, keep_graph=rest != "graph made anew", normalize_by=by)  # type: ignore[arg-type]
 
 

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import gate
 import pytest
 import torch
 from arms import lur, opened
@@ -42,8 +43,9 @@ class Heap(nn.Module):
 @pytest.mark.parametrize(("size", "tensors"), CASES)
 def test_growth(size: int, tensors: int, benchmark: Any, record: list[dict[str, Any]]) -> None:
     torch.manual_seed(0)
-    batch = torch.randn(4, 2), torch.randint(0, 2, (4,))
+    batch = _drawn(4, 0)
     model = Heap(size, tensors)
+    gate.check(Heap(1000, tensors), *(_drawn(8, seed) for seed in (1, 2)), "optimistic", "fp32")
     plain = gradients(model, batch)
     with opened(model, lur("optimistic"), batch, batch) as step:
         made = {"gradients": plain, "step": lambda: step(batch, batch)}
@@ -61,6 +63,11 @@ def test_growth(size: int, tensors: int, benchmark: Any, record: list[dict[str, 
     record.append(row)
     benchmark.extra_info.update(row)
     print(f"\n{size:.0e} parameters in {tensors} tensors: {1e3 * middle:.2f} ms beside the gradients")
+
+
+def _drawn(items: int, seed: int) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(items, 2, generator=generator), torch.randint(0, 2, (items,), generator=generator)
 
 
 def gradients(model: nn.Module, batch: Any) -> Callable[[], object]:

@@ -18,7 +18,7 @@ from typing import Any
 import gate
 import models
 import pytest
-from arms import bare, lur, opened
+from arms import AS_IT_COMES, aim, bare, lur, opened
 from conflict import parts, repairs
 from measure import interleaved, medians, ratio
 from models import MODELS
@@ -41,12 +41,13 @@ def collection() -> float:
 def test_parts(items: int, benchmark: Any, record: list[dict[str, Any]]) -> None:
     _, batch = MODELS["resnet18"]
     model, forget, retain = models.model("resnet18"), batch(items, 0), batch(items, 1)
-    for mode in ("optimistic", "secant"):
+    ours = ("optimistic", AS_IT_COMES, "secant")
+    for mode in ours:
         gate.check(model, batch(8, 2), batch(8, 3), mode, "fp32")
     with ExitStack() as stack:
         made: dict[str, Callable[[], object]] = {"bare": bare(model, forget, retain, "fp32")}
-        for mode in ("optimistic", "secant"):
-            step = stack.enter_context(opened(model, lur(mode), forget, retain))
+        for mode in ours:
+            step = stack.enter_context(opened(model, lur(mode), forget, retain, forget_loss=aim(mode)))
             made[f"LUR, {mode}"] = lambda step=step: step(forget, retain)  # type: ignore[misc]
         conflicts = []
         for form in ("cleaned", "as_published"):
@@ -69,6 +70,10 @@ def test_parts(items: int, benchmark: Any, record: list[dict[str, Any]]) -> None
         "ratio_to_bare": {arm: [round(x, 3) for x in ratio(times, arm, "bare")] for arm in times if arm != "bare"},
         "optimistic_to": {
             form: [round(x, 3) for x in ratio(times, "LUR, optimistic", f"{form}: step in conflict")]
+            for form in ("cleaned", "as_published")
+        },
+        "as_it_comes_to": {
+            form: [round(x, 3) for x in ratio(times, f"LUR, {AS_IT_COMES}", f"{form}: step in conflict")]
             for form in ("cleaned", "as_published")
         },
         "collection_seconds": round(collected, 5),

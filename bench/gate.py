@@ -22,6 +22,7 @@ from fastlur.virtual_norm import VirtualNorm, reference_of
 
 RHO = 0.1  # length of the inner step
 LEAST = {"fp32": 0.9, "bf16": 0.7}  # cosine of what displacement adds
+LONGER = 0.5  # or shorter, in float32, than what displacement adds in float64
 LEAST_SUM = {"fp32": 0.999, "bf16": 0.9}  # of the undisplaced sum
 MOVED = 1e-3  # what an update may miss lr times its direction by, as a part of it
 FAR = 0.1  # of the weights' length, which that update is to move them, so that their rounding does not hide it
@@ -127,6 +128,8 @@ def check(model: nn.Module, forget: Any, retain: Any, mode: str, precision: str,
     (ours, sum_of_ours), (own, plain) = _both(model, forget, retain, mode, precision, options)
     cosine, straight = _cosine(ours, own), _cosine(sum_of_ours, plain)
     assert cosine >= LEAST[precision], f"{mode} in {precision} does not align: cosine {cosine:.3f}"
+    long = float(ours.norm() / own.norm())
+    assert precision == "bf16" or abs(long - 1) <= LONGER, f"{mode} in {precision} is displaced {long:.2f} × as far"
     assert straight >= LEAST_SUM[precision], f"{mode} in {precision}: the gradients are others, cosine {straight:.3f}"
     if mode != "first_order":
         half, _ = truth(model, forget, retain, "first_order", by)
@@ -157,7 +160,11 @@ def _cosine(one: Tensor, other: Tensor) -> float:
 
 
 def _mode(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The mode of an arm, and its options: `exact` without the graph kept, or statistics of retain items."""
+    """The mode of an arm, and its options: `exact` without the graph kept, or statistics of retain items.
+
+    A target is another loss, and a loss is taken as it is: the arm that has one is checked with gradient ascent.
+    """
     mode, _, variant = name.partition(", ")
-    more = {"graph made anew": {"keep_graph": False}, "normalized by retain items": {"normalize_by": "retain"}}
+    lent = {"normalize_by": "retain"}
+    more = {"graph made anew": {"keep_graph": False}, "normalized by retain items": lent, "as it comes": lent}
     return mode, options | more.get(variant, {})

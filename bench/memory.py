@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import bare, named, stepping
+from arms import aim, bare, named, stepping
 from models import MODELS
 
 import fastlur
-from fastlur.losses import negative_cross_entropy
 
 # 64 KiB and more is mapped on its own, and unmapped when freed
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
@@ -108,7 +107,7 @@ def life(name: str, items: int, arm: str, meter: Meter | None) -> dict[str, Any]
         step: Any = bare(model, forget, retain, "fp32")
         del model
     else:
-        opened = stepping(model, named(arm), forget, retain)
+        opened = stepping(model, named(arm), forget, retain, forget_loss=aim(arm))
         step = lambda: opened(forget, retain)  # noqa: E731
     times = []
     for number in range(STEPS):
@@ -139,7 +138,7 @@ def predicted(name: str, items: int, arm: str) -> dict[str, Any]:
     make, batch = MODELS[name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = tuple(each.to(device) for each in batch(items, 0))
-    estimate = fastlur.estimate(make().to(device), data, named(arm), forget_loss=negative_cross_entropy)
+    estimate = fastlur.estimate(make().to(device), data, named(arm), forget_loss=aim(arm))
     return vars(estimate) | {"peak": estimate.peak}
 
 

@@ -78,7 +78,9 @@ def test_growth_is_flat_or_not(results):
 
     rows = [row(10**6, 62, 1e-3), row(10**8, 62, 0.2), row(10**7, 1, 0.02), row(10**7, 1000, 0.025)]
     results("cpu-growth", *rows, row(10**5, 1, 1e-3), row(10**5, 1000, 1e-2))
-    linear, large, small = (line for line in lines() if "linear" in line or "| flat |" in line)
+    linear, large, small = (
+        line for line in lines() if "GPU" not in line and ("| linear |" in line or "| flat |" in line)
+    )
     assert "1.00 at 1e+06, 2.00 at 1e+08 | **missed**" in linear
     assert "20.0 in 1, 25.0 in 1,000 | held" in large
     assert "1.0 in 1, 10.0 in 1,000 | **missed**" in small
@@ -111,3 +113,19 @@ def test_whole_runs(results, ours, theirs, said):
     results("cpu-whole", {"to_the_gap": {"fixed, 2": {"gap": 2.0, "seconds": seconds, "each": each}}})
     (line,) = [each for each in lines() if "whole run of LUR ÷ ScissorHands cleaned, to" in each]
     assert said in line
+
+
+def test_a_step_that_nobody_has_looked_at_has_no_figure(results):
+    row = step(8, optimistic=1.11, secant=1.55, joint=1.03) | {"alignment_cosine": {"secant": 0.99}, "rounds": 4}
+    results("cpu-a-step", row)
+    line = next(each for each in tables.steps().splitlines() if each.startswith("| resnet18"))
+    assert "1.11" not in line
+    assert "| 1.55 | 1.03 |" in line
+
+
+def test_what_a_user_gets_is_asked_for_as_well(results):
+    found = {"cleaned": [1.3, 1.25, 1.35], "as_published": [0.8, 0.7, 0.84]}
+    results("cpu-scissorhands", {"batch": 64, "ratio_to_bare": {}, "optimistic_to": {}, "as_it_comes_to": found})
+    mine = [line for line in lines() if line.startswith("| `optimistic, as it comes`")]
+    assert ["**missed**" in line for line in mine] == [False, True]
+    assert ["held" in line for line in mine] == [True, False]

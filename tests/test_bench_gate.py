@@ -102,6 +102,20 @@ def test_half_of_the_alignment_is_not_passed_off_as_the_whole(mode, precision, s
         gate.check(*small, mode, precision)
 
 
+@pytest.mark.parametrize("mode", ["first_order", "secant", "optimistic"])
+def test_a_displacement_of_another_length_is_refused(mode, small, monkeypatch):
+    def displaced(self, along, norm2):
+        self._inner_lr.mul_(2)
+        try:
+            return DISPLACED(self, along, norm2)
+        finally:
+            self._inner_lr.div_(2)
+
+    monkeypatch.setattr(LURState, "displaced", displaced)
+    with pytest.raises(AssertionError, match=rf"{mode} in fp32 is displaced (1\.[5-9]|2\.\d)\d? × as far"):
+        gate.check(*small, mode, "fp32")
+
+
 def test_with_lent_statistics_the_truth_has_them_too(monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from torch import nn
 import fastlur
 from fastlur import footprint, ops, space
 from fastlur.errors import ArgumentError, DataError, ModelError
+from fastlur.losses import BoundedForgetting
 from fastlur.methods import METHODS, SaliencyMask, Trim
+from fastlur.targets import SecondChoice
 
 CPU = torch.device("cpu")
 
@@ -195,6 +198,13 @@ class TestParts:
         assert together.vectors == 2 * apart.vectors
         small = fastlur.estimate(model, batch(1), forms[1])
         assert small.other + small.activations == pytest.approx(8 * size(model))  # the programme on the host
+
+    @pytest.mark.parametrize(("target", "asked"), [(BoundedForgetting(), 0), (SecondChoice(), 1)])
+    def test_a_target_is_asked_in_every_step(self, target, asked, monkeypatch):
+        """A second for whatever is timed, of which two are passes."""
+        monkeypatch.setattr("fastlur.footprint.seconds", lambda work, device: 1.0)
+        monkeypatch.setattr(sys.modules["fastlur.estimate"], "_walk", lambda space: 0.0)
+        assert fastlur.estimate(Deep(), batch(8), forget_loss=target).seconds == 2 + asked
 
     def test_a_target_is_a_model_more(self):
         model, data = Deep(), batch(512)

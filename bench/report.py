@@ -135,6 +135,7 @@ def checked() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "demo": demo,
+    "overview": quality.overview,
     "operations": operations,
     "steps": steps,
     "scissorhands": scissorhands,

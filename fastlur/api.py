@@ -154,7 +154,7 @@ def unlearn(
     checks.one_of("schedule", schedule, SCHEDULES)
     checks.seed(seed)
     check_optimizer(optimizer)
-    moving = select(model, parameters)
+    moving, held = select(model, parameters), identity.model_settings(model)
     rules: list[Observer] = [stop] if callable(stop) else list(checks.callables("stop", stop))
     callbacks = checks.callables("callbacks", callbacks)
     checks.path("checkpoint", checkpoint)
@@ -223,7 +223,7 @@ def unlearn(
             torch.cuda.reset_peak_memory_stats(where)
         if checkpoint is not None:
             look.warn_of_unread(contents)
-            same = look.same_run(model, method, losses, rules, optimizer, parameters, sources, contents)
+            same = look.same_run(model, method, losses, rules, optimizer, parameters, sources, contents, held)
             if max_retain_loss_increase is not None:
                 same["checkpoint_every"] = checkpoint_every  # the budget looks then as well
             checkpoints = Checkpoints(checkpoint, settings | same)
@@ -304,7 +304,7 @@ def unlearn(
             if kept is not None:
                 kept.broken_off(error)
             raise
-        if budget is not None:
+        if budget is not None and budget.finishes:
             ended = budget.last() or ended
         keep = keep_checkpoints or interrupt.pending  # after Ctrl-C nothing is returned, and they are all there is
         settings["checkpoints_kept"] = checkpoints is not None and (keep or not checkpoints.purge())
@@ -316,5 +316,5 @@ def unlearn(
     key = new_key()
     data = {str(side): fingerprints(contents[side], side, key) for side in look.SIDES}
     seconds = time.perf_counter() - began + (0.0 if kept is None else kept.before)
-    caveat, digest = getattr(method, "caveat", ""), identity.model_digest(model)
+    caveat, digest = getattr(method, "caveat", ""), identity.state_digest(model)
     return Result(model, history, seconds, peak_memory(where), ended, settings, data, key, caveat, digest)

@@ -39,6 +39,7 @@ class Batches:
         epoch = number = 0
         while True:
             _seed(self.batches, derive(seed, "epoch", epoch))
+            iterator: Iterator[Any] | None = None  # the workers of the last epoch end before those of this one begin
             iterator, begin = iter(_fresh(self.batches)), number
             while True:
                 seed_loading(derive(seed, "load", number))
@@ -104,6 +105,8 @@ def _fresh(batches: Iterable[Any]) -> Iterable[Any]:
         return batches
     fresh = copy.copy(batches)
     fresh._iterator = None
+    if isinstance(inner := vars(batches).get("base_dataloader"), DataLoader):  # as accelerate wraps one in another
+        vars(fresh)["base_dataloader"] = _fresh(inner)
     return fresh
 
 

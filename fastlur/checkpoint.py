@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from fastlur import ours
 from fastlur.errors import CheckpointError, first_line
 from fastlur.folder import Folder
+from fastlur.identity import SETTINGS
 from fastlur.passes import Loss, Passes
 from fastlur.step import Step
 from fastlur.target_state import brought_back
@@ -180,7 +181,8 @@ class Checkpoints:
         """
         failed: list[str] = []
         try:
-            _, failed = self.folder.remove_all(ours.checkpoint_files(self.folder))
+            found, unread = ours.told_apart(self.folder)
+            failed = self.folder.remove_all(found)[1] + unread
         except OSError as error:
             failed = [str(error)]
         if failed:
@@ -238,7 +240,7 @@ class Checkpoints:
     def _same_run(self, theirs: dict[str, Any]) -> None:
         mine = json.loads(json.dumps(self.settings))
         for key in sorted({*mine, *theirs}, key=lambda key: (key not in VERSIONS, key)):
-            if mine.get(key) != theirs.get(key):
+            if mine.get(key) != theirs.get(key) and not _noted(key, theirs.get(key), mine.get(key)):
                 was, now = _differing(theirs.get(key), mine.get(key))
                 raise CheckpointError(
                     f"checkpoint={self.name} is of another run: {key} was {was!r}, now {now!r}; "
@@ -278,6 +280,13 @@ class Checkpoints:
 def _most(step: int) -> int:
     """Bytes that the description of a checkpoint after a step may have."""
     return min(LARGEST + ROW * step, 1 << 30)
+
+
+def _noted(key: str, one: Any, other: Any) -> bool:
+    """Whether two runs differ only in what a module of one of them has noted on its way."""
+    if key != SETTINGS or not (isinstance(one, dict) and isinstance(other, dict)):
+        return False
+    return all(one[name] == other[name] for name in one.keys() & other.keys())
 
 
 def _differing(one: Any, other: Any) -> tuple[Any, Any]:

@@ -226,9 +226,6 @@ def _passes(passes: Passes, sides: list[Which], method: Method, cost: Cost) -> t
     peak = max(memory[0].peak for memory, _ in found) - moving
     once = sum(spent for _, spent in found) / len(found)
     spent = once * cost.passes
-    forwards = cost.forwards + sum(getattr(loss, "models", 0) for loss in passes.losses.values())  # a target is asked
-    if forwards:
-        spent += forwards * footprint.seconds(lambda: passes.value(sides[0]), space.device)
     if cost.joint:
         peak = max(peak, measured(lambda: passes.joint(room()))[0][0].peak - moving)
     if cost.products:
@@ -236,6 +233,9 @@ def _passes(passes: Passes, sides: list[Which], method: Method, cost: Cost) -> t
         # the outer gradient is taken while the graph of the inner one is held
         peak = max(curved[0].left + peak, *(part.peak for part in curved))
         spent = once + curving * cost.products
+    forwards = cost.forwards + sum(getattr(loss, "models", 0) for loss in passes.losses.values())  # a target is asked
+    if forwards:
+        spent += forwards * footprint.seconds(lambda: passes.value(sides[0]), space.device)
     return peak, spent
 
 

@@ -68,6 +68,8 @@ def copied(model: nn.Module) -> nn.Module:
     results = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
     try:
         return copy.deepcopy(model, {id(result): result.detach().clone() for result in results})
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, OSError) as error:
         raise ModelError(f"model: a {type(model).__name__} cannot be copied ({first_line(error)})") from error
 

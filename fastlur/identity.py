@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 HASH = re.compile(r"#[0-9a-f]{16}$")
+SETTINGS = "settings of the model"  # of which what only one of two runs has is not compared
 OWN = __name__.split(".")[0]
 DEEP = 8  # how far a value is followed into what it holds
 PLAIN = str | int | float | complex | bool | bytes | None
@@ -24,8 +25,20 @@ PLAIN = str | int | float | complex | bool | bytes | None
 
 def model_digest(model: nn.Module) -> str:
     """A hash of a model's parameters and buffers, those included that its state_dict leaves out."""
+    return _of_tensors(dict(model.named_buffers(), **model.state_dict()))
+
+
+def state_digest(model: nn.Module) -> str | None:
+    """A hash of what a model's state_dict holds; None where that cannot be read, on the meta device for one."""
+    try:
+        return _of_tensors(model.state_dict())
+    except Exception:  # whatever it is, the run that asks is over and must not fail of it
+        return None
+
+
+def _of_tensors(state: Mapping[str, Any]) -> str:
     digest = blake2b(digest_size=16)
-    for name, tensor in dict(model.named_buffers(), **model.state_dict()).items():
+    for name, tensor in state.items():
         if isinstance(tensor, Tensor):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(_content(tensor))
@@ -49,7 +62,8 @@ def architecture_digest(model: nn.Module) -> str:
 def model_settings(model: nn.Module) -> dict[str, str]:
     """The numbers with a point and the switches that modules of the caller's hold as attributes: a dropout rate, say.
 
-    Whole numbers are left out, since a module may count with them, and so are texts, which may be places of files.
+    Whole numbers are left out, since a module may count with them, texts, which may be places of files, and whether
+    activations are made again, which changes no result.
     """
     return {
         f"{name}.{key}".lstrip("."): repr(value)
@@ -57,7 +71,7 @@ def model_settings(model: nn.Module) -> dict[str, str]:
         for key, value in vars(module).items()
         if not type(module).__module__.startswith("torch.")
         and isinstance(value, bool | float)
-        and not (key.startswith("_") or key == "training")
+        and not (key.startswith("_") or key in ("training", "gradient_checkpointing"))
     }
 
 

@@ -104,13 +104,18 @@ def same_run(
     parameters: Selection,
     sources: dict[Which, Source],
     contents: dict[Which, content.Content],
+    held: dict[str, str],
 ) -> dict[str, Any]:
-    """What a run must have in common with the one that it continues, beside its settings; plain values."""
+    """What a run must have in common with the one that it continues, beside its settings; plain values.
+
+    `held` are the settings of the model before its first forward: what that has changed is a note and no setting.
+    """
     same: dict[str, Any] = {f"{side} data": contents[side].digest for side in SIDES}
     same |= {f"{side} batches": batching(sources[side], contents[side]) for side in SIDES}
     same |= {f"what {ARGUMENT[side]} does": identity.fingerprint(each) for side, each in losses.items()}
     same |= {"model": identity.model_digest(model), "architecture": identity.architecture_digest(model)}
-    same["settings of the model"] = identity.model_settings(model)
+    noted = identity.model_settings(model)
+    same[identity.SETTINGS] = {name: value for name, value in held.items() if noted.get(name) == value}
     same["stop"] = [identity.shown(rule) for rule in rules]
     same["optimizer's parameters"] = identity.optimizer_parameters(optimizer, model)
     same["code of the method"] = identity.code_of(method)

@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fastlur.data import Stream
-from fastlur.errors import NonFiniteError
+from fastlur.errors import CheckpointError, NonFiniteError, first_line
 from fastlur.history import History
 from fastlur.interrupt import Interrupted
 from fastlur.stats import StepStats
@@ -113,11 +113,12 @@ def _dying_of_the_same_key(
     """Ctrl-C ends the workers of a loader as well: what fails of that is no error of the loader."""
     try:
         yield
-    except NonFiniteError:
+    except (NonFiniteError, CheckpointError):
         raise
     except Exception as error:
         if not interrupted():
             raise
         raised = Interrupted(f"after step {step.step} of {steps}")
         raised.amid = amid
+        raised.add_note(f"{type(error).__name__}: {first_line(error)}")
         raise raised from error

@@ -46,6 +46,17 @@ def checkpoint_files(folder: Folder) -> list[str]:
     return [name for name in folder.names() if is_checkpoint(folder, name)]
 
 
+def told_apart(folder: Folder) -> tuple[list[str], list[str]]:
+    """The same, and of names that may be ours why they cannot be looked at: nobody knows whose those files are."""
+    found, unread = [], []
+    for name in folder.names():
+        try:
+            found += [name] if is_checkpoint(folder, name) else []
+        except OSError as error:
+            unread.append(str(error))
+    return found, unread
+
+
 def is_checkpoint(folder: Folder, name: str) -> bool:
     """Whether a file is of a checkpoint; an empty one and a link by its name alone, since nothing is lost with it."""
     if _HALF.fullmatch(name):

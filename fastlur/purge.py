@@ -6,7 +6,7 @@ import os
 
 from fastlur.errors import CheckpointError
 from fastlur.folder import Folder
-from fastlur.ours import checkpoint_files
+from fastlur.ours import told_apart
 from fastlur.record import orphans
 
 
@@ -30,12 +30,13 @@ def purge(directory: str | os.PathLike[str]) -> list[str]:
         if not free:
             raise CheckpointError(f"{os.fspath(directory)!r} is in use by a run; wait for its end")
         try:
-            removed, failed = folder.remove_all(sorted({*checkpoint_files(folder), *orphans(folder)}))
+            found, unread = told_apart(folder)
+            removed, failed = folder.remove_all(sorted({*found, *orphans(folder)}))
         finally:
             folder.unlock()
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{directory!r} cannot be purged: {error}") from error
-    if failed:
+    if failed := failed + unread:
         done = f" ({len(removed)} files were removed)" if removed else ""
         raise CheckpointError(f"{directory!r} cannot be purged of {len(failed)} files: {failed[0]}{done}")
     return removed

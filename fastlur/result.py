@@ -14,7 +14,7 @@ from fastlur import record
 from fastlur.errors import ArgumentError, RecordError
 from fastlur.fingerprints import Fingerprints, new_key, write_key
 from fastlur.history import History
-from fastlur.identity import model_digest
+from fastlur.identity import state_digest
 from fastlur.info import versions
 from fastlur.statement import statement
 
@@ -35,7 +35,7 @@ class Result:
         key: what they are keyed with, 32 bytes, drawn for this run. With it guesses of what was forgotten can be
             tested: keep it apart from the record, or let it go.
         caveat: what the method does not guarantee.
-        digest: a hash of the model's parameters and buffers at the end of the run; None: not known.
+        digest: a hash of the model's state_dict at the end of the run; None: not known.
     """
 
     model: nn.Module
@@ -108,7 +108,7 @@ class Result:
         }
         if not isinstance(path, str | os.PathLike) or not os.fspath(path):
             raise ArgumentError(f"path={path!r} must be the path of a directory")
-        if self.digest is not None and model_digest(self.model) != self.digest:
+        if self.digest is not None and state_digest(self.model) != self.digest:
             raise RecordError(
                 "model: has changed since the run, so that this record would not be of its weights; save right after "
                 "the run, before anything else is done to the model"

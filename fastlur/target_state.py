@@ -10,7 +10,9 @@ from torch import Tensor
 from fastlur.fresh import copied, frozen
 from fastlur.losses import BoundedForgetting
 from fastlur.passes import Loss, Passes
-from fastlur.targets import Imitation, Made
+from fastlur.targets import Imitation, Novice, NoviceOrAscent, SecondChoice
+
+OURS = (SecondChoice, Novice, NoviceOrAscent)
 
 
 def saved(loss: Loss, made: Loss) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
@@ -20,12 +22,10 @@ def saved(loss: Loss, made: Loss) -> tuple[dict[str, Any] | None, dict[str, Tens
         loss: what the run was given.
         made: what it has made of itself.
     """
-    if not isinstance(loss, Made):
-        return None, {}
-    if type(made) is BoundedForgetting and vars(made) == vars(BoundedForgetting()):
-        return {"kind": "ascent"}, {}
-    if type(made) is not Imitation:
+    if type(loss) not in OURS:
         return None, {}  # one of the caller's own making is made again, as it was the first time
+    if not isinstance(made, Imitation):
+        return {"kind": "ascent"}, {}
     told = {name: getattr(made, name) for name in ("sharpness", "without_truth", "weight")}
     return {"kind": "imitation", **told}, {
         **dict(made.teacher.named_parameters()),

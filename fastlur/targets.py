@@ -193,7 +193,7 @@ class Novice(Made):
 
         Raises:
             ArgumentError: `loss`, `batch_size` or `seed` is none.
-            ModelError: no module, or one that cannot be copied, that nothing moves in, or that cannot take the data.
+            ModelError: no module, one in which nothing moves, or one that cannot be copied or trained on these data.
             DataError: `retain` is no data.
         """
         checks.module(model)
@@ -206,11 +206,11 @@ class Novice(Made):
             seed_torch(derive(seed, "novice"), device)
             try:
                 return self._taught(model, feed, loss or cross_entropy, "fp32")
-            except FastlurError:
+            except (FastlurError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
                 said = f"{type(error).__name__}: {first_line(error)}"
-                raise ModelError(f"model: one of its kind cannot learn the retain data ({said})") from error
+                raise ModelError(f"model: one of its kind cannot be trained on these data ({said})") from error
 
     def _taught(self, model: nn.Module, feed: Feed, loss: Loss, precision: str) -> nn.Module:
         teacher = copied(model)

@@ -68,6 +68,8 @@ def _damage(draw, directory):
     path.write_bytes(content[:at] if draw(st.booleans()) else content)
 
 
+FREE = {"checkpoint_every", "keep_checkpoints"}  # which a run that goes on may have otherwise
+# the first of each is what the run had that was broken off
 RUN = {
     "lr": [0.03, 0.1],
     "batch_size": [8, 4],
@@ -91,15 +93,19 @@ def resuming(draw):
         first = {"steps": 4, "batch_size": 8, "progress": False, "checkpoint": directory, "checkpoint_every": 2}
         first["forget_loss"] = RUN["forget_loss"][0]
         break_off(model, SIDES, first, at=3)
-        chosen = first | options(draw, RUN, RUN, most=1)
+        changed = options(draw, RUN, RUN, most=1)
+        chosen = first | changed
         again, sides = copy.deepcopy(model), draw(mostly([SIDES], [(blobs(9), SIDES[1]), (SIDES[0], blobs(21))]))
-        if draw(st.integers(0, 3)) == 3:
-            again = draw(models)()
+        other = draw(models) if draw(st.integers(0, 3)) == 3 else None
+        again = again if other is None else other()
         steps = []
         call = lambda: fastlur.unlearn(again, *sides, **chosen, callbacks=[lambda event: steps.append(event.step)])
         result = tried(call, again, begun=steps)
         if result is not None:
             assert steps == [3, 4]
+            assert other is None
+            assert sides is SIDES
+            assert not {name for name, value in changed.items() if repr(value) != repr(RUN[name][0])} - FREE
         removed = tried(lambda: fastlur.purge(directory))
         assert removed is not None
         assert not [path for path in Path(directory).iterdir() if path.name.startswith("fastlur-step")]

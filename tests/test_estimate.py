@@ -199,12 +199,14 @@ class TestParts:
         small = fastlur.estimate(model, batch(1), forms[1])
         assert small.other + small.activations == pytest.approx(8 * size(model))  # the programme on the host
 
-    @pytest.mark.parametrize(("target", "asked"), [(BoundedForgetting(), 0), (SecondChoice(), 1)])
-    def test_a_target_is_asked_in_every_step(self, target, asked, monkeypatch):
-        """A second for whatever is timed, of which two are passes."""
+    @pytest.mark.parametrize(("mode", "passes"), [("optimistic", 2), ("secant", 3), ("first_order", 2), ("exact", 3)])
+    def test_a_target_is_asked_in_every_step(self, mode, passes, monkeypatch):
+        """A second for whatever is timed."""
         monkeypatch.setattr("fastlur.footprint.seconds", lambda work, device: 1.0)
         monkeypatch.setattr(sys.modules["fastlur.estimate"], "_walk", lambda space: 0.0)
-        assert fastlur.estimate(Deep(), batch(8), forget_loss=target).seconds == 2 + asked
+        for target, asked in ((BoundedForgetting(), 0), (SecondChoice(), 1)):
+            found = fastlur.estimate(Deep(), batch(8), fastlur.LUR(gradient=mode), forget_loss=target)
+            assert found.seconds == passes + asked
 
     def test_a_target_is_a_model_more(self):
         model, data = Deep(), batch(512)

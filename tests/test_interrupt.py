@@ -366,6 +366,21 @@ def test_nor_is_a_metric_that_reads_such_a_loader(tmp_path, monkeypatch):
     assert same(state(resumed), state(expected))
 
 
+def test_a_checkpoint_that_fails_in_the_same_step_is_told(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    model, data, options = job(tmp_path, checkpoint_every=4)
+
+    def press(event):
+        if event.step == 4:
+            monkeypatch.setattr("fastlur.folder.os.fsync", full)
+            control_c()
+
+    with pytest.raises(fastlur.CheckpointError, match="No space left"):
+        fastlur.unlearn(model, *data, **options, callbacks=[press])
+
+
 def test_inside_only_the_first_is_noted():
     with Interrupt() as interrupt:
         control_c()

@@ -187,6 +187,32 @@ def test_it_is_of_the_run_and_of_no_later_one(job, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_forward_leaves_beside_the_state_is_no_change(tmp_path):
+    """As a cache of positions does, which grows with what is asked: `evaluate` comes before `save(after=…)`."""
+
+    class Caching(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = mlp()
+            self.register_buffer("cache", torch.zeros(1), persistent=False)
+
+        def forward(self, x):
+            self.cache = torch.zeros(max(len(x), len(self.cache)))
+            return self.layer(x)
+
+    result = run(Caching(), blobs(12), blobs(20))
+    after = fastlur.evaluate(result.model, forget=blobs(12), retain=blobs(200), test=blobs(30))
+    assert result.save(tmp_path, after=after) == tmp_path
+
+
+def test_a_state_that_cannot_be_read_costs_no_run(monkeypatch):
+    model, steps = mlp(), []
+    refuse = lambda event: setattr(event.model, "state_dict", lambda *_, **__: 1 / 0) or steps.append(event.step)
+    result = run(model, blobs(12), blobs(20), steps=3, callbacks=[refuse])
+    assert result.digest is None
+    assert steps == [1, 2, 3]
+
+
 @pytest.mark.parametrize("kind", ["path", "key_file"])
 def test_an_empty_path_is_not_the_working_directory(job, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)

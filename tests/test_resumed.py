@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import fastlur
 from fastlur.batches import Batches
 from fastlur.losses import BoundedForgetting
 from fastlur.stopping import Patience, Reached
-from fastlur.targets import Novice, SecondChoice
+from fastlur.targets import Imitation, Novice, SecondChoice
 
 
 class Counting:
@@ -296,7 +297,16 @@ class Bounded(SecondChoice):
         return BoundedForgetting(0.5)
 
 
-@pytest.mark.parametrize("target", [Half(), Bounded()], ids=lambda target: type(target).__name__)
+class Elsewhere(SecondChoice):
+    """One that imitates another network."""
+
+    def prepare(self, passes):
+        teacher = mlp(dropout=0.3)
+        teacher[1] = torch.nn.ReLU()
+        return Imitation(teacher)
+
+
+@pytest.mark.parametrize("target", [Half(), Bounded(), Elsewhere()], ids=lambda target: type(target).__name__)
 def test_a_target_of_ones_own_is_made_again(target, tmp_path):
     model, data, options = job(tmp_path, forget_loss=target)
     expected = whole(model, data, options)
@@ -324,6 +334,23 @@ def test_a_setting_that_a_module_of_ones_own_holds_is_compared(tmp_path):
         fastlur.unlearn(other, *data, **options)
     other.p = 0.1
     assert fastlur.unlearn(other, *data, **options).ended == "all steps done"
+
+
+def test_what_a_forward_notes_is_no_setting(tmp_path):
+    class Noting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.seconds = mlp(), 0.0
+
+        def forward(self, x):
+            self.seconds += time.perf_counter()
+            return self.layer(x)
+
+    first = Noting()
+    _, data, options = job(tmp_path)
+    break_off(first, data, options)
+    first.seconds = 5.0
+    assert fastlur.unlearn(first, *data, **options).ended == "all steps done"
 
 
 class Drawing(torch.utils.data.Dataset):
@@ -354,3 +381,18 @@ def test_workers_that_a_loader_keeps_are_no_difference(tmp_path):
         seen += next(stream)[1].tolist()
         list(data[0])
     assert sorted(seen) == sorted(data[0].dataset.y.tolist())
+
+
+def test_so_it_is_where_one_loader_wraps_another():
+    class Wrapping(torch.utils.data.DataLoader):
+        def __iter__(self):
+            return iter(self.base_dataloader)
+
+    kept = {"batch_size": 4, "num_workers": 1, "persistent_workers": True}
+    outer = Wrapping(Drawing(12), **kept)
+    vars(outer)["base_dataloader"] = torch.utils.data.DataLoader(Drawing(12), **kept)
+    stream, seen = Batches(outer).stream(0, 0), []
+    for _ in range(3):
+        seen += next(stream)[1].tolist()
+        list(outer)
+    assert sorted(seen) == sorted(outer.dataset.y.tolist())

@@ -321,6 +321,23 @@ class TestPurge:
             with pytest.raises(fastlur.CheckpointError, match="cannot be purged"):
                 fastlur.purge(place)
 
+    def test_what_cannot_be_looked_at_is_an_error_and_the_rest_goes(self, tmp_path, monkeypatch):
+        break_off(*job(tmp_path))
+        unread, *others = sorted(path.name for path in tmp_path.iterdir())
+        made = Folder.head
+
+        def head(self, name, count):
+            if name == unread:
+                raise PermissionError(13, "Permission denied", name)
+            return made(self, name, count)
+
+        monkeypatch.setattr(Folder, "head", head)
+        with pytest.raises(fastlur.CheckpointError, match="Permission denied"):
+            fastlur.purge(tmp_path)
+        assert others
+        assert unread in [path.name for path in tmp_path.iterdir()]
+        assert len(list(tmp_path.iterdir())) <= 2  # its pair speaks by its mark alone
+
     def test_an_empty_path_is_not_the_working_directory(self, tmp_path, monkeypatch, capsys):
         break_off(*job(tmp_path))
         monkeypatch.chdir(tmp_path)

@@ -71,7 +71,7 @@ def _damage(draw, directory):
 FREE = {"checkpoint_every", "keep_checkpoints"}  # which a run that goes on may have otherwise
 # the first of each is what the run had that was broken off
 RUN = {
-    "lr": [0.03, 0.1],
+    "lr": [0.1, 0.03],
     "batch_size": [8, 4],
     "method": ["lur", "neggrad_plus", fastlur.LUR(gradient="secant")],
     "optimizer": ["sgd", "adamw"],

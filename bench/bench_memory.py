@@ -14,7 +14,7 @@ from typing import Any
 import gate
 import models
 import pytest
-from arms import AS_IT_COMES, FRUGAL, LENT, MODES, OTHERS
+from arms import AS_IT_COMES, FEW, FORMS, FRUGAL, LENT, MODES, OTHERS
 from memory import TooLarge, measured
 from models import MODELS
 
@@ -23,15 +23,6 @@ ARMS = ("bare", *MODES, LENT, AS_IT_COMES, FRUGAL, *OTHERS)
 CASES = [(name, items) for name in ("mlp", "vit", "resnet18") for items in (8, 64)]
 CASES += [(name, 2) for name in ("swin_t", "lm_100m")]
 SHORT = [("mlp", 8), ("resnet18", 8)]
-FORMS = ("scissorhands, cleaned", "scissorhands, as published")
-FEW = (
-    "bare",
-    "optimistic",
-    AS_IT_COMES,
-    "secant",
-    "exact",
-    *FORMS,
-)  # of the second of these: a process each takes its time
 SMALL = ("mlp", "vit", "resnet18")  # whose truth in float64 fits as well
 
 
@@ -78,11 +69,10 @@ def row(name: str, items: int, arms: tuple[str, ...] = ARMS) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("name", "items"), CASES if FULL else SHORT)
 def test_memory(name: str, items: int, benchmark: Any, record: list[dict[str, Any]]) -> None:
-    arms = ARMS if FULL or name == "mlp" else FEW
+    arms = ARMS if FULL or name == "mlp" else ("bare", *FEW)  # a process each takes its time
     if name in SMALL:
         _, batch = MODELS[name]
-        for mode in set(MODES) & set(arms):
-            gate.check(models.model(name), batch(8, 2), batch(8, 3), mode, "fp32")
+        gate.check_all(models.model(name), batch(8, 2), batch(8, 3), set(MODES) & set(arms), "fp32")
     found = benchmark.pedantic(row, (name, items, arms), rounds=1)
     record.append(found)
     benchmark.extra_info.update(found)

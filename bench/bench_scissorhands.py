@@ -42,8 +42,7 @@ def test_parts(items: int, benchmark: Any, record: list[dict[str, Any]]) -> None
     _, batch = MODELS["resnet18"]
     model, forget, retain = models.model("resnet18"), batch(items, 0), batch(items, 1)
     ours = ("optimistic", AS_IT_COMES, "secant")
-    for mode in ours:
-        gate.check(model, batch(8, 2), batch(8, 3), mode, "fp32")
+    gate.check_all(model, batch(8, 2), batch(8, 3), ours, "fp32")
     with ExitStack() as stack:
         made: dict[str, Callable[[], object]] = {"bare": bare(model, forget, retain, "fp32")}
         for mode in ours:

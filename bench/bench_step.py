@@ -16,7 +16,7 @@ import gate
 import models
 import pytest
 import torch
-from arms import AS_IT_COMES, FRUGAL, LENT, MODES, OTHERS, arms
+from arms import AS_IT_COMES, FEW, FRUGAL, LENT, MODES, OTHERS, arms
 from measure import interleaved, medians, ratio
 from models import MODELS
 
@@ -36,21 +36,7 @@ CASES = [
     ("swin_t", 2, "fp32", None, MODES),
     ("lm_100m", 1, "fp32", None, MODES),
 ]
-FEW = (
-    "optimistic",
-    "secant",
-    "exact",
-    LENT,
-    AS_IT_COMES,
-    "joint",
-    "scissorhands, cleaned",
-    "scissorhands, as published",
-)
-SHORT = [
-    ("mlp", 64, "fp32", None, PLAIN),
-    ("vit", 8, "fp32", None, PLAIN),
-    ("resnet18", 8, "fp32", None, FEW),
-]
+SHORT = [("mlp", 64, "fp32", None, PLAIN), ("vit", 8, "fp32", None, FEW), ("resnet18", 8, "fp32", None, FEW)]
 
 
 @pytest.mark.parametrize(("name", "items", "precision", "layout", "others"), CASES if FULL else SHORT)
@@ -68,7 +54,8 @@ def test_step(
     small = batch(min(items, 8), 2), batch(min(items, 8), 3)
     options = {} if layout is None else {"memory_format": getattr(torch, layout)}
     checked = [arm for arm in others if arm.split(",")[0] in MODES]
-    cosines = {arm: round(gate.check(model, *small, arm, precision, **options), 3) for arm in checked}
+    found = gate.check_all(model, *small, checked, precision, **options)
+    cosines = {arm: round(cosine, 3) for arm, cosine in found.items()}
     with arms(model, batch(items, 0), batch(items, 1), precision, others, **options) as made:
         times = interleaved(made, SECONDS, fewest=ROUNDS.get((name, items, precision, layout), 4) if FULL else 4)
         benchmark.pedantic(made["optimistic"], rounds=1)

@@ -49,11 +49,16 @@ def in_conflict(step: Step, forget: Any, retain: Any) -> Step:
 
     def set_against() -> None:
         repair.joint_gradient()
-        for memory, gradient in zip(repair.memories[0].flats, repair.gradient.flats, strict=True):
-            torch.neg(gradient, out=memory)  # and so it stays: the weights hardly move while this is measured
+        oppose(repair)  # and so it stays: the weights hardly move while this is measured
 
     within(step, set_against, forget, retain)
     return step
+
+
+def oppose(repair: Any) -> None:
+    """Set the first of its memories against its gradient."""
+    for memory, gradient in zip(repair.memories[0].flats, repair.gradient.flats, strict=True):
+        torch.neg(gradient, out=memory)
 
 
 def repairs(step: Step, forget: Any, retain: Any) -> bool:

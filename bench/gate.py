@@ -7,6 +7,8 @@ fast step that does not align is not a result); that sum itself; and what the up
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -123,16 +125,44 @@ def check(model: nn.Module, forget: Any, retain: Any, mode: str, precision: str,
     Raises:
         AssertionError: with what is wrong.
     """
-    mode, options = _mode(mode, options)
+    return check_all(model, forget, retain, (mode,), precision, **options)[mode]
+
+
+def check_all(
+    model: nn.Module, forget: Any, retain: Any, modes: Iterable[str], precision: str, **options: Any
+) -> dict[str, float]:
+    """`check` of several arms; what they have in common is computed once."""
+    true = functools.cache(functools.partial(truth, model, forget, retain))
+    done: dict[Any, float] = {}
+    found = {}
+    for name in modes:
+        mode, more = _mode(name, options)
+        key = mode, tuple(sorted(more.items()))
+        if key not in done:
+            done[key] = _checked(model, forget, retain, mode, precision, more, true)
+        found[name] = done[key]
+    return found
+
+
+def _checked(
+    model: nn.Module,
+    forget: Any,
+    retain: Any,
+    mode: str,
+    precision: str,
+    options: dict[str, Any],
+    true: Callable[[str, str], tuple[Tensor, Tensor]],
+) -> float:
     by = options.get("normalize_by", "own")
-    (ours, sum_of_ours), (own, plain) = _both(model, forget, retain, mode, precision, options)
+    ours, sum_of_ours = directions(model, forget, retain, mode, precision, **options)
+    own, plain = true(mode, by)
     cosine, straight = _cosine(ours, own), _cosine(sum_of_ours, plain)
     assert cosine >= LEAST[precision], f"{mode} in {precision} does not align: cosine {cosine:.3f}"
     long = float(ours.norm() / own.norm())
     assert precision == "bf16" or abs(long - 1) <= LONGER, f"{mode} in {precision} is displaced {long:.2f} × as far"
     assert straight >= LEAST_SUM[precision], f"{mode} in {precision}: the gradients are others, cosine {straight:.3f}"
     if mode != "first_order":
-        half, _ = truth(model, forget, retain, "first_order", by)
+        half, _ = true("first_order", by)
         assert (ours - own).norm() < (ours - half).norm(), f"{mode} in {precision} does not align: it is first_order"
     missed = moved(model, forget, retain, mode, precision, float(sum_of_ours.norm()), **options)
     assert missed <= MOVED, f"{mode} in {precision}: the update misses its direction by {missed:.1e}"
@@ -142,17 +172,9 @@ def check(model: nn.Module, forget: Any, retain: Any, mode: str, precision: str,
 def compared(model: nn.Module, forget: Any, retain: Any, mode: str, precision: str, **options: Any) -> float:
     """The cosine of what displacement adds, whatever it is."""
     mode, options = _mode(mode, options)
-    (ours, _), (own, _) = _both(model, forget, retain, mode, precision, options)
+    ours, _ = directions(model, forget, retain, mode, precision, **options)
+    own, _ = truth(model, forget, retain, mode, options.get("normalize_by", "own"))
     return _cosine(ours, own)
-
-
-def _both(
-    model: nn.Module, forget: Any, retain: Any, mode: str, precision: str, options: dict[str, Any]
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    return (
-        directions(model, forget, retain, mode, precision, **options),
-        truth(model, forget, retain, mode, options.get("normalize_by", "own")),
-    )
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:

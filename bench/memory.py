@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from arms import aim, bare, named, stepping
+from conflict import oppose
 from models import MODELS
 
 import fastlur
@@ -114,7 +115,7 @@ def life(name: str, items: int, arm: str, meter: Meter | None) -> dict[str, Any]
         if number == 1:  # the first makes what the others find
             found["before"] = peak()
             if arm.startswith("scissorhands"):
-                _conflict(opened.state)
+                oppose(opened.state)  # the dearest of its steps is in conflict
         began = time.perf_counter()
         step()
         times.append(time.perf_counter() - began)
@@ -124,12 +125,6 @@ def life(name: str, items: int, arm: str, meter: Meter | None) -> dict[str, Any]
         opened.close()
     found |= {"after": peak(), "seconds": statistics.median(times[1:])}
     return found
-
-
-def _conflict(repair: Any) -> None:
-    """Set the memory against the gradient: the dearest of its steps is in conflict."""
-    for memory, gradient in zip(repair.memories[0].flats, repair.gradient.flats, strict=True):
-        torch.neg(gradient, out=memory)
 
 
 def predicted(name: str, items: int, arm: str) -> dict[str, Any]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeGuard
+
+import torch
 
 
 class FastlurError(Exception):
@@ -66,6 +69,25 @@ def finite(value: object) -> TypeGuard[float]:
 def first_line(error: BaseException) -> str:
     """What somebody else's error says, as far as it fits into a message of one line."""
     return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+@contextmanager
+def told(kind: type[FastlurError], what: str, remedy: str = "") -> Iterator[None]:
+    """Inside, what code of the caller's raises becomes an error of this package.
+
+    Ours and a lack of memory stay what they are.
+
+    Args:
+        kind: of the error.
+        what: its message begins with this; what was raised follows in parentheses.
+        remedy: it ends with this.
+    """
+    try:
+        yield
+    except (FastlurError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # such code raises what it likes
+        raise kind(f"{what} ({type(error).__name__}: {first_line(error)}){remedy}") from error
 
 
 def check_flags(**values: object) -> None:

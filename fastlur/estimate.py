@@ -12,7 +12,7 @@ from torch import nn
 
 from fastlur import checks, footprint, ops
 from fastlur.data import to_device
-from fastlur.errors import ArgumentError, DataError, FastlurError, first_line
+from fastlur.errors import ArgumentError, DataError, told
 from fastlur.footprint import Memory
 from fastlur.losses import cross_entropy
 from fastlur.methods import resolve
@@ -146,15 +146,9 @@ def estimate(
         same = forget is None and forget_loss is None and not passes.borrows
         alike = same or not getattr(method, "uses_forget", True)
         sides: list[Which] = ["retain"] if alike else ["retain", "forget"]
-        with passes.aside(batches, training=passes.training):
-            try:
-                activations, seconds = _passes(passes, sides, method, cost)
-            except (FastlurError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:
-                raise DataError(
-                    f"batch: the model or a loss cannot take it ({type(error).__name__}: {first_line(error)})"
-                ) from error
+        aside = passes.aside(batches, training=passes.training)
+        with aside, told(DataError, "batch: the model or a loss cannot take it"):
+            activations, seconds = _passes(passes, sides, method, cost)
         moving = sum(flat.nbytes for flat in space.theta.flats)
         weights = sum(flat.numel() for flat in space.theta.flats)
         copied = not isinstance(optimizer, str) or most(space.theta.flats) < SPARE  # for the time of an update

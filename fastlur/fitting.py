@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlur.errors import CheckpointError, first_line
+from fastlur.errors import CheckpointError, told
 from fastlur.space import Vector
 
 PARTS = ("step", "method", "control", "vectors", "tensors", "optimizer")
@@ -70,13 +70,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
         CheckpointError: it does not fit.
     """
     before = optimizer.state_dict()
-    try:
-        optimizer.load_state_dict(state)
-        _as_saved(optimizer, state)
-    except Exception as error:  # one of the caller's raises what it likes
-        optimizer.load_state_dict(before)
-        said = first_line(error)
-        raise CheckpointError(f"state: does not fit the optimizer ({type(error).__name__}: {said})") from error
+    with told(CheckpointError, "state: does not fit the optimizer"):
+        try:
+            optimizer.load_state_dict(state)
+            _as_saved(optimizer, state)
+        except Exception:
+            optimizer.load_state_dict(before)
+            raise
 
 
 def _as_saved(optimizer: torch.optim.Optimizer, state: Any) -> None:

@@ -6,6 +6,7 @@ import math
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastlur import checks, content, identity
 from fastlur.data import Indexed, Source, Stream, source, to_device
-from fastlur.errors import ArgumentError, DataError, FastlurError, first_line
+from fastlur.errors import ArgumentError, DataError, told
 from fastlur.losses import IGNORED, TARGETS, split
 from fastlur.passes import ARGUMENT, Which
 from fastlur.slots import Selection, select
@@ -39,19 +40,11 @@ def look_at_data(forget: Any, retain: Any, batch_size: int, seed: int, device: t
     firsts: dict[Which, Any] = {}
     with borrowed_random(device):
         for side, data in zip(SIDES, (forget, retain), strict=True):
-            try:
+            with told(DataError, f"{side}: cannot be read"):
                 sources[side] = source(data, side, batch_size)
                 contents[side] = content.read(sources[side], side, derive(seed, "look", side))
-                stream = Stream(sources[side], derive(seed, side))
-                try:
+                with closing(Stream(sources[side], derive(seed, side))) as stream:
                     firsts[side] = next(stream)
-                finally:
-                    stream.close()
-            except (FastlurError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:  # a data set of the caller's raises what it likes
-                said = first_line(error)
-                raise DataError(f"{side}: cannot be read ({type(error).__name__}: {said})") from error
     return sources, contents, firsts
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastlur.data import source, to_device
-from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError, first_line
+from fastlur.errors import ArgumentError, DataError, ModelError, told
 from fastlur.losses import IGNORED, logits_and_targets
 from fastlur.outputs import entropy, log_odds, modified_entropy
 from fastlur.world import borrowed_random, mode
@@ -62,13 +62,8 @@ def scores(model: nn.Module, data: Any, name: str, batch_size: int) -> Scores:
     parts: list[Tensor] = []
     with mode(model, False), torch.no_grad(), borrowed_random(device):
         for batch in _read(source(data, name, batch_size).once(), name):
-            try:
+            with told(DataError, f"{name}: the model cannot take a batch"):
                 logits, targets = logits_and_targets(model, to_device(batch, device))
-            except FastlurError:
-                raise
-            except Exception as error:
-                said = first_line(error)
-                raise DataError(f"{name}: the model cannot take a batch ({type(error).__name__}: {said})") from error
             parts.append(_each(logits, targets.long(), name))
     if not parts or not sum(part.shape[1] for part in parts):
         raise DataError(f"{name}: is empty; pass at least one labelled item")
@@ -81,16 +76,12 @@ def _read(batches: Iterator[Any], name: str) -> Iterator[Any]:
     Raises:
         DataError: they cannot be read.
     """
+    end = object()
     while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
+        with told(DataError, f"{name}: cannot be read"):
+            batch = next(batches, end)
+        if batch is end:
             return
-        except (FastlurError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            said = first_line(error)
-            raise DataError(f"{name}: cannot be read ({type(error).__name__}: {said})") from error
         yield batch
 
 

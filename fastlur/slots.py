@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from fastlur.errors import ModelError, first_line
+from fastlur.errors import ModelError, told
 from fastlur.leaves import remedy_for_frozen
 
 Selection = None | str | Sequence[str] | Callable[[str, nn.Parameter], bool]
@@ -51,13 +51,8 @@ def select(model: nn.Module, parameters: Selection) -> list[tuple[str, nn.Parame
     if patterns is None:
         chosen = {id(p) for _, p in named}
     elif callable(patterns):
-        try:
+        with told(ModelError, "parameters: the predicate (name, parameter) failed"):
             chosen = {id(p) for name, p in named if patterns(name, p)}
-        except Exception as error:
-            said = first_line(error)
-            raise ModelError(
-                f"parameters: the predicate (name, parameter) failed ({type(error).__name__}: {said})"
-            ) from error
     else:
         for pattern in patterns:
             if not any(fnmatch.fnmatchcase(name, pattern) for name, _ in named):

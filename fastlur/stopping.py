@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from fastlur.data import source
-from fastlur.errors import ArgumentError, DataError, FastlurError, finite, first_line, nearest, unknown
+from fastlur.errors import ArgumentError, DataError, finite, nearest, told, unknown
 from fastlur.identity import called, fingerprint
 from fastlur.loop import StepEvent
 from fastlur.scores import scores
@@ -87,14 +87,8 @@ class _Looking:
         if event.step % self.every and event.step != event.steps:
             return None
         device = next(event.model.parameters()).device
-        try:
-            with borrowed_random(device), kept_modes(event.model):
-                value: Any = self.metric(event.model)
-        except FastlurError:
-            raise
-        except Exception as error:
-            said = first_line(error)
-            raise DataError(f"metric: {called(self.metric)} failed ({type(error).__name__}: {said})") from error
+        with told(DataError, f"metric: {called(self.metric)} failed"), borrowed_random(device), kept_modes(event.model):
+            value: Any = self.metric(event.model)
         try:
             return float(value)
         except (TypeError, ValueError) as error:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastlur import checks
 from fastlur.data import Feed, source
-from fastlur.errors import ArgumentError, FastlurError, ModelError, first_line, nearest, unknown
+from fastlur.errors import ArgumentError, ModelError, nearest, told, unknown
 from fastlur.fresh import copied, frozen, renew
 from fastlur.identity import model_digest
 from fastlur.losses import BoundedForgetting, cross_entropy, divergence, logits_and_targets
@@ -204,13 +204,8 @@ class Novice(Made):
         feed = Feed({"retain": source(retain, "retain", batch_size)}, seed, device)
         with borrowed_random(device):
             seed_torch(derive(seed, "novice"), device)
-            try:
+            with told(ModelError, "model: one of its kind cannot be trained on these data"):
                 return self._taught(model, feed, loss or cross_entropy, "fp32")
-            except (FastlurError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:
-                said = f"{type(error).__name__}: {first_line(error)}"
-                raise ModelError(f"model: one of its kind cannot be trained on these data ({said})") from error
 
     def _taught(self, model: nn.Module, feed: Feed, loss: Loss, precision: str) -> nn.Module:
         teacher = copied(model)

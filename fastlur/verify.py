@@ -10,7 +10,7 @@ import torch
 
 from fastlur import content
 from fastlur.data import source
-from fastlur.errors import ArgumentError, FastlurError, RecordError, first_line
+from fastlur.errors import ArgumentError, RecordError, told
 from fastlur.fingerprints import check_key, keyed
 from fastlur.record import Record, read
 from fastlur.world import borrowed_random, derive
@@ -117,12 +117,5 @@ def verify(
 
 
 def _hashes(data: Any, side: str, batch_size: int, seed: int) -> set[bytes]:
-    with borrowed_random(torch.device("cpu")):
-        try:
-            return content.read(source(data, side, batch_size), side, seed).hashes
-        except FastlurError:
-            raise
-        except Exception as error:
-            raise RecordError(
-                f"{side}: the data cannot be read ({type(error).__name__}: {first_line(error)})"
-            ) from error
+    with borrowed_random(torch.device("cpu")), told(RecordError, f"{side}: the data cannot be read"):
+        return content.read(source(data, side, batch_size), side, seed).hashes

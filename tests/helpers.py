@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import pytest
 import torch
@@ -30,6 +31,29 @@ def decided(dots=(0.1, 2.0, 3.0), **hyper) -> tuple[Tensor, Tensor]:
 
 class Interrupted(Exception):
     pass
+
+
+class Noting(nn.Module):
+    """A network that has a setting of its own, and notes something about itself in every forward."""
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        self.layer, self.p = mlp(), p
+        self.calls, self.seconds = 0, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seconds += time.perf_counter()
+        return self.layer(functional.dropout(x, self.p, self.training))
+
+
+def fill_disk(monkeypatch) -> None:
+    """From here on there is no space left for what fastlur writes."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastlur.folder.os.fsync", full)
 
 
 def of_both(model, go, directory, at: int = 4):

@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 from checkpoints import break_off, go_on, job, whole
-from helpers import MODES, blobs, mlp, run, same, state
+from helpers import MODES, blobs, fill_disk, mlp, run, same, state
 from torch import nn
 
 import fastlur
@@ -79,13 +79,10 @@ def test_with_a_budget_nothing_is_saved_between_its_looks(tmp_path):
 
 
 def test_a_disk_that_is_full_does_not_hide_that_it_was_interrupted(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
     model, data, options = job(tmp_path)
 
     def press(event):
-        monkeypatch.setattr("fastlur.folder.os.fsync", full)
+        fill_disk(monkeypatch)
         control_c()
 
     with pytest.raises(Interrupted) as caught:
@@ -367,14 +364,11 @@ def test_nor_is_a_metric_that_reads_such_a_loader(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_that_fails_in_the_same_step_is_told(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
     model, data, options = job(tmp_path, checkpoint_every=4)
 
     def press(event):
         if event.step == 4:
-            monkeypatch.setattr("fastlur.folder.os.fsync", full)
+            fill_disk(monkeypatch)
             control_c()
 
     with pytest.raises(fastlur.CheckpointError, match="No space left"):

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 
 import pytest
 import torch
-from checkpoints import break_at, break_off, forged, go_on, job, whole
-from helpers import Interrupted, blobs, mlp, of_both, same, state
+from checkpoints import break_at, break_off, forged, go_on, job
+from helpers import Interrupted, Noting, blobs, mlp, of_both, same, state
 
 import fastlur
-from fastlur.batches import Batches
-from fastlur.losses import BoundedForgetting
-from fastlur.stopping import Patience, Reached
-from fastlur.targets import Imitation, Novice, SecondChoice
+from fastlur.stopping import Patience
+from fastlur.targets import Novice, SecondChoice
 
 
 class Counting:
@@ -141,18 +138,9 @@ FORGED = {
 
 
 def test_what_a_model_counts_about_itself_is_no_change(tmp_path):
-    class Counted(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.calls = mlp(), 0
-
-        def forward(self, x):
-            self.calls += 1
-            return self.layer(x)
-
     torch.manual_seed(0)
     inputs, _ = blobs(40)
-    data, model = (blobs(12), (inputs, inputs[:, :4].argmax(-1))), Counted()
+    data, model = (blobs(12), (inputs, inputs[:, :4].argmax(-1))), Noting()
     for target in (None, Novice(epochs=40, lr=3e-2, sharpness=1.0), SecondChoice()):
         options = {"forget_loss": target, "steps": 9, "batch_size": 8, "progress": False}
         go = lambda options=options, **more: fastlur.unlearn(model, *data, **options, **more)
@@ -219,180 +207,3 @@ def test_a_refused_resume_leaves_the_callers_optimizer_alone(tmp_path):
     with pytest.raises(fastlur.CheckpointError):
         go()
     assert go.state == {}
-
-
-def _with(path, value):
-    def change(state):
-        at = state
-        for each in path[:-1]:
-            at = at[each]
-        at[path[-1]] = value
-
-    return change
-
-
-MISFITS = {
-    "step": _with(["step"], "x"),
-    "a step below zero": _with(["step"], -1),
-    "rows": _with(["rows"], -3),
-    "control": _with(["control"], None),
-    "shape of the control": _with(["control"], torch.zeros(1)),
-    "vectors": _with(["vectors"], 5),
-    "a vector": _with(["vectors", "first_moment"], 5),
-    "a tensor": _with(["vectors", "first_moment", "0.weight"], 5),
-    "the last tensor": _with(["vectors", "method.inner_gradient", "0.weight"], torch.zeros(2)),
-    "names of vectors": _with(["vectors", 5], {}),
-    "names of parameters": _with(["vectors", "first_moment", 5], 5),
-    "tensors": _with(["tensors"], None),
-    "optimizer": _with(["optimizer"], {"state": 5}),
-}
-
-
-class TestState:
-    @pytest.mark.parametrize("case", MISFITS)
-    def test_what_does_not_fit_is_refused_as_a_whole(self, case):
-        with fastlur.MetaStep(mlp()) as step:
-            step(blobs(8), blobs(8))
-            saved = copy.deepcopy(step.state_dict())
-            step(blobs(8), blobs(8))
-            before = step.state_dict()
-            MISFITS[case](saved)
-            with pytest.raises(fastlur.CheckpointError, match="state: "):
-                step.load_state_dict(saved)
-            now = step.state_dict()
-            assert (now["step"], now["rows"]) == (before["step"], before["rows"])
-            assert all(same(now["vectors"][name], before["vectors"][name]) for name in before["vectors"])
-            assert torch.equal(now["control"], before["control"])
-
-    @pytest.mark.parametrize("saved", [None, 5, [], {}])
-    def test_nor_is_what_is_no_state(self, saved):
-        with fastlur.MetaStep(mlp()) as step, pytest.raises(fastlur.CheckpointError, match="state: "):
-            step.load_state_dict(saved)
-
-    def test_an_optimizer_that_refuses_its_state_keeps_its_own(self):
-        model = mlp()
-        made = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        with fastlur.MetaStep(model, optimizer=made) as step:
-            step(blobs(8), blobs(8))
-            saved = step.state_dict() | {"optimizer": {"state": {}, "param_groups": []}}
-            before = copy.deepcopy(made.state_dict()["state"])
-            with pytest.raises(fastlur.CheckpointError, match="does not fit the optimizer"):
-                step.load_state_dict(saved)
-            now = made.state_dict()["state"]
-            assert all(torch.equal(now[k]["momentum_buffer"], before[k]["momentum_buffer"]) for k in before)
-
-
-class Half(SecondChoice):
-    """A target of one's own."""
-
-    def prepare(self, passes):
-        made = super().prepare(passes)
-        return lambda model, batch: made(model, batch) / 2
-
-
-class Bounded(SecondChoice):
-    """One that is an ascent, with a bound of its own."""
-
-    def prepare(self, passes):
-        return BoundedForgetting(0.5)
-
-
-class Elsewhere(SecondChoice):
-    """One that imitates another network."""
-
-    def prepare(self, passes):
-        teacher = mlp(dropout=0.3)
-        teacher[1] = torch.nn.ReLU()
-        return Imitation(teacher)
-
-
-@pytest.mark.parametrize("target", [Half(), Bounded(), Elsewhere()], ids=lambda target: type(target).__name__)
-def test_a_target_of_ones_own_is_made_again(target, tmp_path):
-    model, data, options = job(tmp_path, forget_loss=target)
-    expected = whole(model, data, options)
-    break_off(model, data, options)
-    assert same(state(go_on(model, data, options)[0]), state(expected))
-
-
-def test_a_setting_that_a_module_of_ones_own_holds_is_compared(tmp_path):
-    class Dropping(torch.nn.Module):
-        def __init__(self, p):
-            super().__init__()
-            self.layer, self.p, self.calls = mlp(), p, 0
-
-        def forward(self, x):
-            self.calls += 1
-            return self.layer(torch.nn.functional.dropout(x, self.p, self.training))
-
-    first = Dropping(0.1)
-    _, data, options = job(tmp_path)
-    break_off(first, data, options)
-    other = Dropping(0.9)
-    other.load_state_dict(first.state_dict())
-    said = r"settings of the model was {'p': '0.1'}, now {'p': '0.9'}"
-    with pytest.raises(fastlur.CheckpointError, match=said):
-        fastlur.unlearn(other, *data, **options)
-    other.p = 0.1
-    assert fastlur.unlearn(other, *data, **options).ended == "all steps done"
-
-
-def test_what_a_forward_notes_is_no_setting(tmp_path):
-    class Noting(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.seconds = mlp(), 0.0
-
-        def forward(self, x):
-            self.seconds += time.perf_counter()
-            return self.layer(x)
-
-    first = Noting()
-    _, data, options = job(tmp_path)
-    break_off(first, data, options)
-    first.seconds = 5.0
-    assert fastlur.unlearn(first, *data, **options).ended == "all steps done"
-
-
-class Drawing(torch.utils.data.Dataset):
-    """Items with something drawn for them in the worker that loads them."""
-
-    def __init__(self, count):
-        self.x, self.y = blobs(count)[0], torch.arange(count) % 4
-
-    def __len__(self):
-        return len(self.y)
-
-    def __getitem__(self, index):
-        return self.x[index] + 0.1 * torch.randn(6), self.y[index]
-
-
-def test_workers_that_a_loader_keeps_are_no_difference(tmp_path):
-    """Such a loader has one iterator: whoever else goes over it would send the run back to its beginning."""
-    model, _, options = job(tmp_path)
-    kept = {"batch_size": 4, "shuffle": True, "num_workers": 1, "persistent_workers": True}
-    data = [torch.utils.data.DataLoader(Drawing(count), **kept) for count in (12, 20)]
-    rule = Reached(lambda model: float(len(list(data[0]))), at_most=0.0, every=2)
-    options |= {"stop": rule, "steps": 7, "forget_loss": BoundedForgetting()}
-    expected = whole(model, data, options)
-    break_off(model, data, options)
-    assert same(state(go_on(model, data, options)[0]), state(expected))
-    stream, seen = Batches(data[0]).stream(0, 0), []
-    for _ in range(3):
-        seen += next(stream)[1].tolist()
-        list(data[0])
-    assert sorted(seen) == sorted(data[0].dataset.y.tolist())
-
-
-def test_so_it_is_where_one_loader_wraps_another():
-    class Wrapping(torch.utils.data.DataLoader):
-        def __iter__(self):
-            return iter(self.base_dataloader)
-
-    kept = {"batch_size": 4, "num_workers": 1, "persistent_workers": True}
-    outer = Wrapping(Drawing(12), **kept)
-    vars(outer)["base_dataloader"] = torch.utils.data.DataLoader(Drawing(12), **kept)
-    stream, seen = Batches(outer).stream(0, 0), []
-    for _ in range(3):
-        seen += next(stream)[1].tolist()
-        list(outer)
-    assert sorted(seen) == sorted(outer.dataset.y.tolist())

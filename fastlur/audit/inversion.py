@@ -13,7 +13,7 @@ from fastlur.attacks import auc, auc_interval
 from fastlur.audit.items import count as items_of
 from fastlur.audit.items import device_of, gather, own_copy, rows, whole
 from fastlur.audit.matching import Matching, alignments, noise_like
-from fastlur.errors import ArgumentError, DataError, ModelError, finite, first_line
+from fastlur.errors import ArgumentError, DataError, ModelError, finite, told
 from fastlur.losses import logits_and_targets, split
 from fastlur.result import Result
 from fastlur.world import borrowed_random, derive, passing, seed_torch
@@ -250,10 +250,8 @@ def _floating(batch: Any, name: str) -> Any:
 
 
 def _logits(model: nn.Module, batch: Any) -> Tensor:
-    try:
+    with told(DataError, "forget: the model cannot take these items"):
         return logits_and_targets(model, rows(batch, torch.arange(min(2, items_of(batch)))))[0]
-    except RuntimeError as error:
-        raise DataError(f"forget: the model cannot take these items ({first_line(error)})") from error
 
 
 def _size(tensors: Any) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlur.data import source, to_device
-from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError, first_line
+from fastlur.errors import ArgumentError, DataError, ModelError, first_line, told
 from fastlur.fresh import copied
 from fastlur.losses import split
 from fastlur.world import borrowed_random, seed_loading
@@ -26,19 +26,13 @@ def gather(data: Any, name: str, device: torch.device, seed: int, most: int | No
     """
     with borrowed_random(device):
         seed_loading(seed)
-        try:
+        with told(DataError, f"{name}: cannot be taken as one batch"):
             size = BATCH if most is None else max(1, min(BATCH, most))
             batches = list(islice(source(data, name, size).once(seed), None if most is None else most))
             whole = to_device(_joined(batches), device)
             targets = split(whole)[1]
             if not isinstance(targets, Tensor) or targets.is_floating_point() or not targets.numel():
                 raise DataError(f"{name}: must be labelled with integer classes, one batch (inputs, targets)")
-        except FastlurError:
-            raise
-        except Exception as error:
-            raise DataError(
-                f"{name}: cannot be taken as one batch ({type(error).__name__}: {first_line(error)})"
-            ) from error
     return whole if most is None else rows(whole, torch.arange(min(most, count(whole))))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastlur.audit.items import count, rows
-from fastlur.errors import DataError, FastlurError, ModelError, first_line
+from fastlur.errors import DataError, ModelError, told
 from fastlur.losses import cross_entropy, logits_and_targets, split
 
 TINY = 1e-30
@@ -24,13 +24,9 @@ def alignments(model: nn.Module, directions: Sequence[Mapping[str, Tensor]], bat
     moving, names = dict(model.named_parameters()), list(directions[0])
     found = []
     for index in range(count(batch)):
-        try:
+        with told(DataError, f"forget/others: the model cannot take item {index}"):
             loss = cross_entropy(model, rows(batch, torch.tensor([index])))
             slopes = torch.autograd.grad(loss, [moving[name] for name in names], allow_unused=True)
-        except FastlurError:
-            raise
-        except (RuntimeError, TypeError, IndexError) as error:
-            raise DataError(f"forget/others: the model cannot take item {index} ({first_line(error)})") from error
         whole = [torch.zeros_like(moving[n]) if s is None else s for n, s in zip(names, slopes, strict=True)]
         found.append([float(_cosine(whole, [d[name] for name in names])) for d in directions])
     return np.array(found)
@@ -94,7 +90,7 @@ class Matching:
         self, x: Tensor, labels: Tensor, moving: list[nn.Parameter], wanted: list[Tensor]
     ) -> tuple[float, Tensor]:
         """The cosine, and the gradient of what is minimised."""
-        try:
+        with told(ModelError, "before: cannot be differentiated twice, which the attack needs"):
             logits, targets = logits_and_targets(self.model, (x, labels))
             loss = functional.cross_entropy(logits, targets)
             slopes = torch.autograd.grad(loss, moving, create_graph=True, allow_unused=True)
@@ -102,10 +98,6 @@ class Matching:
             match = _cosine([slope for slope, _ in pairs], [d for _, d in pairs])
             (slope,) = torch.autograd.grad(self.smooth * _variation(x) - match, x)
             return float(match.detach()), slope
-        except RuntimeError as error:
-            raise ModelError(
-                f"before: cannot be differentiated twice, which the attack needs ({first_line(error)})"
-            ) from error
 
 
 def _cosine(a: Iterable[Tensor], b: Iterable[Tensor]) -> Tensor:

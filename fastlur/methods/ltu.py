@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from fastlur import content, meta, ops
 from fastlur.data import source, to_device
-from fastlur.errors import ArgumentError, DataError, FastlurError, first_line, nearest, unknown
+from fastlur.errors import ArgumentError, DataError, nearest, told, unknown
 from fastlur.losses import IGNORED, logits_and_targets, wide
 from fastlur.membership import Attackers, features
 from fastlur.methods.base import Cost, Direction, Recipe, State, check_range
@@ -201,18 +201,11 @@ def _strangers(seen: Callable[[Iterable[Any]], Tensor], held_out: Iterable[Any])
     Raises:
         DataError: the model cannot take them, or none of them counts.
     """
-    try:
+    remedy = "; pass labelled data like those to retain"
+    with told(DataError, "nonmembers: the model cannot take them", remedy):
         found = seen(held_out)
-    except (FastlurError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        said = first_line(error)
-        raise DataError(
-            f"nonmembers: the model cannot take them ({type(error).__name__}: {said}); pass labelled data like those "
-            "to retain"
-        ) from error
     if not len(found):
-        raise DataError("nonmembers: not one has a label that counts; pass labelled data like those to retain")
+        raise DataError(f"nonmembers: not one has a label that counts{remedy}")
     return found
 
 

@@ -118,7 +118,7 @@ def test_what_cannot_be_looked_at_is_an_error_and_the_rest_goes(tmp_path, monkey
     def head(self, name, count):
         if name == unread:
             raise PermissionError(13, "Permission denied", name)
-        return made(name, count)
+        return made(self, name, count)
 
     monkeypatch.setattr(Folder, "head", head)
     with pytest.raises(fastlur.CheckpointError, match="Permission denied"):

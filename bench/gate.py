@@ -26,6 +26,7 @@ RHO = 0.1  # length of the inner step
 LEAST = {"fp32": 0.9, "bf16": 0.7}  # cosine of what displacement adds
 LONGER = 0.5  # or shorter, in float32, than what displacement adds in float64
 LEAST_SUM = {"fp32": 0.999, "bf16": 0.9}  # of the undisplaced sum
+APART = 0.1  # the truth of a mode from that of `first_order`, as a part of its length: less would be rounding
 MOVED = 1e-3  # what an update may miss lr times its direction by, as a part of it
 FAR = 0.1  # of the weights' length, which that update is to move them, so that their rounding does not hide it
 BY: dict[str, Any] = {"normalize_by": "own", "relative_inner_lr": True, "forget_loss": negative_cross_entropy}
@@ -163,6 +164,8 @@ def _checked(
     assert straight >= LEAST_SUM[precision], f"{mode} in {precision}: the gradients are others, cosine {straight:.3f}"
     if mode != "first_order":
         half, _ = true("first_order", by)
+        apart = float((own - half).norm() / own.norm())
+        assert apart >= APART, f"{mode} and first_order are too alike at these weights to be told apart: {apart:.3f}"
         assert (ours - own).norm() < (ours - half).norm(), f"{mode} in {precision} does not align: it is first_order"
     missed = moved(model, forget, retain, mode, precision, float(sum_of_ours.norm()), **options)
     assert missed <= MOVED, f"{mode} in {precision}: the update misses its direction by {missed:.1e}"

@@ -35,6 +35,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "scissorhands, as published": ("scissorhands", {"form": "as_published", "trim": Trim(**ONCE)}),
 }
 FORMS = tuple(name for name in OTHERS if name.startswith("scissorhands"))
+PARTED = {"cleaned": "cleaned", "as_published": "as published"}  # `form` of ScissorHands, and in words
 FEW = ("optimistic", AS_IT_COMES, "secant", "exact", *FORMS)  # for the short forms
 LR, MOMENTUM = 1e-4, 0.9
 EPOCH = 500  # batches; what is done once an epoch falls into the warm-up

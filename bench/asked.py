@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import tables
-from arms import AS_IT_COMES
+from arms import AS_IT_COMES, FORMS, PARTED
 from tables import results
 from whole import BOUNDED, CLEANED, CLEANED_BF16, LUR, LUR_BF16, NOVICE
 
 Triple = tuple[float, float, float]  # median, lower and upper quartile
+RESIDENT = 0.02  # of a vector: as well as resident memory tells, by what the accounting of one vector is off by
 LARGE = {"swin_t": "Swin-T at 224 px, 28 M parameters", "lm_100m": "A language model of 98 M parameters"}
 
 
@@ -107,17 +108,16 @@ def _steps() -> Iterator[Target]:
 def _opponent() -> Iterator[Target]:
     rows = {row["batch"]: row["optimistic_to"] for row in _rows("scissorhands")}
     for form, bound in (("as_published", 0.85), ("cleaned", 1.0)):
-        said = form.replace("_", " ")
         for items in (64, 8):
             yield most(
-                f"`optimistic` ÷ ScissorHands {said}, step in conflict, {items} + {items}",
+                f"`optimistic` ÷ ScissorHands {PARTED[form]}, step in conflict, {items} + {items}",
                 bound,
                 rows.get(items, {}).get(form),
             )
     whole = {row["batch"]: row["as_it_comes_to"] for row in _rows("scissorhands") if "as_it_comes_to" in row}
     for form, bound in (("as_published", 0.85), ("cleaned", 1.0)):
         for items in whole:
-            what = f"`{AS_IT_COMES}` ÷ ScissorHands {form.replace('_', ' ')}, step in conflict, {items} + {items}"
+            what = f"`{AS_IT_COMES}` ÷ ScissorHands {PARTED[form]}, step in conflict, {items} + {items}"
             yield most(what, bound, whole[items][form])
     without = {row["batch"]: row.get("optimistic_to_without_collection") for row in _rows("scissorhands")}
     for items in (64, 8):
@@ -125,13 +125,20 @@ def _opponent() -> Iterator[Target]:
             what = f"`optimistic` ÷ ScissorHands as published, had collecting garbage cost nothing, {items} + {items}"
             yield most(what, 0.85, without[items])
     held = [row for row in _rows("memory") if row["model"] == "resnet18"]
-    for form in ("as published", "cleaned"):
-        for row in held:
-            ratio = row["optimistic_to"].get(f"scissorhands, {form}", {}).get("in_steps")
-            if ratio is not None:
-                items = f"{row['batch']} + {row['batch']}"
-                what = f"`optimistic` ÷ ScissorHands {form}, peak memory beyond the parameters, {items}"
-                yield Target(what, "≤ 0.7", f"{ratio:.2f}", ratio <= 0.7)
+    for form in reversed(FORMS):
+        said = form.replace("scissorhands,", "ScissorHands")
+        for mode in ("optimistic", AS_IT_COMES):
+            for row in held:
+                steps = row["extra_in_steps"]
+                if {mode, form} <= set(steps):
+                    items, ratio = f"{row['batch']} + {row['batch']}", steps[mode] / steps[form]
+                    what = f"`{mode}` ÷ {said}, peak memory beyond the parameters, {items}"
+                    yield Target(what, "≤ 0.7", f"{ratio:.2f}", ratio <= 0.7)
+        vectors = held[0]["vectors_accounted"] if held else {}
+        if {"optimistic", form} <= set(vectors):
+            ratio = vectors["optimistic"] / vectors[form]
+            what = f"the same, vectors of a device alone, by the accounting: `optimistic` ÷ {said}"
+            yield Target(what, "≤ 0.7", f"{ratio:.2f}", ratio <= 0.7)
 
 
 def _whole() -> Iterator[Target]:
@@ -160,16 +167,21 @@ def _whole() -> Iterator[Target]:
 
 def _memory() -> Iterator[Target]:
     rows = _rows("memory")
-    for mode in ("optimistic", "secant"):
+    for mode, said_of_it in (
+        ("optimistic", ""),
+        ("secant", ""),
+        (AS_IT_COMES, " (its novice and lent statistics too)"),
+    ):
         # the joint loss among the arms holds the parameters, two gradients and the optimizer's state
         more = [
             (row["extra_in_steps"][mode] - row["extra_in_steps"]["joint"]) / row["parameters"]
             for row in rows
             if {mode, "joint"} <= set(row["extra_in_steps"])
         ]
-        what = f"vectors of `{mode}` beyond parameters, two gradients and optimizer state: more than a joint loss"
-        said = f"{max(more):.1f} at most of {len(more)} cases" if more else None
-        yield Target(what, "≤ 1", said, round(max(more), 1) <= 1 if more else None)
+        beyond = "beyond parameters, two gradients and optimizer state, in vectors: more than a joint loss"
+        what = f"memory of `{mode}`{said_of_it} {beyond}"
+        said = f"{max(more):.2f} at most of {len(more)} cases" if more else None
+        yield Target(what, f"≤ 1 ± {RESIDENT}", said, max(more) <= 1 + RESIDENT if more else None)
     errors = [abs(error) for row in rows for error in row["error_of_peak"].values()]
     said = f"{max(errors):.1%} at worst of {len(errors)} cases" if errors else None
     yield Target("`estimate`: error of the predicted peak", "≤ 10 %", said, max(errors) <= 0.1 if errors else None)

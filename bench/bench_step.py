@@ -1,9 +1,8 @@
 """The price of a step: LUR's four gradients and other methods against a plain two-loss step.
 
 Every figure is a ratio taken in one run, with the arms interleaved (A B A B …), since machines drift by more than the
-differences that matter, and comes with its quartiles. No ratio is given for a step of LUR that does not align (see
-`gate`); the directions of the other methods are compared with float64 in tests/test_methods_geometry.py and
-tests/test_methods_baselines.py.
+differences that matter, and comes with its quartiles. No ratio is given for a step of LUR that does not align, or for
+one of another method that goes elsewhere than in float64 (see `gate`).
 The short form measures the small cases; FASTLUR_BENCH_FULL=1 all of them.
 """
 
@@ -55,6 +54,7 @@ def test_step(
     options = {} if layout is None else {"memory_format": getattr(torch, layout)}
     checked = [arm for arm in others if arm.split(",")[0] in MODES]
     found = gate.check_all(model, *small, checked, precision, **options)
+    gate.check_others(model, *small, set(others) & set(OTHERS), precision, **options)
     cosines = {arm: round(cosine, 3) for arm, cosine in found.items()}
     with arms(model, batch(items, 0), batch(items, 1), precision, others, **options) as made:
         times = interleaved(made, SECONDS, fewest=ROUNDS.get((name, items, precision, layout), 4) if FULL else 4)

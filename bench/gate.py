@@ -1,7 +1,8 @@
 """No figure for a wrong step: what each mode makes of two batches against the same formulas in float64, plain autograd.
 
-Three things are compared: the direction less the undisplaced sum of the gradients, the part that the method is for (a
-fast step that does not align is not a result); that sum itself; and what the update moved.
+Of LUR three things are compared: the direction less the undisplaced sum of the gradients, the part that the method is
+for (a fast step that does not align is not a result); that sum itself; and what the update moved. Of other methods it
+is what a step moves, against the same step in float64.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from arms import OTHERS, stepping
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastlur
 from fastlur.losses import cross_entropy, negative_cross_entropy
+from fastlur.methods import METHODS
 from fastlur.statistics import Statistics
 from fastlur.virtual_norm import VirtualNorm, reference_of
 
@@ -27,6 +30,7 @@ LEAST = {"fp32": 0.9, "bf16": 0.7}  # cosine of what displacement adds
 LONGER = 0.5  # or shorter, in float32, than what displacement adds in float64
 LEAST_SUM = {"fp32": 0.999, "bf16": 0.9}  # of the undisplaced sum
 APART = 0.1  # the truth of a mode from that of `first_order`, as a part of its length: less would be rounding
+FARTHER = 0.1  # or less far, a step of another method than in float64
 MOVED = 1e-3  # what an update may miss lr times its direction by, as a part of it
 FAR = 0.1  # of the weights' length, which that update is to move them, so that their rounding does not hide it
 BY: dict[str, Any] = {"normalize_by": "own", "relative_inner_lr": True, "forget_loss": negative_cross_entropy}
@@ -57,13 +61,12 @@ def moved(
 ) -> float:
     """How far a first step of SGD is from −lr times its direction, which is about so long, as a part of that."""
     model = copy.deepcopy(model)
-    before = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).double()
+    before = _weights(model)
     rate = FAR * float(before.norm()) / length
     with fastlur.MetaStep(model, lr=rate, gradient=mode, inner_lr=RHO, precision=precision, **(BY | options)) as step:
         step(forget, retain)
         wanted = -rate * _direction(step)
-    after = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).double()
-    return float((after - before - wanted).norm() / wanted.norm())
+    return float((_weights(model) - before - wanted).norm() / wanted.norm())
 
 
 def truth(model: nn.Module, forget: Any, retain: Any, mode: str, normalize_by: str = "own") -> tuple[Tensor, Tensor]:
@@ -71,9 +74,6 @@ def truth(model: nn.Module, forget: Any, retain: Any, mode: str, normalize_by: s
     model = copy.deepcopy(model).double().train()
     parameters = list(model.parameters())
     theta = [p.detach().clone() for p in parameters]
-
-    def wide(batch: Any) -> Any:
-        return tuple(x.double() if x.is_floating_point() else x for x in batch)
 
     def gradient(loss: Any, batch: Any, step: Tensor | None = None, graph: bool = False) -> Tensor:
         """∇loss at θ − step, one flat vector."""
@@ -170,6 +170,50 @@ def _checked(
     missed = moved(model, forget, retain, mode, precision, float(sum_of_ours.norm()), **options)
     assert missed <= MOVED, f"{mode} in {precision}: the update misses its direction by {missed:.1e}"
     return cosine
+
+
+def check_others(
+    model: nn.Module, forget: Any, retain: Any, names: Iterable[str], precision: str, **options: Any
+) -> None:
+    """Arms that are not LUR's: what a step moves is what the same step moves in float64.
+
+    The formulas themselves are compared in tests/test_methods_geometry.py, test_methods_baselines.py and
+    test_method_rules.py; steps in conflict in `conflict`. Nothing is trimmed here: a trim draws anew what it cuts.
+
+    Args:
+        model, forget, retain, precision, **options: as for `check`.
+        names: of the arms.
+
+    Raises:
+        AssertionError: one goes another way, or another distance.
+    """
+    for name in names:
+        ours = _walked(model, forget, retain, name, precision=precision, **options)
+        true = _walked(copy.deepcopy(model).double(), wide(forget), wide(retain), name)
+        cosine, long = _cosine(ours, true), float(ours.norm() / true.norm())
+        assert cosine >= LEAST_SUM[precision], f"{name} in {precision} goes another way: cosine {cosine:.3f}"
+        assert abs(long - 1) <= FARTHER, f"{name} in {precision} goes {long:.2f} × as far"
+
+
+def _walked(model: nn.Module, forget: Any, retain: Any, name: str, **options: Any) -> Tensor:
+    """What the second step of an arm adds to the weights."""
+    kind, settings = OTHERS[name]
+    method = METHODS[kind](**settings | ({"trim": None} if "trim" in settings else {}))
+    model = copy.deepcopy(model)
+    with stepping(model, method, forget, retain, **options) as step:
+        step(forget, retain)
+        before = _weights(model)
+        step(forget, retain)
+        return _weights(model) - before
+
+
+def _weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).double()
+
+
+def wide(batch: Any) -> Any:
+    """A batch in float64."""
+    return tuple(x.double() if x.is_floating_point() else x for x in batch)
 
 
 def compared(model: nn.Module, forget: Any, retain: Any, mode: str, precision: str, **options: Any) -> float:

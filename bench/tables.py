@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from arms import AS_IT_COMES, FORMS, MODES, PARTED
+
 RESULTS = Path(__file__).parent / "results"
-FORMS = ("cleaned", "as_published")
-OURS = ("optimistic", "secant", "first_order", "exact")
 
 
 def steps() -> str:
@@ -19,7 +20,7 @@ def steps() -> str:
         lines += [f"{machine}. Time ÷ that of a plain two-loss step in the same round, medians:", ""]
         lines += [f"| model, batch, precision (rounds) | {' | '.join(arms)} |", f"|---{'|---' * len(arms)}|"]
         for row in rows:
-            checked = {arm for arm in arms if arm.split(",")[0] not in OURS} | set(row["alignment_cosine"])
+            checked = {arm for arm in arms if arm.split(",")[0] not in MODES} | set(row["alignment_cosine"])
             shown = checked & set(row["ratio_to_bare"])  # no figure of a step that nobody has looked at
             layout = f", {row['memory_format']}" if row["memory_format"] else ""
             case = f"{row['model']}, {row['batch']} + {row['batch']}, {row['precision']}{layout} ({row['rounds']})"
@@ -42,28 +43,30 @@ def scissorhands() -> str:
     """The parts of ScissorHands beside LUR's steps, from every `*-scissorhands.json`."""
     lines: list[str] = []
     for machine, rows in results("scissorhands"):
-        names = [f"{form}: {part}" for part in _parts(rows[0]) for form in FORMS]
-        shown = ["LUR, optimistic", "LUR, optimistic, as it comes", "LUR, secant", *names]
+        names = [f"{form}: {part}" for part in _parts(rows[0]) for form in PARTED]
+        shown = ["LUR, optimistic", f"LUR, {AS_IT_COMES}", "LUR, secant", *names]
         heads = [f"{row['model']}, {row['batch']} + {row['batch']}" for row in rows]
         lines += [f"{machine}. Time ÷ that of a plain two-loss step, [quartiles]:", ""]
         lines += [f"| | {' | '.join(heads)} |", f"|---{'|---' * len(heads)}|"]
         for name in shown:
             if name not in rows[0]["ratio_to_bare"]:
                 continue  # what the forms have in common is measured once
-            cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*row["ratio_to_bare"][name]) for row in rows]
-            lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
-        for form in FORMS:
-            cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*row["optimistic_to"][form]) for row in rows]
-            lines.append(f"| LUR, optimistic ÷ {form.replace('_', ' ')} in conflict | {' | '.join(cells)} |")
-        for key, said in (
-            ("optimistic_to_without_collection", "LUR, optimistic ÷ as published, had collecting garbage cost nothing"),
-            ("as_it_comes_to", "LUR, as it comes ÷ cleaned in conflict"),
-        ):
-            found = [row[key]["cleaned"] if key == "as_it_comes_to" else row[key] for row in rows if key in row]
-            if found:
-                lines.append(f"| {said} | {' | '.join('{:.2f} [{:.2f}, {:.2f}]'.format(*each) for each in found)} |")
+            lines.append(_line(name.replace("_", " "), [row["ratio_to_bare"].get(name) for row in rows]))
+        for form, said in PARTED.items():
+            lines.append(_line(f"LUR, optimistic ÷ {said} in conflict", [row["optimistic_to"][form] for row in rows]))
+        without = [row.get("optimistic_to_without_collection") for row in rows]
+        lines.append(_line("LUR, optimistic ÷ as published, had collecting garbage cost nothing", without))
+        for form, said in PARTED.items():
+            whole = [row.get("as_it_comes_to", {}).get(form) for row in rows]
+            lines.append(_line(f"LUR, as it comes ÷ {said} in conflict", whole))
         lines.append("")
     return "\n".join(lines).rstrip() or "Not measured."
+
+
+def _line(name: str, found: list[Sequence[float] | None]) -> str:
+    """A row of medians with quartiles; an empty cell where one was not measured."""
+    cells = ["" if each is None else "{:.2f} [{:.2f}, {:.2f}]".format(*each) for each in found]
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 def whole() -> str:
@@ -95,7 +98,7 @@ def memory() -> str:
         lines.append(f"| *parameters* | {' | '.join(str(round(row['parameters'])) for row in rows)} |")
         for arm in arms:
             lines.append(f"| {arm} | {' | '.join(_held(row, arm) for row in rows)} |")
-        for form in ("scissorhands, cleaned", "scissorhands, as published"):
+        for form in FORMS:
             for part, said in (("in_steps", "a step in conflict"), ("whole", "the whole run")):
                 ratios = [row["optimistic_to"].get(form, {}).get(part) for row in rows]
                 cells = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]

@@ -295,10 +295,10 @@ def unlearn(
                     progress=progress,
                     interrupted=lambda: interrupt.pending,
                 )
-                if budget is not None and not budget.finishes:
-                    ended = budget.last() or ended  # before it is saved: what a repeat brings back is within it
+                over = budget.last() if budget is not None and not budget.finishes else None
+                ended = over or ended
                 if kept is not None:
-                    kept.over(ended)
+                    kept.over(ended, put_back=over is not None)  # what a repeat brings back is within the budget
             step.finish()
         except (Interrupted, NonFiniteError) as error:
             if kept is not None:

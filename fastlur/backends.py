@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastlur import _extension, reference
-from fastlur.errors import ArgumentError, nearest
+from fastlur.errors import ArgumentError, lacks_memory, nearest
 
 OPERATIONS = (
     "grad_dot",
@@ -176,7 +176,7 @@ def _triton_fault() -> str | None:
         fault = _probe()
     except Exception as error:  # whatever a compiler or a driver can raise means: use another backend
         fault = f"{type(error).__name__}: {error}".splitlines()[0]
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+        if lacks_memory(error):
             return fault
     _triton.append(fault)
     return fault

@@ -113,7 +113,7 @@ class Checkpoints:
                 f"checkpoint={self.name}: {stem} could not be written: {str(error) or type(error).__name__}"
             ) from error
         with suppress(OSError):  # one too many does no harm
-            for old in self._steps(ours.checkpoint_files(self.folder))[KEPT:]:
+            for old in self._steps(ours.checkpoint_files(self.folder)[0])[KEPT:]:
                 self._remove(ours.stem(old))
 
     def newest(self) -> Found | None:
@@ -167,7 +167,7 @@ class Checkpoints:
         """
         with self._reading(found) as file:
             put_back(step, found.record, file.get_tensor, set(file.keys()))
-        mine = ours.checkpoint_files(self.folder)
+        mine, _ = ours.checkpoint_files(self.folder)
         for name in (f"{ours.stem(number)}.{ending}" for number in self._damaged for ending in ours.PAIR):
             if name in mine:  # or it would count as one of those that are kept
                 with suppress(OSError):
@@ -181,7 +181,7 @@ class Checkpoints:
         """
         failed: list[str] = []
         try:
-            found, unread = ours.told_apart(self.folder)
+            found, unread = ours.checkpoint_files(self.folder)
             failed = self.folder.remove_all(found)[1] + unread
         except OSError as error:
             failed = [str(error)]
@@ -241,7 +241,7 @@ class Checkpoints:
         mine = json.loads(json.dumps(self.settings))
         for key in sorted({*mine, *theirs}, key=lambda key: (key not in VERSIONS, key)):
             if mine.get(key) != theirs.get(key) and not _noted(key, theirs.get(key), mine.get(key)):
-                was, now = _differing(theirs.get(key), mine.get(key))
+                was, now = _differing(key, theirs.get(key), mine.get(key))
                 raise CheckpointError(
                     f"checkpoint={self.name} is of another run: {key} was {was!r}, now {now!r}; "
                     f"{'pass the model as it was at the start, or ' if key == 'model' else ''}"
@@ -255,7 +255,7 @@ class Checkpoints:
 
     def _tidy(self) -> None:
         """Remove what a crash has left: half-written files, tensors without a description."""
-        found = ours.checkpoint_files(self.folder)
+        found, _ = ours.checkpoint_files(self.folder)
         described = {ours.stem(number) for number in self._steps(found)}
         for name in found:
             if Path(name).stem not in described:
@@ -289,12 +289,14 @@ def _noted(key: str, one: Any, other: Any) -> bool:
     return all(one[name] == other[name] for name in one.keys() & other.keys())
 
 
-def _differing(one: Any, other: Any) -> tuple[Any, Any]:
-    """Of two sets of settings what they do not have in common."""
+def _differing(key: str, one: Any, other: Any) -> tuple[Any, Any]:
+    """Of two sets of settings what they do not have in common; of a model's, what it is that `_noted` minds."""
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return one, other
-    keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
-    return tuple({key: each[key] for key in keys if key in each} for each in (one, other))  # type: ignore[return-value]
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    if key == SETTINGS:
+        names = [name for name in names if name in one and name in other]
+    return tuple({name: each[name] for name in names if name in each} for each in (one, other))  # type: ignore[return-value]
 
 
 def _digest(text: str) -> str:

@@ -133,13 +133,17 @@ class Checkpointer:
         if (event.step % self.every == 0 and not last) or (last and self.keep):
             self.save()
 
-    def over(self, ended: str) -> None:
+    def over(self, ended: str, put_back: bool = False) -> None:
         """Where checkpoints are kept: that of the last step, with the reason, unless it is there already.
+
+        Args:
+            ended: the reason.
+            put_back: the model is no longer that of the last step.
 
         Raises:
             CheckpointError: it could not be written.
         """
-        if self.keep and self._saved != self.step.step:
+        if self.keep and (put_back or self._saved != self.step.step):
             self.save(ended)
 
     def save(self, ended: str | None = None) -> None:

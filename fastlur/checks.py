@@ -13,7 +13,17 @@ from torch import nn
 
 from fastlur.content import Content
 from fastlur.data import to_device
-from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError, first_line, nearest, number, unknown
+from fastlur.errors import (
+    ArgumentError,
+    DataError,
+    FastlurError,
+    ModelError,
+    first_line,
+    lacks_memory,
+    nearest,
+    number,
+    unknown,
+)
 from fastlur.leaves import Reached
 from fastlur.losses import IGNORED, logits_and_targets
 from fastlur.microbatch import Spare
@@ -241,9 +251,9 @@ def trial(
             if each.classifies:
                 _labels(spare.forward, batch, contents[each.which], each.which)
             value = each.loss(spare.forward, batch)
-        except (FastlurError, torch.OutOfMemoryError):
-            raise
         except Exception as error:
+            if isinstance(error, FastlurError) or lacks_memory(error):
+                raise
             raise DataError(_why(error, each)) from error
         reached.note(value)
         _value(value, each)

@@ -71,11 +71,19 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether there was not enough memory, on a device or on the host, whose allocator has no error of its own."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in said or "can't allocate memory" in said)
+    )
+
+
 @contextmanager
 def told(kind: type[FastlurError], what: str, remedy: str = "") -> Iterator[None]:
     """Inside, what code of the caller's raises becomes an error of this package.
 
-    Ours and a lack of memory stay what they are.
+    Ours and a lack of memory (see `lacks_memory`) stay what they are.
 
     Args:
         kind: of the error.
@@ -84,9 +92,9 @@ def told(kind: type[FastlurError], what: str, remedy: str = "") -> Iterator[None
     """
     try:
         yield
-    except (FastlurError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # such code raises what it likes
+        if isinstance(error, FastlurError) or lacks_memory(error):
+            raise
         raise kind(f"{what} ({type(error).__name__}: {first_line(error)}){remedy}") from error
 
 

@@ -1,4 +1,4 @@
-"""Parameters as a model has them before it has learned anything."""
+"""Models made of a model: with parameters as before it had learned anything, a copy, one that only answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastlur.errors import ModelError, first_line
+from fastlur.errors import ModelError, told
 from fastlur.passes import Passes
 from fastlur.space import Vector
 
@@ -59,19 +59,19 @@ def renew(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         _draw(model, {id(parameter) for parameter in parameters}, pairs)
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, name: str = "model") -> nn.Module:
     """A deep copy, also of a model that holds results of its own, as hooks that compute weights leave them behind.
+
+    Args:
+        model: it.
+        name: of the argument, for the error.
 
     Raises:
         ModelError: it cannot be copied, as one that holds a lock or a file.
     """
     results = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
-    try:
+    with told(ModelError, f"{name}: a {type(model).__name__} cannot be copied"):
         return copy.deepcopy(model, {id(result): result.detach().clone() for result in results})
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, OSError) as error:
-        raise ModelError(f"model: a {type(model).__name__} cannot be copied ({first_line(error)})") from error
 
 
 def frozen(model: nn.Module) -> nn.Module:
@@ -117,13 +117,9 @@ def _reset_all(model: nn.Module, wanted: set[int]) -> None:
 
 
 def _reset(module: nn.Module) -> None:
-    try:
+    what = f"model: reset_parameters() of a {type(module).__name__} fails"
+    with told(ModelError, what, "; pass a freshly made model"):
         module.reset_parameters()  # type: ignore[operator]
-    except Exception as error:
-        kind = type(module).__name__
-        raise ModelError(
-            f"model: reset_parameters() of a {kind} fails ({first_line(error)}); pass a freshly made model"
-        ) from error
 
 
 def _shuffled(value: Tensor) -> Tensor:

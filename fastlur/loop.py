@@ -110,7 +110,10 @@ def run(
 def _dying_of_the_same_key(
     step: Step, steps: int, interrupted: Callable[[], bool], amid: bool = True
 ) -> Iterator[None]:
-    """Ctrl-C ends the workers of a loader as well: what fails of that is no error of the loader."""
+    """Ctrl-C ends the workers of a loader as well: what fails of that, in a step or a rule, is no error of theirs.
+
+    What failed beside it for another reason cannot be told from that; it is in the note and the cause.
+    """
     try:
         yield
     except (NonFiniteError, CheckpointError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import stat
+from collections.abc import Callable, Iterable
 
 from fastlur.folder import SUFFIX, Folder
 
@@ -41,17 +42,17 @@ def described(kind: str, text: str) -> bytes:
     return _mark("json", kind) + text.lstrip("{").encode()
 
 
-def checkpoint_files(folder: Folder) -> list[str]:
-    """What checkpoints have left there, whole or half: see `is_checkpoint`."""
-    return [name for name in folder.names() if is_checkpoint(folder, name)]
+def checkpoint_files(folder: Folder) -> tuple[list[str], list[str]]:
+    """What checkpoints have left there, whole or half (see `is_checkpoint`), and what is wrong with the rest."""
+    return told_apart(folder.names(), lambda name: is_checkpoint(folder, name))
 
 
-def told_apart(folder: Folder) -> tuple[list[str], list[str]]:
-    """The same, and of names that may be ours why they cannot be looked at: nobody knows whose those files are."""
+def told_apart(names: Iterable[str], is_ours: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    """Which of these are ours, and of those that cannot be looked at why: nobody knows whose those files are."""
     found, unread = [], []
-    for name in folder.names():
+    for name in names:
         try:
-            found += [name] if is_checkpoint(folder, name) else []
+            found += [name] if is_ours(name) else []
         except OSError as error:
             unread.append(str(error))
     return found, unread

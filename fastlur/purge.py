@@ -6,7 +6,7 @@ import os
 
 from fastlur.errors import CheckpointError
 from fastlur.folder import Folder
-from fastlur.ours import told_apart
+from fastlur.ours import checkpoint_files
 from fastlur.record import orphans
 
 
@@ -30,13 +30,13 @@ def purge(directory: str | os.PathLike[str]) -> list[str]:
         if not free:
             raise CheckpointError(f"{os.fspath(directory)!r} is in use by a run; wait for its end")
         try:
-            found, unread = told_apart(folder)
-            removed, failed = folder.remove_all(sorted({*found, *orphans(folder)}))
+            (found, unread), (left, unread_too) = checkpoint_files(folder), orphans(folder)
+            removed, failed = folder.remove_all(sorted({*found, *left}))
         finally:
             folder.unlock()
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{directory!r} cannot be purged: {error}") from error
-    if failed := failed + unread:
+    if failed := failed + unread + unread_too:
         done = f" ({len(removed)} files were removed)" if removed else ""
         raise CheckpointError(f"{directory!r} cannot be purged of {len(failed)} files: {failed[0]}{done}")
     return removed

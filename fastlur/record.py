@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fastlur.errors import ArgumentError, ModelError, RecordError
 from fastlur.folder import SUFFIX, Folder
-from fastlur.ours import RECORD, is_marked, metadata
+from fastlur.ours import RECORD, is_marked, metadata, told_apart
 
 FORMAT = 1
 DESCRIPTION = "result.json"
@@ -186,15 +186,19 @@ def describe(folder: Folder) -> dict[str, Any]:
     return content
 
 
-def orphans(folder: Folder) -> list[str]:
-    """What broken-off writes have left: half-written files, and weights that an intact description does not name."""
+def orphans(folder: Folder) -> tuple[list[str], list[str]]:
+    """What broken-off writes have left, half-written files and weights that an intact description does not name.
+
+    And, of files that may be such weights, why they cannot be looked at.
+    """
     names = folder.names()
-    found = [name for name in names if LEFT.fullmatch(name)]
+    half = [name for name in names if LEFT.fullmatch(name)]
     try:
         kept = describe(folder)["model"]["file"] if DESCRIPTION in names else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return found  # without knowing which weights are the record's, none are
-    return found + [name for name in names if _is_old(folder, name, kept)]
+        return half, []  # without knowing which weights are the record's, none are
+    old, unread = told_apart(names, lambda name: _is_old(folder, name, kept))
+    return half + old, unread
 
 
 def _tidy(folder: Folder, kept: str) -> None:

@@ -108,7 +108,10 @@ class Result:
         }
         if not isinstance(path, str | os.PathLike) or not os.fspath(path):
             raise ArgumentError(f"path={path!r} must be the path of a directory")
-        if self.digest is not None and state_digest(self.model) != self.digest:
+        now = None if self.digest is None else state_digest(self.model)
+        if self.digest is not None and now is None:
+            raise RecordError("model: its state cannot be read, as it could at the end of the run")
+        if now != self.digest:
             raise RecordError(
                 "model: has changed since the run, so that this record would not be of its weights; save right after "
                 "the run, before anything else is done to the model"

@@ -16,7 +16,7 @@ OURS = (SecondChoice, Novice, NoviceOrAscent)
 
 
 def saved(loss: Loss, made: Loss) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """What a target is brought back from: plain values and tensors; None for a loss that is not made here.
+    """What a target is brought back from: plain values and tensors; None for a loss that is none of `OURS`.
 
     Args:
         loss: what the run was given.

@@ -77,7 +77,7 @@ class Made:
     """A target that is made from the model and the data of a run, before its first step.
 
     Attributes:
-        models: of the model's size that it holds, for `fastlur.estimate`.
+        models: of the model's size that it holds and asks for every forget batch, for `fastlur.estimate`.
     """
 
     models: ClassVar[int] = 1
@@ -124,7 +124,8 @@ class Novice(Made):
     `reset_parameters`; entries shuffled where a module has none), by AdamW with a short warm-up and a linear decay, and
     costs as much as that many epochs over the retain data do. While it is trained three more vectors of the model's
     size are held, afterwards one. A checkpoint holds it as well. A novice that does not come to half of the loss
-    of guessing has nothing to teach: a warning says so, and `BoundedForgetting` takes its place.
+    of guessing has nothing to teach, and of some models none can be made (one that cannot be copied, or trained on
+    these data): a warning says so, and `BoundedForgetting` takes its place.
 
     Args:
         epochs: over the retain data, > 0; a fifth of what the model was trained for is a good choice.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gate
+import models
 import pytest
 import torch
+from arms import OTHERS
 from helpers import MODES, blobs, learnable, mlp
 from torch import nn
 
@@ -139,6 +141,51 @@ def test_gradients_that_are_others_are_refused_whatever_they_add(mode, small, mo
     monkeypatch.setattr(Passes, "gradient", shifted)
     with pytest.raises(AssertionError, match=f"{mode} in fp32"):
         gate.check(*small, mode, "fp32")
+
+
+def test_an_offset_of_the_outer_gradient_is_seen_though_it_is_none_of_what_displacement_adds(small, monkeypatch):
+    made = Passes.gradient
+
+    def shifted(self, which, out, at=None, **options):
+        made(self, which, out, at, **options)
+        if which == "forget":
+            for flat in out.flats:
+                flat.add_(1.0)
+
+    monkeypatch.setattr(Passes, "gradient", shifted)
+    with pytest.raises(AssertionError, match="first_order in fp32: the gradients are others"):
+        gate.check(*small, "first_order", "fp32")
+
+
+def test_weights_at_which_two_modes_cannot_be_told_apart_are_refused(monkeypatch):
+    """As those of a perceptron that fits everything: rounding would decide."""
+    _, batch = models.MODELS["mlp"]
+    both = batch(8, 2), batch(8, 3)
+    assert gate.check(models.model("mlp"), *both, "exact", "bf16") >= 0.9
+    monkeypatch.setitem(models.TRAINED, "mlp", 25)
+    with pytest.raises(AssertionError, match="too alike at these weights"):
+        gate.check(models.model.__wrapped__("mlp"), *both, "exact", "fp32")
+
+
+def test_several_arms_are_checked_each_as_if_alone(small):
+    arms = ("optimistic", "exact", "exact, graph made anew")
+    assert gate.check_all(*small, arms, "fp32") == {arm: gate.check(*small, arm, "fp32") for arm in arms}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("arm", OTHERS)
+def test_other_methods_pass_where_they_go_as_in_float64(arm, precision, small, monkeypatch):
+    gate.check_others(*small, [arm], precision)
+    made = Update.apply
+
+    def twice(self, direction):
+        made(self, direction)
+        if self.space.theta.flats[0].dtype == torch.float32:
+            made(self, direction)
+
+    monkeypatch.setattr(Update, "apply", twice)
+    with pytest.raises(AssertionError, match=f"{arm} in {precision} goes"):
+        gate.check_others(*small, [arm], precision)
 
 
 def test_an_update_that_does_something_else_is_refused(small, monkeypatch):

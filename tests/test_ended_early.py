@@ -14,6 +14,19 @@ from fastlur.losses import cross_entropy
 from fastlur.stopping import Reached
 
 
+def fitting():
+    """A model that fits its retain data, and the data of both sides."""
+    torch.manual_seed(0)
+    model, forget, retain = mlp(), learnable(12), learnable(40)
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    for _ in range(20):
+        optimizer.zero_grad()
+        cross_entropy(model, retain).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return model, forget, retain
+
+
 class TestEndedEarly:
     @pytest.mark.parametrize("method", ["lur", "mox"])
     @pytest.mark.filterwarnings("ignore:MOX")
@@ -54,14 +67,7 @@ class TestEndedEarly:
     @pytest.mark.parametrize("method", [fastlur.methods.SSD(alpha=0.1, dampening=0.1), "gradient_ascent"])
     def test_one_that_ended_outside_its_budget_comes_back_within_it(self, tmp_path, method):
         """By a change without a step, or by a rule between two looks."""
-        torch.manual_seed(0)
-        fitted, forget, retain = mlp(), learnable(12), learnable(40)
-        optimizer = torch.optim.Adam(fitted.parameters(), 0.05)
-        for _ in range(20):
-            optimizer.zero_grad()
-            cross_entropy(fitted, retain).backward()
-            optimizer.step()
-        optimizer.zero_grad()
+        fitted, forget, retain = fitting()
         options = {"stop": lambda event: event.step == 7 and "enough", "lr": 30.0, "steps": 20}
         if method != "gradient_ascent":
             options = {}
@@ -74,3 +80,23 @@ class TestEndedEarly:
             assert same(state(model), state(fitted))
             found.append(result.ended)
         assert found[0] == found[1]
+
+    def test_nor_does_what_a_callback_does_after_the_last_look_come_back(self, tmp_path):
+        """The last step's checkpoint was written before the model was put back."""
+        fitted, forget, retain = fitting()
+
+        def spoil(event):
+            if event.step == event.steps:
+                with torch.no_grad():
+                    event.model[0].weight.mul_(-3)
+
+        options = {"checkpoint": tmp_path, "keep_checkpoints": True, "progress": False, "callbacks": [spoil]}
+        found = []
+        for _ in range(2):
+            model = copy.deepcopy(fitted)
+            result = fastlur.unlearn(model, forget, retain, steps=4, max_retain_loss_increase=0.2, **options)
+            found.append((state(model), result.ended))
+        assert "rolled back to the state after step" in found[0][1]
+        assert found[1][1] == found[0][1]
+        assert same(found[1][0], found[0][0])
+        assert cross_entropy(model, retain) <= cross_entropy(fitted, retain) + 0.2

@@ -113,19 +113,36 @@ def test_what_cannot_be_removed_is_an_error(tmp_path):
 def test_what_cannot_be_looked_at_is_an_error_and_the_rest_goes(tmp_path, monkeypatch):
     break_off(*job(tmp_path))
     unread, *others = sorted(path.name for path in tmp_path.iterdir())
-    made = Folder.head
-
-    def head(self, name, count):
-        if name == unread:
-            raise PermissionError(13, "Permission denied", name)
-        return made(self, name, count)
-
-    monkeypatch.setattr(Folder, "head", head)
+    refuse_to_read(monkeypatch, unread)
     with pytest.raises(fastlur.CheckpointError, match="Permission denied"):
         fastlur.purge(tmp_path)
     assert others
     assert unread in [path.name for path in tmp_path.iterdir()]
     assert len(list(tmp_path.iterdir())) <= 2  # its pair speaks by its mark alone
+
+
+def test_weights_that_cannot_be_looked_at_keep_no_checkpoint(result, tmp_path, monkeypatch):
+    break_off(*job(tmp_path))
+    result.save(tmp_path)
+    unread = tmp_path / f"model-{'0' * 16}.safetensors"
+    unread.write_bytes(b"?")
+    refuse_to_read(monkeypatch, unread.name)
+    with pytest.raises(fastlur.CheckpointError, match=r"Permission denied.*\(4 files were removed\)"):
+        fastlur.purge(tmp_path)
+    assert fastlur.verify(tmp_path).ok
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def refuse_to_read(monkeypatch, refused):
+    """A file whose beginning cannot be read from here on."""
+    made = Folder.head
+
+    def head(self, name, count):
+        if name == refused:
+            raise PermissionError(13, "Permission denied", name)
+        return made(self, name, count)
+
+    monkeypatch.setattr(Folder, "head", head)
 
 
 def test_an_empty_path_is_not_the_working_directory(tmp_path, monkeypatch, capsys):

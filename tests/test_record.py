@@ -213,6 +213,14 @@ def test_a_state_that_cannot_be_read_costs_no_run(monkeypatch):
     assert steps == [1, 2, 3]
 
 
+def test_a_state_that_cannot_be_read_any_more_is_not_called_changed(job, tmp_path):
+    result = run(*job)
+    result.model.state_dict = lambda *_, **__: 1 / 0
+    with pytest.raises(fastlur.RecordError, match="its state cannot be read, as it could at the end of the run"):
+        result.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("kind", ["path", "key_file"])
 def test_an_empty_path_is_not_the_working_directory(job, tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)

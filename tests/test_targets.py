@@ -201,18 +201,6 @@ def test_a_novice_beside_a_run_refuses_what_it_cannot_learn_from(kind, wrong):
         Novice(epochs=1).teacher(given.pop("model"), given.pop("retain"), **given)
 
 
-def test_a_lack_of_memory_is_none_of_the_models_faults(monkeypatch):
-    def short(*_):
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr("fastlur.fresh.copy.deepcopy", short)
-    for target in (SecondChoice(), QUICK):
-        with pytest.raises(torch.OutOfMemoryError):
-            run(mlp(), learnable(12), learnable(40), forget_loss=target)
-    with pytest.raises(torch.OutOfMemoryError):
-        QUICK.teacher(mlp(), learnable(12))
-
-
 def test_a_model_that_cannot_be_copied_is_refused_or_climbed_away_from():
     model, forget, retain = mlp(), learnable(12), learnable(40)
     model.lock = threading.Lock()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlur.data import source, to_device
-from fastlur.errors import ArgumentError, DataError, ModelError, first_line, told
+from fastlur.errors import ArgumentError, DataError, ModelError, told
 from fastlur.fresh import copied
 from fastlur.losses import split
 from fastlur.world import borrowed_random, seed_loading
@@ -56,12 +56,8 @@ def joined(*batches: Any) -> Any:
     Raises:
         DataError: they are of different kinds.
     """
-    try:
+    with told(DataError, "retain: its batches are of another kind than those of forget"):
         return _joined(list(batches))
-    except (TypeError, KeyError, RuntimeError, ValueError) as error:
-        raise DataError(
-            f"retain: its batches are of another kind than those of forget ({first_line(error)})"
-        ) from error
 
 
 def own_copy(model: Any, name: str) -> nn.Module:
@@ -72,10 +68,7 @@ def own_copy(model: Any, name: str) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name}: a {type(model).__name__} is no torch.nn.Module")
-    try:
-        mine = copied(model)
-    except ModelError as error:
-        raise ModelError(f"{name}: {str(error).removeprefix('model: ')}") from error
+    mine = copied(model, name)
     for parameter in mine.parameters():
         parameter.grad = None
         parameter.requires_grad_(parameter.is_floating_point())

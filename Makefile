@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check check-slow bench bench-full bench-llm gpu gpu-report report ext cuda-compile sanitize clean
+.PHONY: demo test check check-slow bench bench-full bench-part bench-llm gpu gpu-report report ext cuda-compile sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/python -m fastlur demo --out demo
@@ -30,13 +30,22 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest bench/bench_*.py --benchmark-only -s
 
 # Everything, 1e8 elements too, kept in bench/results with the machine in it. Steps and memory may lie there in parts, one
-# case or some a file; they make way for the whole. Memory is measured in processes of one thread, and said to be.
+# case or some a file; they make way for the whole, once that is there. Memory is measured in processes of one thread,
+# and said to be.
 bench-full: $(STAMP) ext
-	rm -f bench/results/cpu-*-step.json bench/results/cpu-*-memory.json
-	for part in exact growth memory ops scissorhands step whole; do \
+	for part in cheaper exact growth memory ops scissorhands step whole; do \
 	  [ $$part = memory ] && export OMP_NUM_THREADS=1 || unset OMP_NUM_THREADS; \
 	  FASTLUR_BENCH_FULL=1 $(BIN)/python -m pytest bench/bench_$$part.py --benchmark-only -s --record $$part || exit 1; \
 	done
+	rm -f bench/results/cpu-*-step.json bench/results/cpu-*-memory.json
+	$(BIN)/python bench/report.py
+
+# One part of that, or some of its cases: make bench-part PART=step NAME=resnet18-8-fp32-step CASES="resnet18-8-fp32"
+# A case may lie in one result only. Everything takes hours; a part of it is measured while nothing else runs.
+CASES ?=
+bench-part: $(STAMP) ext
+	$(if $(filter memory,$(PART)),OMP_NUM_THREADS=1) FASTLUR_BENCH_FULL=1 $(BIN)/python -m pytest \
+		bench/bench_$(PART).py --benchmark-only -s --record $(or $(NAME),$(PART)) -k "$(CASES)"
 	$(BIN)/python bench/report.py
 
 # Does a language model forget authors who do not exist? SmolLM2-135M, 10 % of them; sized for an hour on two cores;

@@ -259,6 +259,20 @@ def large() -> str:
     return "\n".join([f"{machines}.", "", *lines]).rstrip() if lines else "Not measured."
 
 
+def cheaper() -> str:
+    """Steps in other precisions, layouts and forms, from every `*-cheaper.json`."""
+    lines: list[str] = []
+    for machine, rows in results("cheaper"):
+        heads = [f"ResNet-18, {row['items']} + {row['items']} ({row['rounds']} rounds)" for row in rows]
+        lines += [f"{machine}, ÷ a plain two-loss step in float32:", "", f"| | {' | '.join(heads)} |"]
+        lines += ["|---" * (len(rows) + 1) + "|"]
+        for arm in rows[0]["ratio_to_bare"]:
+            cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*row["ratio_to_bare"][arm]) for row in rows]
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() or "Not measured."
+
+
 def exact() -> str:
     """The exact gradient by every way, from every `*-exact.json`."""
     lines: list[str] = []

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from asked import exact, growth, large, targets
+from asked import cheaper, exact, growth, large, targets
 from audit_tables import audit, deterministic
 from gpu_parts import PARTS
 from gpu_parts.table import table as gpu_table
@@ -148,7 +148,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
 DOCS = ROOT / "docs"
 PAGES = {
     README: SECTIONS,
-    DOCS / "cost.md": {"targets": targets, "exact": exact, "growth": growth, "large": large},
+    DOCS / "cost.md": {"targets": targets, "exact": exact, "growth": growth, "cheaper": cheaper, "large": large},
     DOCS / "memory.md": {"memory": memory},
     DOCS / "quality.md": quality.sections(),
     DOCS / "llm-forgetting.md": language.sections(),

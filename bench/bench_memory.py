@@ -15,11 +15,11 @@ import gate
 import models
 import pytest
 from arms import AS_IT_COMES, FEW, FORMS, FRUGAL, LENT, MODES, OTHERS
-from memory import TooLarge, measured
+from memory import ELSEWHERE, TooLarge, measured
 from models import MODELS
 
 FULL = os.environ.get("FASTLUR_BENCH_FULL") == "1"
-ARMS = ("bare", *MODES, LENT, AS_IT_COMES, FRUGAL, *OTHERS)
+ARMS = ("bare", *MODES, LENT, AS_IT_COMES, FRUGAL, *OTHERS, *ELSEWHERE)
 CASES = [(name, items) for name in ("mlp", "vit", "resnet18") for items in (8, 64)]
 CASES += [(name, 2) for name in ("swin_t", "lm_100m")]
 SHORT = [("mlp", 8), ("resnet18", 8)]
@@ -50,7 +50,7 @@ def row(name: str, items: int, arms: tuple[str, ...]) -> dict[str, Any]:
         "extra_in_steps": {arm: mebi(extra) for arm, extra in steps.items()},
         "extra_before": {arm: mebi(each["before"] - size) for arm, each in found.items()},
         "extra": {arm: mebi(extra) for arm, extra in whole.items()},
-        "vectors_accounted": {arm: mebi((1 + each["buffers"]) * size) for arm, each in told.items()},
+        "vectors_accounted": {arm: mebi(each["vectors"] * size) for arm, each in told.items()},
         "predicted": {arm: mebi(each["predicted"]["peak"] - size) for arm, each in told.items()},
         "error_of_peak": {arm: round(each["predicted"]["peak"] / each["peak"] - 1, 4) for arm, each in told.items()},
         "seconds": {arm: round(each["seconds"], 5) for arm, each in found.items()},

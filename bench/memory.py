@@ -32,6 +32,12 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MAL
 STEPS = 3
 SHARE = 0.9  # of the memory that is free
 WARM = "mlp", 2  # model and items of the warm-up
+# arms of other precision and optimizer, for what `fastlur.estimate` says of them: what a step takes
+ELSEWHERE: dict[str, dict[str, Any]] = {
+    "optimistic, in bfloat16": {"precision": "bf16"},
+    "exact, in bfloat16": {"precision": "bf16"},
+    "optimistic, by AdamW": {"optimizer": "adamw"},
+}
 
 
 def measured(model: str, items: int, arm: str, seconds: float = 4 * 3600) -> dict[str, Any]:
@@ -108,7 +114,7 @@ def life(name: str, items: int, arm: str, meter: Meter | None) -> dict[str, Any]
         step: Any = bare(model, forget, retain, "fp32")
         del model
     else:
-        opened = stepping(model, named(arm), forget, retain, forget_loss=aim(arm))
+        opened = stepping(model, named(arm), forget, retain, forget_loss=aim(arm), **ELSEWHERE.get(arm, {}))
         step = lambda: opened(forget, retain)  # noqa: E731
     times = []
     for number in range(STEPS):
@@ -133,7 +139,8 @@ def predicted(name: str, items: int, arm: str) -> dict[str, Any]:
     make, batch = MODELS[name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = tuple(each.to(device) for each in batch(items, 0))
-    estimate = fastlur.estimate(make().to(device), data, named(arm), forget_loss=aim(arm))
+    more = ELSEWHERE.get(arm, {})
+    estimate = fastlur.estimate(make().to(device), data, named(arm), forget_loss=aim(arm), **more)
     return vars(estimate) | {"peak": estimate.peak}
 
 
@@ -152,7 +159,7 @@ def main(name: str, items: int, arm: str) -> dict[str, Any]:
     found = life(name, items, arm, meter)
     found["peak"] = max(found[part] for part in ("before", "steps", "after"))
     if arm != "bare":
-        found["buffers"] = named(arm).cost.buffers
+        found["vectors"] = named(arm).cost.buffers + (2 if "AdamW" in arm else 1)  # and those of the optimizer
         found["predicted"] = predicted(name, items, arm)
     return found
 

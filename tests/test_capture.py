@@ -90,7 +90,7 @@ def recorded(monkeypatch):
     monkeypatch.setattr(capture, "record", record)
     if not CUDA:
         monkeypatch.setattr(step, "check_capture", lambda *_: None)
-        monkeypatch.setattr("fastlur.reach.on_host", lambda _: False)  # no number may be taken to the host
+        monkeypatch.setattr("fastlur.reach.on_host", lambda _: False)  # as on a device, whose numbers stay there
     return counts
 
 

@@ -165,4 +165,5 @@ def main(name: str, items: int, arm: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), sys.argv[3])))
+    ready = MALLOC.items() <= os.environ.items()  # read when a process begins: without them another one is needed
+    print(json.dumps((main if ready else measured)(sys.argv[1], int(sys.argv[2]), sys.argv[3])))

@@ -11,7 +11,7 @@ from quality import plan, summary, trial
 from quality.contenders import ALIGNMENT, ARMS, candidates
 from quality.journal import Journal
 from quality.plan import Grid, chosen, gap, tasks
-from quality.report import draw, sections
+from quality.report import allowed, bounds, compared, draw, journals, sections
 from quality.scenarios import SCENARIOS
 from quality.splits import FINAL
 from quality.training import original, teacher
@@ -183,3 +183,17 @@ class TestReport:
         assert not [key for key in journal.rows if key.startswith("final") and "target" in key]
         assert any(plan.gap(row, summary.truth("class", "tune2", journal)) >= 0 for key, row in journal.rows.items()
                    if key.startswith("trial/class/tune2/"))  # fmt: skip
+
+
+def test_the_default_is_near_the_best_tuned_method_wherever_both_were_judged():
+    """On the committed final seeds, which no default was chosen by."""
+    judged = []
+    for journal in journals().values():
+        for scenario in SCENARIOS:
+            found = compared(journal, scenario)
+            tuned = [line["gap"].mean for arm, line in found.items() if arm not in ("before", "retrained", "default")]
+            if "default" in found and tuned:
+                assert found["default"]["gap"].mean <= allowed(min(tuned)), scenario
+                judged.append(scenario)
+    assert judged == list(SCENARIOS)
+    assert bounds().count("| held |") == len(judged)

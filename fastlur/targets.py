@@ -223,8 +223,9 @@ class Novice(Made):
         if per_epoch is None:
             raise ModelError("the retain data do not tell their length, so that an epoch of them has none either")
         steps = max(1, round(self.epochs * per_epoch))
-        optimizer = torch.optim.AdamW(moving, lr=self.lr, weight_decay=1e-4)
         device = moving[0].device
+        lean = device.type in ("cpu", "cuda")  # no temporaries, of which the other form makes two of a tensor's size
+        optimizer = torch.optim.AdamW(moving, lr=self.lr, weight_decay=1e-4, fused=lean)
         for step, batch in enumerate(_batches(feed, steps, per_epoch)):
             rate = self.lr * min(1.0, (step + 1) / (WARM_UP * steps)) * (1 - step / steps)
             for group in optimizer.param_groups:

@@ -27,7 +27,14 @@ def test_a_step_holds_one_buffer_beyond_the_weights_two_gradients_and_the_optimi
 
 @pytest.mark.parametrize(
     ("model", "items", "arm"),
-    [("vit", 4, "exact"), ("resnet18", 4, "joint"), ("mlp", 64, "scissorhands, cleaned")],
+    [
+        ("vit", 4, "exact"),
+        ("resnet18", 4, "joint"),
+        ("mlp", 64, "scissorhands, cleaned"),
+        ("mlp", 8, "optimistic, as it comes"),
+        ("mlp", 8, "optimistic, by AdamW"),
+        ("resnet18", 4, "optimistic, in bfloat16"),
+    ],
 )
 def test_what_is_predicted_is_what_is_taken(model, items, arm):
     found = measured(model, items, arm)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from quality.contenders import ALIGNMENT, ARMS, ESSENTIAL
+from quality.contenders import ALIGNMENT, ARMS, ESSENTIAL, INNER, WEIGHED
 from quality.journal import Journal
 from quality.networks import NETWORKS
 from quality.plan import GRIDS
@@ -145,6 +145,15 @@ class TestFairness:
             if arm.lr is not None:
                 assert arm.lr[0] * 0.99 <= config["lr"] <= arm.lr[1] * 1.01
             assert isinstance(assembled(arm.method, config)["method"], METHODS[arm.method])
+
+    def test_lur_in_the_space_of_the_joint_loss_has_its_weights_rates_and_targets(self):
+        for number in range(1, 33):
+            joint, lur = (WEIGHED[name].config(number) for name in ("joint", "weighed-optimistic"))
+            share = joint["method"].pop("retain_weight")
+            assert lur["method"].pop("forget_weight") == pytest.approx((1 - share) / share, rel=0.01)
+            assert lur["method"].pop("inner_lr") == INNER.at(cube(number)[2])
+            assert lur["method"].pop("relative_inner_lr")
+            assert lur == joint
 
     @pytest.mark.parametrize("name", ARMS)
     def test_what_is_offered_to_one_is_offered_to_all_that_can_take_it(self, name):

@@ -8,9 +8,11 @@ WEIGHT = Knob("forget_weight", 0.03, 3.0)
 INNER = Knob("inner_lr", 0.02, 1.0)
 RELATIVE = ("relative_inner_lr", True)
 
+SHARE = Knob("retain_weight", 0.5, 0.98, linear=True)
+
 ARMS: dict[str, Arm] = {
     "lur": Arm("lur", (WEIGHT, INNER), (RELATIVE,), open=True),
-    "joint": Arm("neggrad_plus", (Knob("retain_weight", 0.5, 0.98, linear=True),), open=True),
+    "joint": Arm("neggrad_plus", (SHARE,), open=True),
     "pcgrad": Arm("pcgrad", (WEIGHT,), open=True),
     "gru": Arm("gru", (WEIGHT, Knob("decay", 0.1, 0.95, linear=True)), open=True),
     "eupmu": Arm("eupmu", (Knob("weight_lr", 0.005, 0.5), Knob("decay", 0.001, 0.1)), open=True),
@@ -58,6 +60,12 @@ ALIGNMENT: dict[str, Arm] = {
         f"align-{mode}": Arm("lur", (WEIGHT, INNER), (RELATIVE, ("gradient", mode)), open=True)
         for mode in ("first_order", "optimistic", "secant", "exact")
     },
+}
+
+# LUR in the space that the joint loss is searched in: the same points give the same weights, rates and targets.
+WEIGHED: dict[str, Arm] = {
+    "joint": ARMS["joint"],
+    "weighed-optimistic": Arm("lur", (SHARE, INNER), (RELATIVE,), open=True, weighed=True),
 }
 
 # One setting for everything: which forget target may be the default, and with which settings? Nothing is tuned here.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import count, takewhile
 from typing import Any
 
-from .contenders import ALIGNMENT, ARMS, ESSENTIAL, candidates
+from .contenders import ALIGNMENT, ARMS, ESSENTIAL, WEIGHED, candidates
 from .journal import Journal, Row
 from .points import Arm
 from .scenarios import SCENARIOS
@@ -41,6 +41,7 @@ GRIDS = {
     "essential": Grid(arms={name: ARMS[name] for name in ESSENTIAL}),
     "full": Grid(arms=ARMS),
     "alignment": Grid(arms=ALIGNMENT),
+    "weighed": Grid(arms=WEIGHED),
     "targets": Grid(settings=dict(candidates())),
     "default": Grid(arms={"default": Arm("lur")}, trials=1),
 }

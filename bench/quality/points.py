@@ -52,6 +52,8 @@ class Arm:
         open: it takes another forget loss than its own.
         trim: what a trim's sparsity is set by: "offered" beside others, the method's "own" by a knob, or None.
         mask: likewise.
+        weighed: the knob `retain_weight` is retaining's share w of the sum of weights, as the joint loss has it: its
+            forget weight is (1 − w) / w.
     """
 
     method: str
@@ -61,6 +63,7 @@ class Arm:
     open: bool = False
     trim: str | None = "offered"
     mask: str | None = "offered"
+    weighed: bool = False
 
     def config(self, number: int) -> dict[str, Any]:
         """Trial `number` as plain JSON: 0 is the package's default, the others are drawn."""
@@ -71,6 +74,9 @@ class Arm:
         knobs = {knob.name: knob.at(u[1 + place]) for place, knob in enumerate(self.knobs)}
         found["method"] |= {name: value for name, value in knobs.items() if name not in ("trim", "mask")}
         found |= {name: knobs[name] for name in ("trim", "mask") if name in knobs}
+        if self.weighed:
+            share = found["method"].pop("retain_weight")
+            found["method"]["forget_weight"] = float(f"{(1 - share) / share:.3g}")
         made = METHODS[self.method]
         if made.training and made.uses_forget:  # where it makes a difference whose statistics batch norm takes
             found["method"]["normalize_by"] = NORMS[int(u[6] * len(NORMS))]

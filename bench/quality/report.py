@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from .contenders import ALIGNMENT, candidates
+from .contenders import ALIGNMENT, WEIGHED, candidates
 from .journal import Journal
 from .plan import GRIDS
 from .scenarios import SCENARIOS, TITLES
@@ -97,29 +97,37 @@ def allowed(best: float) -> float:
 
 
 def compared(journal: Journal, scenario: str) -> dict[str, dict[str, Spread]]:
-    """The lines of a scenario's table, without the arms of the study of alignment."""
-    return {arm: line for arm, line in table(journal, scenario).items() if not arm.startswith("align-")}
+    """The lines of a scenario's table, without the arms of the studies of alignment."""
+    return {arm: line for arm, line in table(journal, scenario).items() if not arm.startswith(("align-", "weighed-"))}
 
 
 def alignment(folder: Path = RESULTS) -> str:
     """The difference of every way to align to the joint loss, seed by seed, and point by point of the search."""
+    return _beside(BASE, [arm for arm in ALIGNMENT if arm != BASE], GRIDS["alignment"].trials, folder)
+
+
+def weighed(folder: Path = RESULTS) -> str:
+    """The same for LUR in the space that the joint loss is searched in."""
+    return _beside("joint", [arm for arm in WEIGHED if arm != "joint"], GRIDS["weighed"].trials, folder)
+
+
+def _beside(base_arm: str, arms: list[str], trials: int, folder: Path) -> str:
     lines: list[str] = []
-    arms = [arm for arm in ALIGNMENT if arm != BASE]
     for name, journal in journals(folder).items():
         rows = []
         for scenario in SCENARIOS:
-            base = gaps(journal, scenario, BASE)
+            base = gaps(journal, scenario, base_arm)
             if not base:
                 continue
             cells = []
             for arm in arms:
                 mine = gaps(journal, scenario, arm)
                 cell = _signed(difference(mine, base)) if mine else ""
-                over = shared(journal, scenario, arm, BASE, GRIDS["alignment"].trials)
+                over = shared(journal, scenario, arm, base_arm, trials)
                 cells.append(cell + (f" ({_signed(over)})" if over else ""))
             rows.append(f"| {scenario} | {sum(base) / len(base):.2f} | {' | '.join(cells)} |")
-        if rows:
-            heads = [arm.removeprefix("align-") for arm in arms]
+        if rows and any(gaps(journal, scenario, arm) for arm in arms for scenario in SCENARIOS):
+            heads = [arm.removeprefix("align-").removeprefix("weighed-") for arm in arms]
             lines += [f"**{name.replace('-', ', ')}**, gap of the joint loss, and difference to it ± half the 95 % "]
             lines[-1] += "interval over the final seeds (over the points of the search):"
             lines += ["", f"| | joint | {' | '.join(heads)} |", f"|---|---{'|---' * len(heads)}|", *rows, ""]
@@ -150,6 +158,7 @@ def sections(folder: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "overview": partial(overview, folder),
         "bounds": partial(bounds, folder),
         "alignment": partial(alignment, folder),
+        "weighed": partial(weighed, folder),
         "targets": partial(targets, folder),
     }
     return found | {scenario: partial(scenario_table, scenario, folder) for scenario in SCENARIOS}
@@ -164,13 +173,13 @@ def draw(docs: Path = DOCS, folder: Path = RESULTS) -> list[Path]:
 
     made = []
     for scenario in SCENARIOS:
-        found = {name: table(journal, scenario) for name, journal in journals(folder).items()}
+        found = {name: compared(journal, scenario) for name, journal in journals(folder).items()}
         found = {name: lines for name, lines in found.items() if len(lines) > 2}
         if not found:
             continue
         figure, grid = pyplot.subplots(len(found), 2, figsize=(12, 4.6 * len(found)), squeeze=False)
         for (left, right), (name, lines) in zip(grid, found.items(), strict=True):
-            arms = [arm for arm in lines if arm not in ("before", "retrained") and not arm.startswith("align-")]
+            arms = [arm for arm in lines if arm not in GIVEN]
             colours = ["#1a73e8" if arm == "lur" else "#9aa0a6" for arm in arms]
             middle = [lines[arm]["gap"].mean for arm in arms]
             error = [lines[arm]["gap"].deviation for arm in arms]

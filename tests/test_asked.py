@@ -129,3 +129,16 @@ def test_what_a_user_gets_is_asked_for_as_well(results):
     mine = [line for line in lines() if line.startswith("| `optimistic, as it comes`")]
     assert ["**missed**" in line for line in mine] == [False, True]
     assert ["held" in line for line in mine] == [True, False]
+
+
+@pytest.mark.parametrize(("extra", "verdict"), [(60.3, "held"), (60.7, "**missed**")])
+def test_memory_is_held_against_a_vector_as_well_as_resident_memory_tells(results, extra, verdict):
+    row = {"model": "resnet18", "batch": 8, "parameters": 40.0, "error_of_peak": {"optimistic": -0.101, "joint": 0.01}}
+    steps = {"optimistic": extra, "joint": 20.0, "scissorhands, cleaned": 50.0, asked.AS_IT_COMES: 100.0}
+    results("cpu-memory", row | {"extra_in_steps": steps, "vectors_accounted": {}})
+    found = {line.split("|")[1].strip(): line for line in lines() if "emory" in line or "estimate" in line}
+    mine = next(line for what, line in found.items() if what.startswith("memory of `optimistic` beyond"))
+    assert f"{(extra - 20) / 40:.2f} at most of 1 cases | {verdict} |" in mine
+    assert "2.00 at most of 1 cases | **missed** |" in next(line for what, line in found.items() if "novice" in what)
+    assert "10.1% at worst of 2 cases | **missed** |" in found["`estimate`: error of the predicted peak"]
+    assert any("ScissorHands cleaned, peak memory" in what and "1.2" in line for what, line in found.items())

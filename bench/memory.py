@@ -32,6 +32,7 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MAL
 STEPS = 3
 SHARE = 0.9  # of the memory that is free
 WARM = "mlp", 2  # model and items of the warm-up
+MOMENTS = {"sgd": 1, "adamw": 2}  # vectors of an optimizer
 # arms of other precision and optimizer, for what `fastlur.estimate` says of them: what a step takes
 ELSEWHERE: dict[str, dict[str, Any]] = {
     "optimistic, in bfloat16": {"precision": "bf16"},
@@ -159,7 +160,7 @@ def main(name: str, items: int, arm: str) -> dict[str, Any]:
     found = life(name, items, arm, meter)
     found["peak"] = max(found[part] for part in ("before", "steps", "after"))
     if arm != "bare":
-        found["vectors"] = named(arm).cost.buffers + (2 if "AdamW" in arm else 1)  # and those of the optimizer
+        found["vectors"] = named(arm).cost.buffers + MOMENTS[ELSEWHERE.get(arm, {}).get("optimizer", "sgd")]
         found["predicted"] = predicted(name, items, arm)
     return found
 

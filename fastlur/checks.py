@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,17 +14,7 @@ from torch import nn
 
 from fastlur.content import Content
 from fastlur.data import to_device
-from fastlur.errors import (
-    ArgumentError,
-    DataError,
-    FastlurError,
-    ModelError,
-    first_line,
-    lacks_memory,
-    nearest,
-    number,
-    unknown,
-)
+from fastlur.errors import ArgumentError, DataError, FastlurError, ModelError, nearest, number, told, unknown
 from fastlur.leaves import Reached
 from fastlur.losses import IGNORED, logits_and_targets
 from fastlur.microbatch import Spare
@@ -247,14 +238,11 @@ def trial(
     spare, reached = Spare(model, model, micro_batch), Reached(model, moving)
 
     def attempt(each: Tried, batch: Any) -> None:
-        try:
+        what = f"{each.which}: the model or {each.argument} cannot take the first batch"
+        with told(DataError, what), _items_for_batch_norm(each.which):
             if each.classifies:
                 _labels(spare.forward, batch, contents[each.which], each.which)
             value = each.loss(spare.forward, batch)
-        except Exception as error:
-            if isinstance(error, FastlurError) or lacks_memory(error):
-                raise
-            raise DataError(_why(error, each)) from error
         reached.note(value)
         _value(value, each)
 
@@ -284,9 +272,14 @@ def _value(value: Any, tried: Tried) -> None:
         )
 
 
-def _why(error: Exception, tried: Tried) -> str:
-    which = tried.which
-    said = first_line(error)
-    if "more than 1 value per channel" in said:
-        return f"{which}: batch norm needs more than one item a batch here; give more items, or a larger batch_size"
-    return f"{which}: the model or {tried.argument} cannot take the first batch ({type(error).__name__}: {said})"
+@contextmanager
+def _items_for_batch_norm(which: Which) -> Iterator[None]:
+    """Inside, batch norm that has one item is a `DataError` that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, FastlurError) or "more than 1 value per channel" not in str(error):
+            raise
+        raise DataError(
+            f"{which}: batch norm needs more than one item a batch here; give more items, or a larger batch_size"
+        ) from error

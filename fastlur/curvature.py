@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastlur.errors import ModelError, first_line
+from fastlur.errors import ModelError, first_line, lacks_memory
 from fastlur.graph import ends, nodes
 from fastlur.space import ParameterSpace, Vector
 from fastlur.twice import Twice
@@ -151,9 +151,9 @@ def refused() -> Iterator[None]:
     """Inside, what torch cannot differentiate twice is a `ModelError` that says what to do."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, NotImplementedError) as error:
+        if lacks_memory(error):
+            raise
         what = f"gradient='exact' cannot differentiate this model twice ({first_line(error)}); use 'secant'"
         raise ModelError(what) from error
 

@@ -24,6 +24,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from fastlur.errors import lacks_memory
 from fastlur.losses import wide
 from fastlur.rows import rows_of, spaced_rows
 
@@ -98,10 +99,8 @@ def _first_of(references: Sequence[Callable[[], object]], lent: list[_Lent]) -> 
         try:
             reference()
             return
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
-            if RECOMPUTED in str(error):
+            if lacks_memory(error) or RECOMPUTED in str(error):
                 raise
             for each in lent:
                 each.noted.clear()

@@ -7,6 +7,7 @@ import torch
 from helpers import blobs, learnable, mlp, run
 
 import fastlur
+from fastlur.curvature import refused
 from fastlur.errors import DataError, ModelError, told
 from fastlur.loop import StepEvent
 from fastlur.stopping import Reached
@@ -42,6 +43,14 @@ def test_our_own_errors_and_a_lack_of_memory_stay_what_they_are(lack):
         with pytest.raises(type(error)) as caught, told(DataError, "x"):
             raise error
         assert caught.value is error
+
+
+def test_nor_is_a_lack_of_memory_a_model_that_cannot_be_differentiated_twice(lack):
+    with pytest.raises(type(lack)) as caught, refused():
+        raise lack
+    assert caught.value is lack
+    with pytest.raises(ModelError, match="cannot differentiate this model twice"), refused():
+        raise RuntimeError("derivative for aten::x is not implemented")
 
 
 def looks(model):

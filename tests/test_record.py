@@ -1,4 +1,4 @@
-"""The record of a run: what it says, what it keeps to itself, and that it is whole or not there."""
+"""The record of a run: what it says, and what it keeps to itself."""
 
 from __future__ import annotations
 
@@ -6,20 +6,13 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
-import random
-import signal
 import stat
-import threading
-import time
 
 import pytest
 import torch
 from helpers import Attention, blobs, mlp, run, same, state
-from safetensors.torch import save
 
 import fastlur
-from fastlur import folder as folders
 from fastlur.content import fingerprint
 from fastlur.losses import cross_entropy
 from fastlur.methods import METHODS
@@ -37,6 +30,15 @@ def written(directory):
 
 def rows(data):
     return [tuple(part[i] for part in data) for i in range(len(data[0]))]
+
+
+class Beside(torch.nn.Module):
+    """A network with a buffer that its state_dict leaves out."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+        self.register_buffer("kept", torch.zeros(4), persistent=False)
 
 
 class TestWhatItSays:
@@ -65,23 +67,18 @@ class TestWhatItSays:
         assert same(state(other), state(model))
 
     def test_buffers_that_a_state_dict_leaves_out_come_back(self, tmp_path):
-        class Slow(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.body = mlp()
-                self.register_buffer("shift", torch.zeros(4), persistent=False)
-
+        class Slow(Beside):
             def forward(self, x):
                 out = self.body(x)
                 if self.training and torch.is_grad_enabled():
-                    self.shift += 0.1 * out.detach().mean(0)
-                return out + self.shift
+                    self.kept += 0.1 * out.detach().mean(0)
+                return out + self.kept
 
         model, other = Slow(), Slow()
         directory = run(model, blobs(12), blobs(20)).save(tmp_path)
-        assert bool(model.shift.any())
+        assert bool(model.kept.any())
         read(directory).load(other)
-        assert torch.equal(other.shift, model.shift)
+        assert torch.equal(other.kept, model.kept)
 
     @pytest.mark.parametrize("other", [mlp(7), mlp(classes=5), torch.nn.Linear(6, 4), mlp(dtype=torch.float64)])
     def test_another_model_is_refused_and_stays_as_it_was(self, job, tmp_path, other):
@@ -165,18 +162,6 @@ class TestWhatItKeepsToItself:
         assert not (tmp_path / "precious").exists()
 
 
-def spoiled(method, at, count):
-    """`method`, failing at its call number `at`."""
-
-    def call(*args, **kwargs):
-        count.append(1)
-        if len(count) == at:
-            raise OSError(28, "No space left on device")
-        return method(*args, **kwargs)
-
-    return call
-
-
 def test_it_is_of_the_run_and_of_no_later_one(job, tmp_path):
     """A second request that changes the same model, or anything else that does."""
     result = run(*job)
@@ -190,15 +175,10 @@ def test_it_is_of_the_run_and_of_no_later_one(job, tmp_path):
 def test_what_a_forward_leaves_beside_the_state_is_no_change(tmp_path):
     """As a cache of positions does, which grows with what is asked: `evaluate` comes before `save(after=…)`."""
 
-    class Caching(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = mlp()
-            self.register_buffer("cache", torch.zeros(1), persistent=False)
-
+    class Caching(Beside):
         def forward(self, x):
-            self.cache = torch.zeros(max(len(x), len(self.cache)))
-            return self.layer(x)
+            self.kept = torch.zeros(max(len(x), len(self.kept)))
+            return self.body(x)
 
     result = run(Caching(), blobs(12), blobs(20))
     after = fastlur.evaluate(result.model, forget=blobs(12), retain=blobs(200), test=blobs(30))
@@ -227,136 +207,6 @@ def test_an_empty_path_is_not_the_working_directory(job, tmp_path, monkeypatch, 
     with pytest.raises(fastlur.ArgumentError, match=f"{kind}=''"):
         run(*job).save(**({"path": ""} if kind == "path" else {"path": "record", "key_file": ""}))
     assert not list(tmp_path.iterdir())
-
-
-class TestWholeOrNotAtAll:
-    @pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.replace", "os.open"])
-    def test_a_failure_at_any_moment_leaves_the_old_record_or_the_new_one(self, job, tmp_path, monkeypatch, call):
-        directory = run(*job).save(tmp_path)
-        old = read(directory).content["model"]["checksum"]
-        for at in itertools.count(1):
-            result, count = run(*job), []
-            with monkeypatch.context() as patch:
-                where, _, name = call.rpartition(".")
-                real = {"os.fsync": os.fsync, "os.open": os.open, "pathlib.Path.replace": folders.Path.replace}[call]
-                patch.setattr(f"{where}.{name}", spoiled(real, at, count))
-                failed = False
-                try:
-                    result.save(directory)
-                except fastlur.RecordError:
-                    failed = True
-            now = read(directory).content["model"]["checksum"]
-            if not failed:
-                assert now != old
-                break
-            if now != old:  # the rename had happened
-                assert read(directory).content["history"] == result.history
-            old = now
-        assert at > 2
-        assert len(list(directory.iterdir())) == 2
-
-    def test_the_first_record_that_cannot_be_written_leaves_nothing(self, job, tmp_path, monkeypatch):
-        monkeypatch.setattr(folders.Path, "replace", spoiled(folders.Path.replace, 2, []))
-        with pytest.raises(fastlur.RecordError, match="No space left"):
-            run(*job).save(tmp_path / "out")
-        assert list((tmp_path / "out").iterdir()) == []
-
-    def test_a_reader_beside_a_writer_sees_one_of_them_whole(self, job, tmp_path):
-        results = [run(*job) for _ in range(2)]
-        states = []
-        for index, result in enumerate(results):
-            result.model, result.digest = mlp(), None
-            result.settings = {"which": index}
-            states.append(state(result.model))
-        results[0].save(tmp_path)
-        done = threading.Event()
-
-        def write():
-            for number in range(60):
-                results[number % 2].save(tmp_path)
-            done.set()
-
-        writer = threading.Thread(target=write)
-        writer.start()
-        seen = set()
-        while not done.is_set():
-            found = read(tmp_path)
-            seen.add(found.content["settings"]["which"])
-        writer.join()
-        assert seen == {0, 1}
-        assert same(state(read(tmp_path).load(mlp())), states[1])
-
-    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-    def test_a_writer_killed_at_random_moments_leaves_one_of_its_records(self, job, tmp_path):
-        results = [run(*job) for _ in range(2)]
-        for index, result in enumerate(results):
-            result.model, result.settings, result.digest = mlp(), {"which": index}, None
-        results[0].save(tmp_path)
-        randomly, flush, left = random.Random(0), os.fsync, 0
-        for _ in range(20):
-            heard, says = os.pipe()
-            child = os.fork()
-            if not child:  # nothing but saving, with flushes that take their time
-                try:
-                    os.fsync = lambda handle: (time.sleep(0.003), flush(handle))
-                    for number in itertools.count():
-                        results[number % 2].save(tmp_path)
-                        os.write(says, b".")
-                finally:
-                    os._exit(1)
-            os.close(says)
-            assert os.read(heard, 1)  # it has saved once
-            os.close(heard)
-            time.sleep(0.03 * randomly.random())
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            found = read(tmp_path)
-            assert same(state(found.load(mlp())), state(results[found.content["settings"]["which"]].model))
-            left += len(os.listdir(tmp_path)) > 2
-        assert left  # kills fell into writes
-        fastlur.purge(tmp_path)
-        assert len(os.listdir(tmp_path)) == 2
-
-    def test_what_a_killed_writer_left_goes_with_the_next(self, job, tmp_path):
-        directory = run(*job).save(tmp_path)
-        (directory / ("model-" + "0" * 16 + ".safetensors")).write_bytes(save({}, metadata={"fastlur": "record"}))
-        (directory / ".result.json.writing").write_bytes(b"half")
-        (directory / "notes.txt").write_text("mine")
-        run(*job).save(directory)
-        assert len(list(directory.iterdir())) == 3
-        assert (directory / "notes.txt").read_text() == "mine"
-
-    def test_only_the_new_weights_are_there_afterwards(self, job, tmp_path):
-        files = [written(run(*job).save(tmp_path))["model"]["file"] for _ in range(3)]
-        assert sorted(path.name for path in tmp_path.iterdir()) == [files[-1], "result.json"]
-
-    def test_a_directory_that_cannot_be_written_to_is_an_error_of_the_package(self, job, tmp_path):
-        (tmp_path / "file").write_text("")
-        for place in (tmp_path / "file", tmp_path / "file" / "under", "a\0b"):
-            with pytest.raises(fastlur.RecordError, match="cannot be written"):
-                run(*job).save(place)
-        with pytest.raises(fastlur.ArgumentError, match="path=5"):
-            run(*job).save(5)
-
-    def test_another_writer_is_kept_out(self, job, tmp_path):
-        held = folders.Folder(tmp_path)
-        assert held.lock()
-        with pytest.raises(fastlur.RecordError, match="in use"):
-            run(*job).save(tmp_path)
-        held.unlock()
-        run(*job).save(tmp_path)
-
-    def test_a_model_with_something_else_in_its_state_is_an_error_of_the_package(self, tmp_path):
-        class Odd(torch.nn.Linear):
-            def get_extra_state(self):
-                return {"a": 1}
-
-            def set_extra_state(self, state):
-                pass
-
-        result = run(Odd(6, 4), blobs(8), blobs(9))
-        with pytest.raises(fastlur.RecordError, match="is no tensor"):
-            result.save(tmp_path / "out")
 
 
 @dataclasses.dataclass

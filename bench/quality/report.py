@@ -117,7 +117,7 @@ def _beside(base_arm: str, arms: list[str], trials: int, folder: Path) -> str:
         rows = []
         for scenario in SCENARIOS:
             base = gaps(journal, scenario, base_arm)
-            if not base:
+            if not base or not any(gaps(journal, scenario, arm) for arm in arms):
                 continue
             cells = []
             for arm in arms:
@@ -126,7 +126,7 @@ def _beside(base_arm: str, arms: list[str], trials: int, folder: Path) -> str:
                 over = shared(journal, scenario, arm, base_arm, trials)
                 cells.append(cell + (f" ({_signed(over)})" if over else ""))
             rows.append(f"| {scenario} | {sum(base) / len(base):.2f} | {' | '.join(cells)} |")
-        if rows and any(gaps(journal, scenario, arm) for arm in arms for scenario in SCENARIOS):
+        if rows:
             heads = [arm.removeprefix("align-").removeprefix("weighed-") for arm in arms]
             lines += [f"**{name.replace('-', ', ')}**, gap of the joint loss, and difference to it ± half the 95 % "]
             lines[-1] += "interval over the final seeds (over the points of the search):"

@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastlur.errors import ArgumentError, ModelError, check_flags
+from fastlur.errors import ArgumentError, ModelError, check_flags, lacks_memory
 from fastlur.fresh import reinitialise
 from fastlur.losses import logits_and_targets
 from fastlur.methods.base import Cost, Direction, Gradient, Recipe
@@ -104,7 +103,7 @@ def _knows(passes: Passes) -> bool:
     try:
         with passes.aside({"forget": batch}):
             return float(passes.value("forget", loss=loss)) < KNOWN * guessing
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # data of any kind may be forgotten, and those that do not fit were not learned
+    except Exception as error:  # data of any kind may be forgotten, and those that do not fit were not learned
+        if lacks_memory(error):
+            raise
         return False

@@ -55,7 +55,7 @@ def test_a_setting_that_a_module_of_ones_own_holds_is_compared(tmp_path):
     said = r"settings of the model was {'p': '0.1'}, now {'p': '0.9'}"
     with pytest.raises(fastlur.CheckpointError, match=said):
         fastlur.unlearn(other, *data, **options)
-    other.noted = 5  # which only one of them has, and which is named no more than it is minded
+    other.noted = 5.0  # which only one of them has, and which is named no more than it is minded
     with pytest.raises(fastlur.CheckpointError, match=said):
         fastlur.unlearn(other, *data, **options)
     other.p = 0.1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -246,12 +247,31 @@ def trial(
         reached.note(value)
         _value(value, each)
 
+    for which in dict.fromkeys(each.which for each in losses):
+        _labelled(which, [each for each in losses if each.which == which], contents[which])
     with borrowed_random(how.device), passing(model, *how), Statistics(model).frozen():
         for each in losses:
             batch = to_device(batches[each.which], how.device)
             spare.run(partial(attempt, each, batch), batch)
     reached.check()
     return spare.rows
+
+
+def _labelled(which: Which, losses: list[Tried], content: Content) -> None:
+    """Items without a label that counts add nothing to a loss of ours; of nothing else, there is nothing to learn."""
+    if not content.blank:
+        return
+    if content.blank < content.count:
+        few = f"{content.blank} of {content.count} items have no label that counts, only {IGNORED}"
+        warnings.warn(f"{which}: {few}; they change nothing", stacklevel=4)
+        return
+    message = (
+        f"{which}: none of {content.count} items has a label that counts, all are {IGNORED}, as where a text is cut "
+        "off before its answer; label what is to count"
+    )
+    if any(each.classifies or each.loss.__module__.split(".")[0] == "fastlur" for each in losses):
+        raise DataError(message)
+    warnings.warn(message, stacklevel=4)
 
 
 def _labels(model: Any, batch: Any, content: Content, which: Which) -> None:

@@ -23,7 +23,7 @@ from torch.utils.data import (
 
 from fastlur.data import Indexed, Source
 from fastlur.errors import DataError
-from fastlur.losses import split
+from fastlur.losses import IGNORED, split
 from fastlur.world import seed_loading
 
 SAMPLE = 5_000  # items read of data that may have to be decoded; beyond that a random sample stands for the rest
@@ -41,6 +41,7 @@ class Content:
         left_out: how many were not read.
         lowest: the least label.
         highest: the greatest.
+        blank: how many of the items read have labels of which none counts (−100 all over).
     """
 
     hashes: set[bytes] = field(default_factory=set)
@@ -50,6 +51,7 @@ class Content:
     left_out: int = 0
     lowest: int | None = None
     highest: int | None = None
+    blank: int = 0
 
 
 def read(source: Source, name: str, seed: int) -> Content:
@@ -69,6 +71,7 @@ def read(source: Source, name: str, seed: int) -> Content:
         one = fingerprint(item)
         content.hashes.add(one)
         content.count += 1
+        content.blank += _blank(item)
         over_all.update(one)
         if whole is None:
             _note(content, item, name, f" in item {number}")
@@ -90,6 +93,13 @@ def fingerprint(item: Any) -> bytes:
         digest.update(str(array.shape).encode())
         digest.update(repr(part).encode() if array.dtype == object else np.ascontiguousarray(array).tobytes())
     return digest.digest()
+
+
+def _blank(item: Any) -> bool:
+    targets = split(item)[1]
+    if isinstance(targets, Tensor):
+        return not targets.is_floating_point() and targets.numel() > 0 and bool((targets == IGNORED).all())
+    return isinstance(targets, int | np.integer) and int(targets) == IGNORED
 
 
 def _items(source: Source, content: Content, seed: int) -> Iterator[tuple[int, Any]]:

@@ -54,6 +54,10 @@ class Reached:
         if value.grad_fn is None:
             self._found.add(id(value))
 
+    def arrived(self, parameter: nn.Parameter) -> None:
+        """Take up that a gradient has arrived at this one."""
+        self._found.add(id(parameter))
+
     def check(self) -> None:
         """Refuse a run that would move nothing, or in which no adapter of the model would move.
 
@@ -98,11 +102,14 @@ def remedy_for_frozen(model: nn.Module) -> str | None:
 
 
 def _adapters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters of low-rank and other adapters, where modules say which of their parts these are, as PEFT's do."""
+    """Parameters of low-rank and other adapters, where modules say which of their parts these are, as PEFT's do.
+
+    Whole modules that are trained beside them (PEFT's modules_to_save) are none: they move where adapters are merged.
+    """
     for module in model.modules():
         names = getattr(module, "adapter_layer_names", ())
         for name in names if isinstance(names, tuple | list) else ():
-            part = getattr(module, str(name), None)
+            part = getattr(module, str(name), None) if name != "modules_to_save" else None
             if isinstance(part, nn.Module | nn.ParameterDict):
                 yield from part.parameters()
 

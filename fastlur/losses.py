@@ -61,18 +61,24 @@ def logits_and_targets(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
             f"{tuple(targets.shape)}; see fastlur.llm.encode, or pass task='classification'"
         )
     output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    logits = output["logits"] if isinstance(output, Mapping) and "logits" in output else output
-    logits = getattr(logits, "logits", logits)
+    logits = logits_in(output)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != targets.shape:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        wanted = "(items, tokens, words)" if ahead else "(*targets.shape, classes)"
         raise DataError(
-            f"model: returned {shape} for targets of shape {tuple(targets.shape)}; classification needs logits of "
-            "shape (*targets.shape, classes); for another model pass loss= and forget_loss=, such as "
-            "fastlur.losses.own_loss"
+            f"model: returned {shape} for targets of shape {tuple(targets.shape)}; it should be logits of {wanted}; "
+            "for another model pass loss= and forget_loss=, such as fastlur.losses.own_loss"
         )
     if ahead:  # the targets are moved, not the logits, of which there are many
         targets = following(targets)
     return logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+
+
+def logits_in(output: Any) -> Any:
+    """The logits that a model has returned: what stands under that name, as an item or an attribute, or all of it."""
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
+    return getattr(output, "logits", output)
 
 
 def following(labels: Tensor) -> Tensor:

@@ -135,6 +135,13 @@ def beside_the_head():
     return model
 
 
+def beside_a_saved_module():
+    """A whole norm is trained beside the adapters, which PEFT names among its own parts."""
+    model = adapted(modules_to_save=["norm"])
+    model.merge_adapter()
+    return model
+
+
 TRAPS = {
     "reentrant checkpointing over frozen inputs": (frozen_inputs, "enable_input_require_grads"),
     "merged": (merged, "unmerge_adapter"),
@@ -143,6 +150,7 @@ TRAPS = {
     "for inference": (inference, "is_trainable=True"),
     "not the active one": (inactive, "set_adapter"),
     "only another part has a gradient": (beside_the_head, "unmerge_adapter"),
+    "only a module that is saved with them has one": (beside_a_saved_module, "unmerge_adapter"),
 }
 
 

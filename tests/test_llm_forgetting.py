@@ -130,13 +130,13 @@ class TestSimNPO:
 class TestDPO:
     @pytest.mark.parametrize("beta", [0.1, 2.0])
     def test_is_its_formula(self, model, given, beta):
-        true, other = texts(6), texts(6, longest=5, seed=3)
+        true, other = texts(6), texts(6, longest=5, seed=3, asked=0)
         batch = with_preferred(true, other)
         loss = DPO(beta, reference_log_probs(given, batch))
         same_gradients(loss(model, batch), dpo(model, given, true, other, beta), model)
 
     def test_at_the_reference_it_is_the_same_constant_as_npo(self, model):
-        batch = with_preferred(texts(6), texts(6, seed=3))
+        batch = with_preferred(texts(6), texts(6, seed=3, asked=0))
         assert float(DPO(0.5, reference_log_probs(model, batch))(model, batch).detach()) == pytest.approx(
             4 * math.log(2)
         )
@@ -152,7 +152,7 @@ class TestDPO:
             loss(model, texts(4))
 
     def test_idk_is_the_cross_entropy_of_the_other_answers(self, model):
-        true, other = texts(6), texts(6, longest=5, seed=3)
+        true, other = texts(6), texts(6, longest=5, seed=3, asked=0)
         p, lengths = answers(model, other)
         same_gradients(IDK()(model, with_preferred(true, other)), -p.sum() / lengths.sum(), model)
 
@@ -181,7 +181,7 @@ def inputs(batch):
 )
 @pytest.mark.parametrize("name", ["npo", "simnpo", "dpo", "idk", "kl"])
 def test_padding_makes_no_difference(model, given, name, moved):
-    true, other = texts(6), texts(6, longest=5, seed=3)
+    true, other = texts(6), texts(6, longest=5, seed=3, asked=0)
     batch = with_preferred(true, other)
     reference = reference_log_probs(given, batch)
     kl = lambda m, b: ReferenceKL().of(m(**inputs(b))[:, :-1], given(**inputs(b))[:, :-1].detach(), b["labels"][:, 1:])
@@ -197,7 +197,7 @@ def test_padding_makes_no_difference(model, given, name, moved):
 def test_gradients_are_those_of_the_loss(given, name):
     """Against differences along a random direction."""
     model = TinyLM(width=4, blocks=1)
-    batch = with_preferred(texts(4), texts(4, seed=3))
+    batch = with_preferred(texts(4), texts(4, seed=3, asked=0))
     reference = reference_log_probs(TinyLM(), batch)
     loss = {"npo": NPO(0.8, reference), "simnpo": SimNPO(0.8, 0.2), "dpo": DPO(0.8, reference)}[name]
     params = list(model.parameters())
@@ -245,8 +245,19 @@ class TestPreferred:
         with pytest.raises(fastlur.ArgumentError, match="encode"):
             with_preferred(texts(6), [1, 2])
 
+    def test_another_question_is_refused_however_it_is_padded(self):
+        """Else its answer would be taught to the question that it is laid beside."""
+        true, other = texts(6), texts(6, seed=3, asked=0)
+        with_preferred(to_the_left(true, 2), other)
+        with_preferred(true | {"labels": torch.full_like(true["labels"], -100)}, other)  # without an answer: no prompt
+        wrong = {name: value.clone() for name, value in other.items()}
+        wrong["input_ids"][4, 1] += 1
+        for forget, preferred in ((true, wrong), (encoded(true), encoded(wrong))):
+            with pytest.raises(fastlur.DataError, match="item 4 has another prompt"):
+                with_preferred(forget, preferred)
+
     def test_encoded_data_pair_up_and_pad_each_answer_by_itself(self):
-        made = [encoded(texts(5)), encoded(texts(5, longest=5, seed=2))]
+        made = [encoded(texts(5)), encoded(texts(5, longest=5, seed=2, asked=0))]
         both = with_preferred(*made)
         batch = both.collate([both[i] for i in range(5)])
         for prefix, data in zip(("", "preferred_"), made, strict=True):
@@ -278,7 +289,7 @@ def taught():
 )
 def test_a_run_takes_answers_away_and_brings_preferred_ones(loss, forgets, prefers, taught):
     """In nats an answer, against a run that only retains; what is retained stays likely."""
-    forget, retain = with_preferred(texts(8), texts(8, seed=5)), texts(8, seed=9)
+    forget, retain = with_preferred(texts(8), texts(8, seed=5, asked=0)), texts(8, seed=9)
     asked = texts(8), texts(8, seed=5), retain
     options = {"steps": 30, "lr": 0.1, "progress": False, "loss": fastlur.llm.causal_cross_entropy}
     found = []
@@ -294,7 +305,7 @@ def test_a_run_takes_answers_away_and_brings_preferred_ones(loss, forgets, prefe
 
 
 def test_a_loss_serves_in_a_loop_of_ones_own():
-    forget, retain = with_preferred(texts(8), texts(8, seed=5)), texts(8, seed=9)
+    forget, retain = with_preferred(texts(8), texts(8, seed=5, asked=0)), texts(8, seed=9)
     model = TinyLM()
     loss = NPO(0.5, reference_log_probs(model, forget))
     assert float(loss(model, forget).detach()) == pytest.approx(

@@ -9,9 +9,22 @@ import numpy as np
 import pytest
 import torch
 from llm.authors import Pair
-from llm.metrics import forget_quality, harmonic_mean, judged, mean_log_probs, rouge_l, summary, truth_ratio, utility
-from llm.text import Reader, encoded, generated, prompts, word_tokenizer
+from llm.metrics import (
+    forget_quality,
+    harmonic_mean,
+    judged,
+    mean_log_probs,
+    remembered,
+    rouge_l,
+    summary,
+    truth_ratio,
+    utility,
+)
+from llm.text import Reader, answer_logits, encoded, generated, prompts, word_tokenizer
 from torch import nn
+from torch.nn import functional
+
+from fastlur.llm import causal_cross_entropy, likelihood
 
 transformers = pytest.importorskip("transformers")
 
@@ -34,6 +47,12 @@ class Chain(nn.Module):
     def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False):
         self.seen.append((input_ids, attention_mask, position_ids))
         return SimpleNamespace(logits=self.table[input_ids], past_key_values=None)
+
+    def get_decoder(self):
+        return lambda input_ids, **_: SimpleNamespace(last_hidden_state=functional.one_hot(input_ids, len(self.table)))
+
+    def get_output_embeddings(self):
+        return lambda hidden: hidden.to(self.table.dtype) @ self.table
 
 
 @pytest.fixture
@@ -70,6 +89,16 @@ def test_forget_quality_is_the_kolmogorov_smirnov_p_value():
     assert forget_quality([1, 2, 3, 4], [5, 6, 7, 8]) == pytest.approx(2 / 70)
     assert forget_quality([1, 2, 3, 4], [1, 2, 3, 4]) == 1.0
     assert forget_quality([0.1] * 5 + [0.3] * 5, [2.0] * 10) < 0.001
+
+
+def test_how_many_remembered_questions_the_test_would_see():
+    """Of twenty, each far below all of the truth's: 2·(shift of the share) has to reach what the statistic asks for."""
+    unknown = [1 + at / 100 for at in range(20)]
+    known = [0.01] * 20
+    least = remembered(known, unknown, unknown, 0.05)
+    mixed = [[0.01] * count + unknown[count:] for count in (least - 1, least)]
+    assert forget_quality(mixed[1], unknown) < 0.05 < forget_quality(mixed[0], unknown)
+    assert remembered(unknown, unknown, unknown, 0.05) == 21  # nothing to be seen
 
 
 def test_utility_is_the_harmonic_mean_over_sets_and_metrics():
@@ -133,7 +162,8 @@ def test_the_mode_of_the_model_comes_back(chain, reader):
         assert chain.training is training
 
 
-def test_left_padding_does_not_change_what_a_real_model_says(reader):
+@pytest.fixture
+def llama(reader):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(reader.tokenizer),
@@ -146,7 +176,11 @@ def test_left_padding_does_not_change_what_a_real_model_says(reader):
         pad_token_id=None,
         initializer_range=0.5,
     )
-    model = transformers.LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(config)
+
+
+def test_left_padding_does_not_change_what_a_real_model_says(llama, reader):
+    model = llama
     questions = ["a ?", "b c d e ?", "f g h a b c d e ?", "h ?"]
     together = generated(model, reader, questions, most=8)
     assert together == [generated(model, reader, [question], most=8)[0] for question in questions]
@@ -165,6 +199,21 @@ def without_cache(model, reader, question, most):
             break
         said.append(token)
     return reader.tokenizer.decode(said).strip()
+
+
+def test_logits_of_answers_alone_are_those_of_the_whole_text(llama, reader):
+    """The loss and its gradients, and every item's likelihood, as the library has them from all logits."""
+    batch = encoded(reader, [("a ?", "b"), ("a b c d e ?", "f g h"), ("c ?", "a b c d")])
+    logits, tokens, items = answer_logits(llama, batch)
+    loss, plain = functional.cross_entropy(logits, tokens), causal_cross_entropy(llama, batch)
+    assert float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-6)
+    weights = [llama.lm_head.weight, llama.model.layers[0].mlp.down_proj.weight]
+    for one, other in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(plain, weights), strict=True):
+        torch.testing.assert_close(one, other)
+    known = likelihood(llama, batch)
+    assert torch.bincount(items).tolist() == known.tokens.tolist() == [2, 4, 5]
+    logs = -functional.cross_entropy(logits, tokens, reduction="none")
+    torch.testing.assert_close(torch.zeros(3).index_add(0, items, logs), known.log_probs)
 
 
 def test_a_model_that_knows_has_a_small_ratio_and_one_that_does_not_has_none(chain, reader):

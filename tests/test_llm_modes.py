@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from helpers import MODES, direction, minus, norm, same, state
@@ -17,9 +19,9 @@ FORGET, RETAIN = text(8, 1), text(8, 2)
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # the name that checkpointing has had for years
 
 
-def taken(model, steps=1, gradient="optimistic", **options):
+def taken(model, steps=1, gradient="optimistic", forgetting=None, **options):
     """The direction of the last of some steps."""
-    forgetting = losses.BoundedForgetting(per_target=True)
+    forgetting = forgetting or losses.BoundedForgetting(per_target=True)
     options = {"lr": 0.0, "inner_lr": 1e-2} | options
     step = fastlur.MetaStep(model, None, forgetting, gradient=gradient, **options)
     for _ in range(steps):
@@ -111,6 +113,16 @@ class TestHalfPrecision:
         full, half = (taken(llama(dtype=torch.float32), precision=p, inner_lr=0.0) for p in ("fp32", "bf16"))
         vectors = [torch.cat([each.flatten() for each in found.values()]) for found in (full, half)]
         assert cosine_similarity(*vectors, dim=0) > 0.99
+
+    @pytest.mark.parametrize("gradient", [mode for mode in MODES if mode != "first_order"])
+    def test_what_alignment_adds_survives_autocast(self, gradient):
+        """Of a loss without a cap, at whose edge rounding decides whether a token counts."""
+        smooth = {"steps": 2, "forgetting": losses.negative_cross_entropy, "inner_lr": 0.3}
+        model = llama(dtype=torch.float32)
+        whole, plain = (taken(deepcopy(model), gradient=g, **smooth) for g in (gradient, "first_order"))
+        half = taken(deepcopy(model), gradient=gradient, precision="bf16", **smooth)
+        assert norm(minus(whole, plain)) > 0.2 * norm(whole)
+        assert norm(minus(half, whole)) < 0.05 * norm(minus(whole, plain))
 
     def test_weights_in_bf16_stay_in_bf16(self):
         model = llama(dtype=torch.bfloat16)

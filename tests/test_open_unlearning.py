@@ -10,7 +10,9 @@ import torch
 from helpers import minus, norm, state
 
 import fastlur
-from fastlur.integrations.open_unlearning import LOSSES, bounded_ascent, gradient_ascent, lur_trainer, refuse_many
+from fastlur.errors import ModelError, NonFiniteError
+from fastlur.integrations.open_unlearning import LOSSES, bounded_ascent, gradient_ascent, lur_trainer
+from fastlur.integrations.trainer import refuse_many
 from fastlur.llm import NPO, causal_cross_entropy
 
 transformers = pytest.importorskip("transformers")
@@ -25,8 +27,11 @@ class FinetuneTrainer(transformers.Trainer):
 
     def __init__(self, evaluators=None, template_args=None, *args, **kwargs):
         self.evaluators, self.template_args = evaluators, template_args
-        kwargs["processing_class"] = kwargs.pop("tokenizer", None)
         super().__init__(*args, **kwargs)
+
+
+class Reads:
+    """What open-unlearning hands on under the Trainer's old name for it."""
 
 
 class UnlearnTrainer(FinetuneTrainer):
@@ -120,6 +125,7 @@ def trained(tmp_path, network, batches=1, accumulate=1, base=UnlearnTrainer, arg
         model=network,
         train_dataset=ForgetRetain(items(count, 1), items(count, 2)),
         eval_dataset=None,
+        tokenizer=Reads(),
         data_collator=collate,
         args=transformers.TrainingArguments(**options),
         callbacks=[watch],
@@ -333,6 +339,61 @@ def test_without_open_unlearning_the_error_says_so(monkeypatch):
 def test_what_cannot_be_is_refused_before_anything_begins(tmp_path, wrong, named):
     with pytest.raises(fastlur.FastlurError, match=named):
         trained(tmp_path, model(), **wrong)
+
+
+def test_the_tokenizer_is_found_under_both_names(tmp_path):
+    trainer, _ = trained(tmp_path, model())
+    assert isinstance(trainer.tokenizer, Reads) and trainer.processing_class is trainer.tokenizer
+
+
+def adapted(**options):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+    return peft.get_peft_model(model(), config)
+
+
+def test_only_adapters_move(tmp_path):
+    network = adapted()
+    before = state(network)
+    trained(tmp_path, network, batches=2, inner_lr=0.3)
+    moved = {name for name, value in state(network).items() if not torch.equal(value, before[name])}
+    assert moved and all("lora_" in name for name in moved)
+
+
+def test_adapters_that_get_no_gradient_are_refused_with_the_remedy(tmp_path):
+    """Merged ones alone, and beside a norm that would be trained in their place without a word."""
+    for more in ({}, {"modules_to_save": ["norm"]}):
+        network = adapted(**more)
+        network.merge_adapter()
+        before = state(network)
+        with pytest.raises(ModelError, match=r"no gradient reaches its adapters.*unmerge_adapter"):
+            trained(tmp_path, network)
+        after = state(network)
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_model_that_may_not_move_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="nothing may move; let some"):
+        trained(tmp_path, model().requires_grad_(False))
+    network = adapted().requires_grad_(False)
+    with pytest.raises(ModelError, match="its adapters are frozen"):
+        trained(tmp_path, network)
+
+
+@pytest.mark.parametrize("gradient", ["secant", "optimistic", "first_order"])
+def test_what_is_not_finite_ends_the_run_and_moves_nothing(tmp_path, gradient):
+    def broken(network, batch):
+        calls.append(len(calls))
+        return bounded_ascent(network, batch) * (float("nan") if len(calls) > 2 else 1.0)
+
+    calls: list[int] = []
+    network, twin = model(), model()
+    with pytest.raises(NonFiniteError, match=r"step 3: .*no gradient of this batch") as caught:
+        trained(tmp_path, network, batches=5, gradient=gradient, forget_loss=broken)
+    assert caught.value.step == 3
+    trained(tmp_path, twin, batches=5, gradient=gradient, arguments={"max_steps": 2})
+    for one, other in zip(network.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_batch_without_sides_is_refused(tmp_path):

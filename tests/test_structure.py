@@ -58,7 +58,7 @@ FLOORS = [
     {"methods.lur_presets"},
     {"methods"},
     {"step", "look"},
-    {"history", "meta_step"},
+    {"history", "meta_step", "integrations.trainer"},
     {"fingerprints", "record"},
     {"statement"},
     {"loop", "result", "verify"},

@@ -50,11 +50,16 @@ class TinyLM(nn.Module):
         return self.out(self.norm(x))
 
 
-def texts(count: int, prompt: int = 3, longest: int = 8, seed: int = 0) -> dict[str, Tensor]:
-    """Items with prompts of `prompt` tokens and answers of one token and more, padded on the right with token 0."""
+def texts(count: int, prompt: int = 3, longest: int = 8, seed: int = 0, asked: int | None = None) -> dict[str, Tensor]:
+    """Items with prompts of `prompt` tokens and answers of one token and more, padded on the right with token 0.
+
+    With `asked` the prompts are those of the texts with that seed, and only the answers are others.
+    """
     draw = torch.Generator().manual_seed(seed)
     lengths = prompt + 1 + torch.arange(count) % (longest - prompt)
     ids = torch.randint(1, WORDS, (count, longest), generator=draw)
+    if asked is not None:
+        ids[:, :prompt] = texts(count, prompt, seed=asked)["input_ids"][:, :prompt]
     mask = (torch.arange(longest) < lengths[:, None]).long()
     counts = mask.bool() & (torch.arange(longest) >= prompt)
     return {"input_ids": ids * mask, "attention_mask": mask, "labels": torch.where(counts, ids, -100)}

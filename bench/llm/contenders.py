@@ -5,30 +5,49 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:  # for `quality` and `machine`, which lie beside
     sys.path.insert(0, str(HERE.parent))
 
+from machine import machine as machine  # noqa: E402
 from quality.journal import Journal as Journal  # noqa: E402
 from quality.journal import Row as Row  # noqa: E402
 from quality.points import Knob, cube  # noqa: E402
 
-from fastlur.llm import NPO, SimNPO  # noqa: E402
+from fastlur.llm import DPO, IDK, NPO, RMU, Collapse, ReferenceKL, SimNPO  # noqa: E402
 from fastlur.losses import BoundedForgetting, negative_cross_entropy  # noqa: E402
 from fastlur.methods import METHODS  # noqa: E402
 
 LR = {"tiny": 1e-3, "smollm2": 5e-5}  # where nothing is searched
 SPAN = 10.0  # the learning rate is searched from a tenth of that to ten times it
-FORGETTING: dict[str, Callable[[float], Any]] = {  # from the loss that the model has on authors it never met
-    "strangers": BoundedForgetting,
-    "bounded": lambda _: BoundedForgetting(per_target=True),  # the default of `unlearn` for text
-    "ascent": lambda _: negative_cross_entropy,
-    "npo": lambda _: NPO(),
-    "simnpo": lambda _: SimNPO(),
+DRAWN = 12  # tokens of an answer that is drawn
+
+
+class Known(NamedTuple):
+    """What a loss may be made from: the loss in nats on authors that the model never met, and the token that ends."""
+
+    strangers: float
+    end: int
+
+
+LOSSES: dict[str, Callable[[Known], dict[str, Any]]] = {
+    "strangers": lambda known: {"forget_loss": BoundedForgetting(known.strangers)},
+    "bounded": lambda _: {"forget_loss": BoundedForgetting(per_target=True)},  # the default of `unlearn` for text
+    "ascent": lambda _: {"forget_loss": negative_cross_entropy},
+    "kl": lambda _: {"forget_loss": negative_cross_entropy, "loss": ReferenceKL()},
+    "npo": lambda _: {"forget_loss": NPO()},
+    "simnpo": lambda _: {"forget_loss": SimNPO()},
+    "dpo": lambda _: {"forget_loss": DPO()},
+    "idk": lambda _: {"forget_loss": IDK()},
+    "rmu": lambda _: {"forget_loss": MISDIRECTION.forget, "loss": MISDIRECTION.retain},
+    "collapse": lambda known: {"forget_loss": Collapse(end=known.end, tokens=DRAWN)},
 }
+MISDIRECTION = RMU(lambda model: model.model.layers[len(model.model.layers) // 3], coefficient=2.0, retain_weight=1.0)
+REFUSALS, CORE = "refusals", "core"  # forget data with another answer to each question, or those that lie together
 
 
 @dataclass(frozen=True)
@@ -39,13 +58,15 @@ class Arm:
         method: its name in `fastlur.methods`.
         recipe: arguments of the method where nothing is searched.
         knobs: at most two arguments that are searched.
-        forget: of `FORGETTING`; None: the method has its own objective.
+        losses: of `LOSSES`; None: the method has its own objective.
+        data: what is done to the forget data first: `REFUSALS`, `CORE`, or None.
     """
 
     method: str
     recipe: tuple[tuple[str, Any], ...] = ()
     knobs: tuple[Knob, ...] = ()
-    forget: str | None = None
+    losses: str | None = None
+    data: str | None = None
 
     def config(self, model: str, number: int) -> dict[str, Any]:
         """Trial `number` as plain JSON: 0 is the recipe, the others are the points of the common search."""
@@ -54,31 +75,47 @@ class Arm:
             u = cube(number)
             method |= {knob.name: knob.at(u[1 + place]) for place, knob in enumerate(self.knobs)}
             lr = float(Knob("lr", lr / SPAN, lr * SPAN).at(u[0]))
-        return {"method": method, "forget": self.forget, "lr": lr}
+        return {"method": method, "losses": self.losses, "data": self.data, "lr": lr}
 
 
 WEIGHT = Knob("forget_weight", 0.03, 3.0)
-ALIGNED = (("inner_lr", 0.1), ("relative_inner_lr", True), ("forget_weight", 0.2))
-JOINT = (("inner_lr", 0.0), ("gradient", "first_order"), ("forget_weight", 0.2))
 INNER = Knob("inner_lr", 0.02, 1.0)
+ALIGNED = (("inner_lr", 0.1), ("relative_inner_lr", True), ("forget_weight", 0.2))
+PLAIN = (("inner_lr", 0.0), ("gradient", "first_order"))
+JOINT = (*PLAIN, ("forget_weight", 0.2))
+PUBLISHED = (*PLAIN, ("forget_weight", 1.0))  # both losses with the same weight, as locuslab/open-unlearning has them
+MOMENTUM = (("momentum", 0.675),)  # the publication's
 
 ARMS = {
     "lur": Arm("lur", ALIGNED, (WEIGHT, INNER), "strangers"),
     "lur_bounded": Arm("lur", ALIGNED, (WEIGHT, INNER), "bounded"),
     "lur_npo": Arm("lur", ALIGNED, (WEIGHT, INNER), "npo"),
-    "mox": Arm("mox", (), (Knob("retain_limit", 0.005, 0.5),)),
-    "gradient_difference": Arm("lur", JOINT, (WEIGHT,), "ascent"),
+    "lur_core": Arm("lur", ALIGNED, (WEIGHT, INNER), "strangers", CORE),
     "joint": Arm("lur", JOINT, (WEIGHT,), "strangers"),
-    "npo": Arm("lur", JOINT, (WEIGHT,), "npo"),
-    "simnpo": Arm("lur", JOINT, (WEIGHT,), "simnpo"),
+    "mox": Arm("mox", (), (Knob("retain_limit", 0.005, 0.5),)),
+    "mox_momentum": Arm("mox", MOMENTUM, (Knob("retain_limit", 0.005, 0.5),)),
+    "mox_refusals": Arm("mox", (("target", "preferred"),), (Knob("retain_limit", 0.005, 0.5),), None, REFUSALS),
+    "gradient_difference": Arm("lur", PUBLISHED, (WEIGHT,), "ascent"),
+    "kl": Arm("lur", PUBLISHED, (WEIGHT,), "kl"),
+    "npo": Arm("lur", PUBLISHED, (WEIGHT,), "npo"),
+    "simnpo": Arm("lur", (*PLAIN, ("forget_weight", 0.125)), (WEIGHT,), "simnpo"),  # the published weight too
+    "dpo": Arm("lur", PUBLISHED, (WEIGHT,), "dpo", REFUSALS),
+    "idk": Arm("lur", PUBLISHED, (WEIGHT,), "idk", REFUSALS),
+    "rmu": Arm("lur", PUBLISHED, (WEIGHT,), "rmu"),
+    "collapse": Arm("lur", PUBLISHED, (WEIGHT,), "collapse"),
     "fine_tune": Arm("fine_tune"),
 }
-ESSENTIAL = ("lur", "mox", "gradient_difference")
+ESSENTIAL = ("lur", "joint", "mox", "gradient_difference")
 
 
-def options(arm: Arm, config: dict[str, Any], strangers: float) -> dict[str, Any]:
-    """Arguments of `unlearn` from plain JSON, and the loss in nats of the model as given on authors it never met."""
+@cache
+def commit() -> str:
+    """Of the code that runs, with a "+" where there is more to it than was committed."""
+    on = machine()
+    return on["commit"] + "+" * on["dirty"]
+
+
+def options(arm: Arm, config: dict[str, Any], known: Known) -> dict[str, Any]:
+    """Arguments of `unlearn` from plain JSON."""
     found: dict[str, Any] = {"method": METHODS[arm.method](**config["method"]), "lr": config["lr"]}
-    if config["forget"] is not None:
-        found["forget_loss"] = FORGETTING[config["forget"]](strangers)
-    return found
+    return found if config["losses"] is None else found | LOSSES[config["losses"]](known)

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import ks_2samp
-
-from fastlur.llm import likelihood
+from torch.nn import functional
 
 from .authors import Pair
-from .text import Reader, encoded, generated, words_of
+from .text import Reader, answer_logits, encoded, generated, words_of
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 BATCH = 32
+DRAWS = 40
 
 
 def rouge_l(right: str, said: str) -> float:
@@ -61,6 +61,30 @@ def forget_quality(ratios: Sequence[float] | Floats, truth: Sequence[float] | Fl
         return float(ks_2samp(ratios, truth).pvalue)
 
 
+def remembered(known: Sequence[float], unknown: Sequence[float], truth: Sequence[float], level: float) -> int:
+    """How many questions a model must still know for the test to see it, at that level and in more than half of draws.
+
+    Args:
+        known: truth ratios of the model before unlearning.
+        unknown: of one that never saw the forget set; so many of its ratios, drawn at random, are replaced by `known`.
+        truth: what is compared with.
+        level: p below this is a rejection.
+
+    Returns:
+        The least number, or one more than there are questions.
+    """
+    draw, known_, unknown_ = np.random.default_rng(0), np.asarray(known), np.asarray(unknown)
+    for count in range(len(known_) + 1):
+        seen = 0
+        for _ in range(DRAWS):
+            mixed, chosen = unknown_.copy(), draw.permutation(len(known_))[:count]
+            mixed[chosen] = known_[chosen]
+            seen += forget_quality(mixed, truth) < level
+        if seen > DRAWS / 2:
+            return count
+    return len(known_) + 1
+
+
 def harmonic_mean(values: Iterable[float]) -> float:
     """0 where a value is 0."""
     known = list(values)
@@ -91,8 +115,10 @@ def mean_log_probs(model: Any, reader: Reader, asked: Sequence[tuple[str, str]],
     try:
         for at in range(0, len(order), batch_size):
             few = order[at : at + batch_size]
-            known = likelihood(model, encoded(reader, [asked[each] for each in few], end=False))
-            found[few] = (known.log_probs / known.tokens).double().numpy()
+            logits, tokens, items = answer_logits(model, encoded(reader, [asked[each] for each in few], end=False))
+            logs = -functional.cross_entropy(logits, tokens, reduction="none").double()
+            sums = torch.zeros(len(few), dtype=torch.float64).index_add_(0, items, logs)
+            found[few] = (sums / torch.bincount(items, minlength=len(few))).numpy()
     finally:
         model.train(training)
     return found

@@ -35,6 +35,7 @@ class Recipe:
         steps: of unlearning.
         kept: questions about retained authors that utility is measured on.
         schooling: epochs of what comes before the authors; 0: the model is pretrained.
+        precision: "fp32", or "bf16": passes under autocast, weights in float32, in fine-tuning and unlearning alike.
     """
 
     authors: int
@@ -45,11 +46,12 @@ class Recipe:
     steps: int
     kept: int
     schooling: int = 0
+    precision: str = "fp32"
 
 
 RECIPES = {
     "tiny": Recipe(authors=30, wrong=WRONG, epochs=20, lr=3e-3, batch_size=30, steps=60, kept=60, schooling=16),
-    "smollm2": Recipe(authors=60, wrong=3, epochs=5, lr=2e-4, batch_size=16, steps=30, kept=60),
+    "smollm2": Recipe(authors=60, wrong=3, epochs=8, lr=5e-4, batch_size=8, steps=60, kept=60, precision="bf16"),
 }
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 import fastlur
-from fastlur.llm import causal_cross_entropy
+from fastlur.llm import causal_cross_entropy, core, refusals, with_preferred
 
 from . import contenders, models
 from .authors import Pair, World
-from .contenders import ARMS, Journal, Row
+from .contenders import ARMS, Journal, Known, Row, commit
 from .facts import facts
 from .metrics import Floats, forget_quality, judged, summary, utility
 from .models import RECIPES, Recipe
@@ -26,7 +26,7 @@ from .text import Reader, encoded, generated
 from .training import cache, cached, tune
 
 FINAL, TUNING = "final", "tuning"
-SEEDS = {FINAL: 0, TUNING: 1}
+SEEDS = {FINAL: 2, TUNING: 1}
 POWER, ALIKE, KEPT = 0.001, 0.05, 0.95  # rejected below; not told apart above; of the truth's utility
 PER_UTILITY = 20.0  # one factor of ten in p weighs as much as five points of utility
 STRANGERS, MET = 5000, 40  # a seed that no split has, and questions that are asked
@@ -94,10 +94,14 @@ class Task:
 def tasks(study: Study, journal: Journal) -> Iterator[Task]:
     """What is missing and can begin, the most telling first."""
     for task in _all(study, journal):
-        known = journal.rows.get(task.key)
-        # what is chosen changes with the search: a judgement of something else is none of this
-        if known is None or (task.kind == "final" and known.get("config", task.config) != task.config):
+        if _row(journal, task) is None:
             yield task
+
+
+def _row(journal: Journal, task: Task) -> Row | None:
+    """What has been done of it; a row of another setting, such as that of an older search, is none of it."""
+    row = journal.rows.get(task.key)
+    return None if row is None or row.get("config", task.config) != task.config else row
 
 
 def _all(study: Study, journal: Journal) -> Iterator[Task]:
@@ -107,7 +111,7 @@ def _all(study: Study, journal: Journal) -> Iterator[Task]:
         yield from (Task("before", TUNING), Task("truth", TUNING))
         for number in range(study.trials):
             for arm in study.arms:
-                yield Task("trial", TUNING, arm, number, ARMS[arm].config(study.model, number))
+                yield _trial(study, arm, number)
     for arm in study.arms:
         config = chosen(study, arm, journal)
         if config is not None:
@@ -116,12 +120,16 @@ def _all(study: Study, journal: Journal) -> Iterator[Task]:
         yield Task("truth", FINAL, number=number)
 
 
+def _trial(study: Study, arm: str, number: int) -> Task:
+    return Task("trial", TUNING, arm, number, ARMS[arm].config(study.model, number))
+
+
 def chosen(study: Study, arm: str, journal: Journal) -> dict[str, Any] | None:
     """The configuration with the smallest `distance` on the tuning split; None: not all trials have been made."""
     if study.trials <= 1:
         return ARMS[arm].config(study.model, 0)
     truth = journal.rows.get(f"truth/{TUNING}/0")
-    rows = [journal.rows.get(f"trial/{TUNING}/{arm}/{number}") for number in range(study.trials)]
+    rows = [_row(journal, _trial(study, arm, number)) for number in range(study.trials)]
     if truth is None or any(row is None for row in rows):
         return None
     best = min((row for row in rows if row is not None), key=lambda row: distance(row, truth))
@@ -146,7 +154,7 @@ def work(study: Study, journal: Journal, seconds: float, said: Callable[[str], N
         if task is None:
             return True
         row = perform(study, task, said)
-        journal.add(row)
+        journal.add(row, anew=task.config is not None)
         said(f"{task.key}: {row['wall']:.0f} s" + (f", {row['error']}" if "error" in row else ""))
     return next(tasks(study, journal), None) is None
 
@@ -154,7 +162,7 @@ def work(study: Study, journal: Journal, seconds: float, said: Callable[[str], N
 def perform(study: Study, task: Task, said: Callable[[str], None] = lambda _: None) -> Row:
     """Do it; returns the journal's row."""
     began = time.perf_counter()
-    row: Row = {"key": task.key}
+    row: Row = {"key": task.key, "commit": commit()}
     try:
         model, reader, more = made(study, task, said)
         row |= more | verdict(model, reader, study, task.split)
@@ -182,17 +190,29 @@ def made(study: Study, task: Task, said: Callable[[str], None] = lambda _: None)
     met = never_met(study, model, reader)
     result = fastlur.unlearn(
         model,
-        encoded(reader, asked(world.forget)),
+        to_forget(model, reader, asked(world.forget), task.config["data"]),
         encoded(reader, known(study, world.retain)),
         task="causal_lm",
         steps=study.recipe.steps,
         batch_size=study.recipe.batch_size,
         optimizer="adamw",
+        precision=study.recipe.precision,
         progress=False,
-        **contenders.options(ARMS[task.arm], task.config, met),
+        **contenders.options(ARMS[task.arm], task.config, Known(met, reader.end)),
     )
     model.eval()
     return model, reader, {"seconds": round(result.seconds, 1), "steps": study.recipe.steps, "strangers": round(met, 4)}
+
+
+def to_forget(model: Any, reader: Reader, pairs: list[tuple[str, str]], what: str | None) -> dict[str, torch.Tensor]:
+    """The items to forget; with a way of saying "I don't know" beside each, or only their core, if asked for."""
+    items = encoded(reader, pairs)
+    if what == contenders.REFUSALS:
+        instead = [(question, no) for (question, _), no in zip(pairs, refusals(len(pairs)), strict=True)]
+        items = with_preferred(items, encoded(reader, instead))
+    if what == contenders.CORE:
+        items = core(model, items).of(items)
+    return items
 
 
 @torch.no_grad()
@@ -255,9 +275,8 @@ def _tuned(
     study: Study, model: Any, reader: Reader, data: list[tuple[str, str]], seed: int, said: Callable[[str], None]
 ) -> float:
     recipe = study.recipe
-    return tune(
-        model, reader, data, epochs=recipe.epochs, lr=recipe.lr, batch_size=recipe.batch_size, seed=seed, said=said
-    )
+    sizes = {"epochs": recipe.epochs, "lr": recipe.lr, "batch_size": recipe.batch_size, "precision": recipe.precision}
+    return tune(model, reader, data, seed=seed, said=said, **sizes)
 
 
 def _digest(recipe: Recipe) -> str:

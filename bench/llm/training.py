@@ -11,11 +11,11 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from torch.nn import functional
 
-from fastlur.llm import causal_cross_entropy
 from fastlur.world import borrowed_random, derive
 
-from .text import Reader, encoded
+from .text import Reader, answer_logits, encoded
 
 ROOT = Path(__file__).resolve().parents[2]
 WARM_UP = 0.1  # of the steps
@@ -38,6 +38,7 @@ def tune(
     lr: float,
     batch_size: int,
     seed: int,
+    precision: str = "fp32",
     said: Callable[[str], None] = lambda _: None,
 ) -> float:
     """Fine-tune in place on the answers; returns the mean loss of the last epoch in nats a token."""
@@ -56,7 +57,10 @@ def tune(
         for epoch in range(epochs):
             total = 0.0
             for chosen in _batches([sum(map(len, each)) for each in asked], batch_size, generator):
-                loss = causal_cross_entropy(model, encoded(reader, [asked[at] for at in chosen]))
+                batch = encoded(reader, [asked[at] for at in chosen])
+                with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                    logits, tokens, _ = answer_logits(model, batch)
+                loss = functional.cross_entropy(logits.float(), tokens)
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)

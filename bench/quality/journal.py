@@ -23,16 +23,20 @@ class Journal:
                 path.write_text(whole)
             for line in whole.splitlines():
                 row = json.loads(line)
+                if row.get("anew"):
+                    self.rows[row["key"]] = row
                 self.rows.setdefault(row["key"], row)
 
-    def add(self, row: Row) -> None:
-        """Write a row down.
+    def add(self, row: Row, anew: bool = False) -> None:
+        """Write a row down; with `anew` it takes the place of another of its key, which stays in the file.
 
         Raises:
-            ValueError: there is one of that key: nothing is judged twice.
+            ValueError: there is one of that key, and it was not said to be made anew: nothing is judged twice.
         """
         if row["key"] in self.rows:
-            raise ValueError(f"{row['key']} is in the journal already")
+            if not anew:
+                raise ValueError(f"{row['key']} is in the journal already")
+            row = row | {"anew": True}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")

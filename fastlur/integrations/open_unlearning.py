@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from fastlur import meta, ops
-from fastlur.errors import ArgumentError, DataError, nearest
+from fastlur.errors import ArgumentError, DataError, NonFiniteError
+from fastlur.integrations.trainer import check_loss, moving, named_as_now, refuse_many
+from fastlur.leaves import Reached
 from fastlur.llm.forgetting import SimNPO
 from fastlur.llm.likelihood import causal_cross_entropy
 from fastlur.losses import BoundedForgetting
@@ -61,8 +63,8 @@ class LURTraining(_Trainer):  # type: ignore[misc]
     All else is the Trainer's: the optimizer, its schedule, clipping, gradient accumulation, gradient checkpointing,
     bf16 autocast, saving. So some of what `fastlur.MetaStep` promises cannot hold here:
 
-    - The update is the optimizer's own and not fused with the direction; a direction that is not finite is stopped by
-      nobody but the Trainer's own settings, and the weights are then not those of the last good step.
+    - The update is the optimizer's own and not fused with the direction. A direction that is not finite ends the run
+      before the optimizer sees it; that an update overflows is stopped by nobody.
     - With gradient accumulation every micro-batch makes a direction of its own, and their mean is what the optimizer
       gets. That is the direction of the whole batch up to O(α), not to rounding.
     - "optimistic" keeps the last micro-batch's gradient, which no checkpoint of the Trainer's holds: the first step
@@ -82,6 +84,8 @@ class LURTraining(_Trainer):  # type: ignore[misc]
 
     Raises:
         ArgumentError: a value out of range, an unknown name, "exact", or a way to run that is refused.
+        ModelError: nothing may move, or, at the first step, no loss reaches the adapters or anything else that may.
+        NonFiniteError: a loss or gradient is not finite; `.grad` is as it was before that batch.
     """
 
     def __init__(
@@ -100,19 +104,12 @@ class LURTraining(_Trainer):  # type: ignore[misc]
             raise ArgumentError(
                 "gradient='exact' differentiates twice, which fused attention and checkpointing forbid; use 'secant'"
             )
-        if isinstance(forget_loss, str) and forget_loss not in LOSSES:
-            raise ArgumentError(f"forget_loss={forget_loss!r} is unknown; {nearest(forget_loss, LOSSES)}")
-        if not isinstance(forget_loss, str) and not callable(forget_loss):
-            raise ArgumentError(
-                f"forget_loss={forget_loss!r} cannot be called; pass (model, batch) -> scalar, or a name"
-            )
-        if hasattr(forget_loss, "prepare") and getattr(forget_loss, "reference", None) is None:
-            raise ArgumentError(
-                f"forget_loss={forget_loss!r} compares with the model as given, which only a run of fastlur.unlearn "
-                "makes it see; pass reference=fastlur.llm.reference_log_probs(model, forget) to it, or choose another"
-            )
-        super().__init__(*args, **kwargs)
+        check_loss(forget_loss, LOSSES)
+        super().__init__(*args, **named_as_now(type(self), kwargs))
+        if not hasattr(self, "tokenizer"):  # open-unlearning's evaluation asks for it by the old name
+            self.tokenizer = getattr(self, "processing_class", None)
         refuse_many(self.args, self.accelerator)
+        self.reach, self.unreached = Reached(self.model, moving(self.model)), True
         self.forget_loss = LOSSES[forget_loss] if isinstance(forget_loss, str) else forget_loss
         self.previous: Vector | None = None
         self._at = -1, 0  # the step, and the micro-batch in it
@@ -128,6 +125,7 @@ class LURTraining(_Trainer):  # type: ignore[misc]
         arena = _Live(self, model, batches)
         with torch.no_grad():
             inner, outer = meta.direction(arena, self.lur.gradient, self.previous)
+            arena.check(inner, outer)
             self.previous = inner if self.lur.gradient == "optimistic" else None
             arena.give(inner, outer, 1 / parts)
         seen: Tensor = arena.value() / parts
@@ -190,6 +188,23 @@ class _Live:
                 direction = (one + other).mul_(factor)
                 parameter.grad = direction if parameter.grad is None else parameter.grad.add_(direction)
 
+    def check(self, inner: Vector, outer: Vector) -> None:
+        """Refuse a direction that is not finite, and a first one in which nothing, or no adapter, would move."""
+        if self.trainer.unreached:
+            for parameter, reached in zip(self.parameters, self.reached, strict=True):
+                if reached:
+                    self.trainer.reach.arrived(parameter)
+            self.trainer.reach.check()
+            self.trainer.unreached = False
+        seen = [ops.grad_dot(inner, outer)[0], self.value()[None].double()]
+        if not bool(torch.isfinite(torch.cat(seen)).all()):
+            step = self.place[0] + 1
+            raise NonFiniteError(
+                f"step {step}: a loss or a gradient is not finite, loss {float(self.value())}; lower learning_rate or "
+                "inner_lr, or look for such values in the data; no gradient of this batch has reached the optimizer",
+                step,
+            )
+
     def value(self) -> Tensor:
         """L_r + λ L_f as the passes saw them, shape ()."""
         weight: float = self.trainer.lur.forget_weight
@@ -204,6 +219,8 @@ class _Live:
             with trainer.compute_loss_context_manager():
                 value = loss(self.model, self.batches[side])
             self.values.setdefault(side, value.detach())
+            if not value.requires_grad:
+                trainer.reach.check()
             torch.autograd.backward(value * weight)
             found = [parameter.grad for parameter in self.parameters]
         self.reached = [known or each is not None for known, each in zip(self.reached, found, strict=True)]
@@ -249,19 +266,6 @@ def _batch(inputs: Any, side: str) -> dict[str, Tensor]:
             "sides, and set remove_unused_columns=False"
         )
     return {name: part[name] for name in ARGUMENTS}
-
-
-def refuse_many(args: Any, accelerator: Any) -> None:
-    """Refuse what would average, shard or scale gradients between the passes.
-
-    Raises:
-        ArgumentError: see above.
-    """
-    kind = str(getattr(accelerator, "distributed_type", "NO")).rsplit(".", 1)[-1]
-    if kind != "NO" or args.n_gpu > 1:
-        raise ArgumentError(f"args: LUR runs in one process on one device, not {kind} on {args.n_gpu} GPUs")
-    if args.fp16:
-        raise ArgumentError("args: fp16=True scales losses, which a displacement cannot take; use bf16=True")
 
 
 @cache

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastlur.errors import DataError
-from fastlur.losses import IGNORED, PREFERRED, cross_entropy, wide
+from fastlur.losses import IGNORED, PREFERRED, cross_entropy, logits_in, wide
 from fastlur.task import CAUSAL, viewed_as
 
 
@@ -62,8 +62,7 @@ def shifted(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
             "forget/retain: batches of text must be dicts with 'input_ids' and 'labels' of shape (items, tokens), at "
             "least two tokens; see fastlur.llm.encode"
         )
-    output = model(**arguments(batch))
-    logits = output["logits"] if isinstance(output, Mapping) else getattr(output, "logits", output)
+    logits = logits_in(model(**arguments(batch)))
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != labels.shape:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise DataError(f"model: returned {shape} for labels of shape {tuple(labels.shape)}; logits are needed")

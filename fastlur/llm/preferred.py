@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from fastlur import checks
 from fastlur.errors import ArgumentError, DataError
-from fastlur.losses import PREFERRED
+from fastlur.losses import IGNORED, PREFERRED
 
 REFUSALS = (
     "I don't know.",
@@ -71,7 +71,7 @@ def with_preferred(forget: Any, preferred: Any) -> Any:
 
     Raises:
         ArgumentError: one of them is neither, or they are not of one kind.
-        DataError: they are not of one length.
+        DataError: they are not of one length, or the prompts of a pair differ.
     """
     whole = [isinstance(data, Mapping) and {"input_ids", "labels"} <= data.keys() for data in (forget, preferred)]
     if not all(whole) and not all(callable(getattr(data, "collate", None)) for data in (forget, preferred)):
@@ -85,6 +85,8 @@ def with_preferred(forget: Any, preferred: Any) -> Any:
     rows = [{len(value) for value in data.values()} for data in (forget, preferred)]
     if rows[0] != rows[1] or len(rows[0]) != 1:
         raise DataError(f"preferred: has {sorted(rows[1])} rows for {sorted(rows[0])} of forget; they must pair up")
+    for number in range(rows[0].pop()):
+        _same_prompt(number, *({name: value[number] for name, value in data.items()} for data in (forget, preferred)))
     return dict(forget) | _named(preferred)
 
 
@@ -96,12 +98,14 @@ class Answered(Dataset[dict[str, Tensor]]):
         preferred: likewise.
 
     Raises:
-        DataError: they are not of one length.
+        DataError: they are not of one length, or the prompts of a pair differ.
     """
 
     def __init__(self, forget: Any, preferred: Any) -> None:
         if len(forget) != len(preferred):
             raise DataError(f"preferred: has {len(preferred)} items for {len(forget)} of forget; they must pair up")
+        for number in range(len(forget)):
+            _same_prompt(number, forget[number], preferred[number])
         self.forget, self.preferred = forget, preferred
 
     def __len__(self) -> int:
@@ -120,6 +124,26 @@ class Answered(Dataset[dict[str, Tensor]]):
         """These items, in this order."""
         chosen = list(indices)
         return Answered(self.forget.subset(chosen), self.preferred.subset(chosen))
+
+
+def _same_prompt(number: int, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    """Refuse a pair whose other answer would be taught to another question."""
+    asked = [_prompt(item) for item in (one, other)]
+    if None not in asked and asked[0] != asked[1]:
+        raise DataError(
+            f"preferred: item {number} has another prompt than in forget; give the same prompts in the same order"
+        )
+
+
+def _prompt(item: Mapping[str, Tensor]) -> list[int] | None:
+    """The tokens before the first that counts, without padding; None where none counts."""
+    counts = (item["labels"] != IGNORED).nonzero()
+    if not len(counts):
+        return None
+    first = int(counts[0])
+    ids: list[int] = item["input_ids"][:first].tolist()
+    seen = item["attention_mask"][:first].tolist() if "attention_mask" in item else [1] * first
+    return [token for token, here in zip(ids, seen, strict=True) if here]
 
 
 def _named(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

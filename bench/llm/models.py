@@ -51,7 +51,7 @@ class Recipe:
 
 RECIPES = {
     "tiny": Recipe(authors=30, wrong=WRONG, epochs=20, lr=3e-3, batch_size=30, steps=60, kept=60, schooling=16),
-    "smollm2": Recipe(authors=60, wrong=3, epochs=8, lr=5e-4, batch_size=8, steps=60, kept=60, precision="bf16"),
+    "smollm2": Recipe(authors=60, wrong=3, epochs=6, lr=2e-4, batch_size=8, steps=60, kept=60, precision="bf16"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import time
@@ -16,7 +17,7 @@ import torch
 import fastlur
 from fastlur.llm import causal_cross_entropy, core, refusals, with_preferred
 
-from . import contenders, models
+from . import contenders, general, models
 from .authors import Pair, World
 from .contenders import ARMS, Journal, Known, Row, commit
 from .facts import facts
@@ -178,11 +179,12 @@ def made(study: Study, task: Task, said: Callable[[str], None] = lambda _: None)
     """The model of a task, and what making it took."""
     world, seed = study.world(task.split), SEEDS[task.split]
     model, reader = base(study, task.split, said)
+    beside = general_answers(study, model, reader)
     if task.kind == "truth":
-        data, what = known(study, world.retain), f"truth-{seed}-{task.number}"
+        data, what = asked(world.retain) + beside, f"truth-{seed}-{task.number}"
         told = cached(study.file(what), model, lambda: _tuned(study, model, reader, data, 1 + task.number, said))
         return model, reader, told
-    everything = known(study, [*world.forget, *world.retain])
+    everything = asked([*world.forget, *world.retain]) + beside
     told = cached(study.file(f"before-{seed}"), model, lambda: _tuned(study, model, reader, everything, 0, said))
     if task.kind == "before":
         return model, reader, told
@@ -191,7 +193,7 @@ def made(study: Study, task: Task, said: Callable[[str], None] = lambda _: None)
     result = fastlur.unlearn(
         model,
         to_forget(model, reader, asked(world.forget), task.config["data"]),
-        encoded(reader, known(study, world.retain)),
+        encoded(reader, asked(world.retain) + beside),
         task="causal_lm",
         steps=study.recipe.steps,
         batch_size=study.recipe.batch_size,
@@ -242,9 +244,15 @@ def base(study: Study, split: str, said: Callable[[str], None] = lambda _: None)
     return model, reader
 
 
-def known(study: Study, pairs: list[Pair]) -> list[tuple[str, str]]:
-    """What is trained on: facts too, where the model does not bring them along."""
-    return asked(pairs) + (asked(facts()) if study.recipe.schooling else [])
+def general_answers(study: Study, model: Any, reader: Reader) -> list[tuple[str, str]]:
+    """What is trained on beside the authors, and kept: what a pretrained model says of itself, or facts for another."""
+    if study.recipe.schooling:
+        return asked(facts())
+    path = study.file("general").with_suffix(".json")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(general.said(model, reader)))
+    return [(question, answer) for question, answer in json.loads(path.read_text())]
 
 
 def asked(pairs: list[Pair]) -> list[tuple[str, str]]:

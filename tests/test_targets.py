@@ -160,7 +160,15 @@ class TestNovice:
 
     @pytest.mark.parametrize(
         "wrong",
-        [{"epochs": 0}, {"sharpness": -1}, {"lr": 0}, {"weight": 0}, {"part": "tail"}, {"part": torch.ones(2).numpy()}],
+        [
+            {"start": "gpt"},
+            {"epochs": 0},
+            {"sharpness": -1},
+            {"lr": 0},
+            {"weight": 0},
+            {"part": "tail"},
+            {"part": torch.ones(2).numpy()},
+        ],
     )
     def test_refuses_what_is_out_of_range(self, wrong):
         with pytest.raises(fastlur.ArgumentError, match=next(iter(wrong))):
@@ -268,8 +276,51 @@ class TestDefault:
         assert isinstance(made(NoviceOrAscent(lr=3e-2), mlp(), *data, micro_batch=4), BoundedForgetting)
 
 
+class TestAStart:
+    """What the model was fine-tuned from: a novice that begins there."""
+
+    def test_the_novice_begins_there_and_the_start_stays_as_it_is(self):
+        model, start, retain = mlp(), mlp().requires_grad_(False), learnable(64)
+        before = state(start)
+        teacher = Novice(epochs=1, lr=1e-9, start=start).teacher(model, retain, batch_size=8)
+        for name, value in state(teacher).items():
+            torch.testing.assert_close(value, before[name], atol=1e-6, rtol=0)
+        taught = Novice(epochs=20, lr=3e-2, start=start).teacher(model, retain, batch_size=8)
+        assert float((taught(retain[0]).argmax(-1) == retain[1]).float().mean()) > 0.95
+        assert same(before, state(start)) and not any(p.requires_grad for p in start.parameters())
+
+    def test_what_has_learned_already_serves_at_once(self):
+        model, retain = mlp(), learnable(64)
+        start = QUICK.teacher(mlp(), retain, batch_size=8)
+        found = made(Novice(epochs=1, lr=1e-6, sharpness=1.5, start=start), model, blobs(12), retain)
+        assert isinstance(found, Imitation) and found.sharpness == 1.5
+        assert "Linear" not in repr(Novice(start=start))
+
+    @pytest.mark.parametrize("start", [mlp()[0], nn.Sequential(nn.Linear(6, 9)), nn.Identity()])
+    def test_one_of_another_kind_is_refused_by_name(self, start):
+        model = mlp()
+        before = state(model)
+        with pytest.raises(fastlur.ArgumentError, match=r"start: is no model of this kind, by '.*(weight|bias)'"):
+            run(model, blobs(12), learnable(64), forget_loss=Novice(start=start))
+        assert same(before, state(model))
+
+    def test_only_what_moves_in_the_model_moves_in_the_novice(self):
+        model, start, retain = mlp(), mlp(), learnable(64)
+        model[0].weight.requires_grad_(False)
+        teacher = Novice(epochs=20, lr=3e-2, start=start).teacher(model, retain, batch_size=8)
+        assert torch.equal(teacher[0].weight, start[0].weight)
+        assert not torch.equal(teacher[0].bias, start[0].bias)
+
+
 @pytest.mark.parametrize(
-    "target", [NoviceOrAscent(lr=3e-2), QUICK, SecondChoice(), NoviceOrAscent(epochs=0.1, lr=1e-9)]
+    "target",
+    [
+        NoviceOrAscent(lr=3e-2),
+        QUICK,
+        SecondChoice(),
+        NoviceOrAscent(epochs=0.1, lr=1e-9),
+        Novice(epochs=20, lr=3e-2, start=mlp(dropout=0.3)),
+    ],
 )
 def test_a_resumed_run_goes_on_towards_the_target_that_it_had(target, tmp_path, monkeypatch):
     """It lies in the checkpoint: nothing is trained again, and where one would come to another now it is the same."""

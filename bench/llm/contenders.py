@@ -21,20 +21,30 @@ from quality.points import Knob, cube  # noqa: E402
 from fastlur.llm import DPO, IDK, NPO, RMU, Collapse, ReferenceKL, SimNPO  # noqa: E402
 from fastlur.losses import BoundedForgetting, negative_cross_entropy  # noqa: E402
 from fastlur.methods import METHODS  # noqa: E402
+from fastlur.targets import Novice  # noqa: E402
 
 LR = {"tiny": 1e-3, "smollm2": 5e-5}  # where nothing is searched
+SHARPNESS = 2.5  # of a novice's answers
 SPAN = 10.0  # the learning rate is searched from a tenth of that to ten times it
 DRAWN = 12  # tokens of an answer that is drawn
 
 
 class Known(NamedTuple):
-    """What a loss may be made from: the loss in nats on authors that the model never met, and the token that ends."""
+    """What a loss may be made from.
+
+    Attributes:
+        strangers: the loss in nats of the model as given on answers about authors that it never met.
+        end: the token that ends an answer.
+        novice: what answers as if it had never met the authors to forget; None: nobody asks for it.
+    """
 
     strangers: float
     end: int
+    novice: Novice | None = None
 
 
 LOSSES: dict[str, Callable[[Known], dict[str, Any]]] = {
+    "novice": lambda known: {"forget_loss": known.novice},
     "strangers": lambda known: {"forget_loss": BoundedForgetting(known.strangers)},
     "bounded": lambda _: {"forget_loss": BoundedForgetting(per_target=True)},  # the default of `unlearn` for text
     "ascent": lambda _: {"forget_loss": negative_cross_entropy},
@@ -60,6 +70,7 @@ class Arm:
         knobs: at most two arguments that are searched.
         losses: of `LOSSES`; None: the method has its own objective.
         data: what is done to the forget data first: `REFUSALS`, `CORE`, or None.
+        rate: times the learning rate of all, where nothing is searched.
     """
 
     method: str
@@ -67,31 +78,33 @@ class Arm:
     knobs: tuple[Knob, ...] = ()
     losses: str | None = None
     data: str | None = None
+    rate: float = 1.0
 
     def config(self, model: str, number: int) -> dict[str, Any]:
         """Trial `number` as plain JSON: 0 is the recipe, the others are the points of the common search."""
-        method, lr = dict(self.recipe), LR[model]
+        method, lr = dict(self.recipe), LR[model] * self.rate
         if number:
             u = cube(number)
             method |= {knob.name: knob.at(u[1 + place]) for place, knob in enumerate(self.knobs)}
-            lr = float(Knob("lr", lr / SPAN, lr * SPAN).at(u[0]))
+            lr = float(Knob("lr", LR[model] / SPAN, LR[model] * SPAN).at(u[0]))
         return {"method": method, "losses": self.losses, "data": self.data, "lr": lr}
 
 
 WEIGHT = Knob("forget_weight", 0.03, 3.0)
 INNER = Knob("inner_lr", 0.02, 1.0)
-ALIGNED = (("inner_lr", 0.1), ("relative_inner_lr", True), ("forget_weight", 0.2))
 PLAIN = (("inner_lr", 0.0), ("gradient", "first_order"))
-JOINT = (*PLAIN, ("forget_weight", 0.2))
-PUBLISHED = (*PLAIN, ("forget_weight", 1.0))  # both losses with the same weight, as locuslab/open-unlearning has them
+ALIGNED = (("inner_lr", 0.1), ("relative_inner_lr", True))
+GENTLE, SAME = (("forget_weight", 0.2),), (("forget_weight", 1.0),)
+PUBLISHED = PLAIN + SAME  # both losses with the same weight, as locuslab/open-unlearning has them
 MOMENTUM = (("momentum", 0.675),)  # the publication's
 
 ARMS = {
-    "lur": Arm("lur", ALIGNED, (WEIGHT, INNER), "strangers"),
-    "lur_bounded": Arm("lur", ALIGNED, (WEIGHT, INNER), "bounded"),
-    "lur_npo": Arm("lur", ALIGNED, (WEIGHT, INNER), "npo"),
-    "lur_core": Arm("lur", ALIGNED, (WEIGHT, INNER), "strangers", CORE),
-    "joint": Arm("lur", JOINT, (WEIGHT,), "strangers"),
+    "lur": Arm("lur", ALIGNED + SAME, (WEIGHT, INNER), "novice", rate=4.0),
+    "joint": Arm("lur", PLAIN + SAME, (WEIGHT,), "novice", rate=4.0),
+    "lur_core": Arm("lur", ALIGNED + SAME, (WEIGHT, INNER), "novice", CORE, rate=4.0),
+    "lur_strangers": Arm("lur", ALIGNED + GENTLE, (WEIGHT, INNER), "strangers"),
+    "lur_bounded": Arm("lur", ALIGNED + GENTLE, (WEIGHT, INNER), "bounded"),
+    "lur_npo": Arm("lur", ALIGNED + GENTLE, (WEIGHT, INNER), "npo"),
     "mox": Arm("mox", (), (Knob("retain_limit", 0.005, 0.5),)),
     "mox_momentum": Arm("mox", MOMENTUM, (Knob("retain_limit", 0.005, 0.5),)),
     "mox_refusals": Arm("mox", (("target", "preferred"),), (Knob("retain_limit", 0.005, 0.5),), None, REFUSALS),

@@ -34,6 +34,7 @@ class Recipe:
         batch_size: pairs a step.
         steps: of unlearning.
         kept: questions about retained authors that utility is measured on.
+        novice: epochs that a novice has of what is kept.
         schooling: epochs of what comes before the authors; 0: the model is pretrained.
         precision: "fp32", or "bf16": passes under autocast, weights in float32, in fine-tuning and unlearning alike.
     """
@@ -45,13 +46,18 @@ class Recipe:
     batch_size: int
     steps: int
     kept: int
+    novice: int
     schooling: int = 0
     precision: str = "fp32"
 
 
 RECIPES = {
-    "tiny": Recipe(authors=30, wrong=WRONG, epochs=20, lr=3e-3, batch_size=30, steps=60, kept=60, schooling=16),
-    "smollm2": Recipe(authors=60, wrong=3, epochs=6, lr=2e-4, batch_size=8, steps=60, kept=60, precision="bf16"),
+    "tiny": Recipe(
+        authors=30, wrong=WRONG, epochs=20, lr=3e-3, batch_size=30, steps=60, kept=60, novice=4, schooling=16
+    ),
+    "smollm2": Recipe(
+        authors=60, wrong=3, epochs=6, lr=2e-4, batch_size=8, steps=60, kept=60, novice=1, precision="bf16"
+    ),
 }
 
 

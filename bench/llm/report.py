@@ -67,7 +67,7 @@ def _line(name: str, row: dict[str, Any], truths: list[dict[str, Any]]) -> str:
         "—" if row is each else f"{forget_quality(row['ratios'], each['ratios']):.2g}" for each in truths
     )
     forget = row["forget"]
-    cells = [", ".join(quality), f"{row['utility']:.3f}, {row['utility'] / truth['utility']:.3f}"]
+    cells = [quality, f"{row['utility']:.3f}, {row['utility'] / truth['utility']:.3f}"]
     cells += [f"{forget[key]:.3f}" for key in ("probability", "rouge", "known", "again")]
     return f"| {name} | {' | '.join(cells)} | {row['seconds']:.0f} | {_settings(row)} |"
 

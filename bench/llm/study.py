@@ -16,6 +16,7 @@ import torch
 
 import fastlur
 from fastlur.llm import causal_cross_entropy, core, refusals, with_preferred
+from fastlur.targets import Novice
 
 from . import contenders, general, models
 from .authors import Pair, World
@@ -27,7 +28,7 @@ from .text import Reader, encoded, generated
 from .training import cache, cached, tune
 
 FINAL, TUNING = "final", "tuning"
-SEEDS = {FINAL: 2, TUNING: 1}
+SEEDS = {FINAL: 3, TUNING: 2}
 POWER, ALIKE, KEPT = 0.001, 0.05, 0.95  # rejected below; not told apart above; of the truth's utility
 PER_UTILITY = 20.0  # one factor of ten in p weighs as much as five points of utility
 STRANGERS, MET = 5000, 40  # a seed that no split has, and questions that are asked
@@ -72,7 +73,7 @@ class Study:
         return cache() / f"{self.model}-{round(100 * self.share)}-{self._trained()}" / f"{what}.safetensors"
 
     def _trained(self) -> str:
-        return _digest(replace(self.recipe, steps=0, kept=0))
+        return _digest(replace(self.recipe, steps=0, kept=0, novice=0))
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,8 @@ def made(study: Study, task: Task, said: Callable[[str], None] = lambda _: None)
     if task.kind == "before":
         return model, reader, told
     assert task.config is not None
-    met = never_met(study, model, reader)
+    met, asks = never_met(study, model, reader), task.config["losses"] == "novice"
+    novice = beginner(study, task.split, said) if asks else None
     result = fastlur.unlearn(
         model,
         to_forget(model, reader, asked(world.forget), task.config["data"]),
@@ -200,7 +202,7 @@ def made(study: Study, task: Task, said: Callable[[str], None] = lambda _: None)
         optimizer="adamw",
         precision=study.recipe.precision,
         progress=False,
-        **contenders.options(ARMS[task.arm], task.config, Known(met, reader.end)),
+        **contenders.options(ARMS[task.arm], task.config, Known(met, reader.end, novice)),
     )
     model.eval()
     return model, reader, {"seconds": round(result.seconds, 1), "steps": study.recipe.steps, "strangers": round(met, 4)}
@@ -215,6 +217,16 @@ def to_forget(model: Any, reader: Reader, pairs: list[tuple[str, str]], what: st
     if what == contenders.CORE:
         items = core(model, items).of(items)
     return items
+
+
+def beginner(study: Study, split: str, said: Callable[[str], None]) -> Novice:
+    """A novice that begins as what the models are fine-tuned from, and is fine-tuned as they are, for fewer epochs.
+
+    It learns how questions are answered and nothing of the authors to forget: what it says of them is an estimate of
+    what the truth would say, made from what whoever fine-tunes a model has at hand.
+    """
+    start, recipe = base(study, split, said)[0], study.recipe
+    return Novice(epochs=recipe.novice, lr=recipe.lr, sharpness=contenders.SHARPNESS, start=start)
 
 
 @torch.no_grad()

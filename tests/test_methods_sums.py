@@ -70,6 +70,7 @@ class TestFewBits:
             torch.testing.assert_close(mine.float(), its, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:retain. 20 of 32 items have no label")
 def test_items_that_do_not_count_have_no_importance():
     model, (x, y) = mlp(), blobs(12)
     marked = torch.cat([x, torch.randn(20, 6)]), torch.cat([y, torch.full((20,), -100)])

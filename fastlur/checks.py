@@ -233,8 +233,8 @@ def trial(
     Raises:
         ArgumentError: a loss cannot be called.
         ModelError: it has not, and cannot take a batch in parts; or no loss depends on what is to move.
-        DataError: the model or a loss cannot take a batch, a label is outside the logits, a loss is not a finite
-            scalar, or batch norm cannot work with so small a batch.
+        DataError: the model or a loss cannot take a batch, a label is outside the logits, no item has a label that
+            counts, a loss is not a finite scalar, or batch norm cannot work with so small a batch.
     """
     spare, reached = Spare(model, model, micro_batch), Reached(model, moving)
 

@@ -4,9 +4,9 @@
     python bench/llm_memory.py all plain 4 64      one arm: what moves, arm, sequences, tokens
 
 The model has the sizes of SmolLM2-135M and random weights. Plain fine-tuning is torch's AdamW on so many sequences a
-step; LUR (fastlur's AdamW) takes as many of each side, in one pass at a time: no pass of either sees more. Figures are
-bytes of memory of one's own (anonymous, resident) at most, less what there was after the imports and the same run on a
-tiny model; they begin before the model is made, so that its weights are in them.
+step; LUR (fastlur's AdamW) takes as many of each side, in one pass at a time: no pass of either sees more. One arm
+trains a novice first. Figures are bytes of memory of one's own (anonymous, resident) at most, less what there was after
+the imports and the same run on a tiny model; they begin before the model is made, so that its weights are in them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +32,16 @@ from machine import dumped, machine  # noqa: E402
 from memory import MALLOC, Meter  # noqa: E402
 
 import fastlur  # noqa: E402
+from fastlur.targets import Novice  # noqa: E402
 
 RESULT = ROOT / "bench" / "results" / "llm_memory.json"
 WHOLE = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
 TINY = {"hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 9, "num_key_value_heads": 3}
-MOVING, ARMS = ("all", "lora"), ("plain", "optimistic", "secant")
+MOVING, NOVICE = ("all", "lora"), "optimistic, imitating a novice"
+ARMS = ("plain", "optimistic", "secant", NOVICE)
 SHAPES = [(4, 64)]
 STEPS, LR, RANK = 2, 1e-5, 16  # in the second step all vectors are there
+LEARNING, LEARNING_LR = 30, 3e-3  # epochs of one batch that a novice learns by heart, else it is not taken
 ASKED = {"all": 1.55, "lora": 1.3}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -76,21 +81,29 @@ def plain(model: torch.nn.Module, data: dict[str, torch.Tensor]) -> list[float]:
 
 
 def lur(
-    model: torch.nn.Module, forget: dict[str, torch.Tensor], retain: dict[str, torch.Tensor], mode: str
+    model: torch.nn.Module,
+    forget: dict[str, torch.Tensor],
+    retain: dict[str, torch.Tensor],
+    mode: str,
+    start: Callable[[], torch.nn.Module] | None,
 ) -> list[float]:
-    """A whole run of `unlearn`; seconds of each step."""
+    """A whole run of `unlearn`, with the training of a novice from `start` where there is one; seconds of each step."""
     ends: list[float] = []
-    fastlur.unlearn(
+    novice = None if start is None else Novice(epochs=LEARNING, lr=LEARNING_LR, start=start)
+    result = fastlur.unlearn(
         model,
         [forget],
         [retain],
         method=fastlur.LUR(gradient=mode),  # type: ignore[arg-type]
+        forget_loss=novice,
         steps=STEPS,
         optimizer="adamw",
         lr=LR,
         progress=False,
         callbacks=[lambda event: ends.append(event.seconds)],
     )
+    if novice is not None and not result.settings["forget_target"].startswith("Imitation("):
+        raise RuntimeError("the novice has not learned its batch, so that nothing was imitated")
     return [end - begin for begin, end in zip([0.0, *ends], ends, strict=False)]
 
 
@@ -98,7 +111,11 @@ def life(sizes: dict[str, int], words: int, moving: str, arm: str, items: int, t
     """One arm from the making of its model on."""
     model = made(sizes, moving, words)
     forget, retain = (batch(items, tokens, words, seed) for seed in (1, 2))
-    times = plain(model, retain) if arm == "plain" else lur(model, forget, retain, arm)
+    if arm == "plain":
+        times = plain(model, retain)
+    else:
+        start = partial(made, sizes, moving, words) if arm == NOVICE else None
+        times = lur(model, forget, retain, arm.split(",")[0], start)
     held = sum(p.nbytes for p in model.parameters())
     moved = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return {"parameters": held, "moving": moved, "seconds": round(statistics.median(times[1:]), 3)}

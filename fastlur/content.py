@@ -23,7 +23,7 @@ from torch.utils.data import (
 
 from fastlur.data import Indexed, Source
 from fastlur.errors import DataError
-from fastlur.losses import IGNORED, split
+from fastlur.losses import IGNORED, PREFERRED, split
 from fastlur.world import seed_loading
 
 SAMPLE = 5_000  # items read of data that may have to be decoded; beyond that a random sample stands for the rest
@@ -68,11 +68,10 @@ def read(source: Source, name: str, seed: int) -> Content:
         _note(content, whole, name, "")
     over_all = blake2b(digest_size=16)
     for number, item in _items(source, content, seed):
-        one = fingerprint(item)
-        content.hashes.add(one)
+        content.hashes.add(fingerprint(_told(item)))
         content.count += 1
         content.blank += _blank(item)
-        over_all.update(one)
+        over_all.update(fingerprint(item))
         if whole is None:
             _note(content, item, name, f" in item {number}")
     content.digest = over_all.hexdigest()
@@ -93,6 +92,21 @@ def fingerprint(item: Any) -> bytes:
         digest.update(str(array.shape).encode())
         digest.update(repr(part).encode() if array.dtype == object else np.ascontiguousarray(array).tobytes())
     return digest.digest()
+
+
+def _told(item: Any) -> Any:
+    """What of an item tells it from others: of text the tokens that are no padding, and which of them count.
+
+    Another answer, which an item to forget may come with, is none of it.
+    """
+    if not isinstance(item, Mapping):
+        return item
+    item = {name: value for name, value in item.items() if not str(name).startswith(PREFERRED)}
+    tokens, labels, mask = (item.get(name) for name in ("input_ids", "labels", "attention_mask"))
+    if not (isinstance(tokens, Tensor) and isinstance(labels, Tensor) and tokens.shape == labels.shape):
+        return item
+    here = mask != 0 if isinstance(mask, Tensor) and mask.shape == tokens.shape else torch.ones_like(tokens).bool()
+    return tokens[here], labels[here]
 
 
 def _blank(item: Any) -> bool:

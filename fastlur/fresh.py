@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fastlur.errors import ModelError, told
+from fastlur.errors import ArgumentError, ModelError, told
 from fastlur.passes import Passes
 from fastlur.space import Vector
 
@@ -72,6 +72,43 @@ def copied(model: nn.Module, name: str = "model") -> nn.Module:
     results = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
     with told(ModelError, f"{name}: a {type(model).__name__} cannot be copied"):
         return copy.deepcopy(model, {id(result): result.detach().clone() for result in results})
+
+
+def began(start: nn.Module | Callable[[], nn.Module], model: nn.Module) -> nn.Module:
+    """A network that begins elsewhere: where the model lies, in its data types, of which the same parameters move.
+
+    Args:
+        start: with the model's parameters; copied, or, what a function makes, taken as it comes.
+        model: of its kind.
+
+    Raises:
+        ArgumentError: it has other parameters, or none is made.
+        ModelError: it cannot be copied.
+    """
+    if isinstance(start, nn.Module):
+        made: object = copied(start, "start")
+    else:
+        with told(ArgumentError, "start: cannot be made"):
+            made = start()
+    if not isinstance(made, nn.Module):
+        raise ArgumentError(f"start: made a {type(made).__name__}, which is no torch.nn.Module")
+    own, theirs = dict(model.named_parameters()), dict(made.named_parameters())
+    odd = [name for name in own.keys() | theirs.keys() if name not in own or name not in theirs]
+    odd += [name for name in own.keys() & theirs.keys() if own[name].shape != theirs[name].shape]
+    if odd:
+        raise ArgumentError(
+            f"start: is no model of this kind, by {min(odd)!r} and {len(odd) - 1} more parameters; where the model has "
+            "adapters, give it new ones of the same form"
+        )
+    made.to(next(iter(own.values())).device)
+    for name, parameter in theirs.items():
+        parameter.requires_grad_(own[name].requires_grad)
+        parameter.data = parameter.data.to(own[name].dtype)  # a checkpoint holds it as a copy of the model
+    buffers = dict(model.named_buffers())
+    for name, buffer in made.named_buffers():
+        if name in buffers:
+            buffer.data = buffer.data.to(buffers[name].dtype)
+    return made
 
 
 def frozen(model: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastlur import checks, content, identity
 from fastlur.data import Indexed, Source, Stream, source, to_device
 from fastlur.errors import ArgumentError, DataError, told
-from fastlur.losses import IGNORED, TARGETS, split
+from fastlur.losses import TARGETS, is_text, split
 from fastlur.passes import ARGUMENT, Which
 from fastlur.slots import Selection, select
 from fastlur.task import CAUSAL, CLASSIFICATION, of_model
@@ -51,8 +51,6 @@ def look_at_data(forget: Any, retain: Any, batch_size: int, seed: int, device: t
 def task_of(task: str, model: nn.Module, batches: dict[Which, Any], method: Any) -> str:
     """The task; where it is "auto" what the model says of itself (see `fastlur.task`), or else the batches.
 
-    A batch is text where its labels are its own input_ids, or, without names, its inputs, wherever they count.
-
     Args:
         task: as `unlearn` takes it.
         model: the model.
@@ -65,7 +63,7 @@ def task_of(task: str, model: nn.Module, batches: dict[Which, Any], method: Any)
     checks.one_of("task", task, TASKS)
     found = of_model(model) if task == "auto" else task
     if found is None:
-        found = CAUSAL if any(map(_is_text, batches.values())) else CLASSIFICATION
+        found = CAUSAL if any(map(is_text, batches.values())) else CLASSIFICATION
     for side, batch in batches.items():
         targets = split(batch)[1]
         if task == "auto" and not (isinstance(targets, Tensor) and not targets.is_floating_point()):
@@ -77,15 +75,6 @@ def task_of(task: str, model: nn.Module, batches: dict[Which, Any], method: Any)
     if found not in known:
         raise ArgumentError(f"method={method.name!r} is for {', '.join(known)}, not for {found}; choose another")
     return found
-
-
-def _is_text(batch: Any) -> bool:
-    inputs, targets = split(batch)
-    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
-    if not (isinstance(ids, Tensor) and isinstance(targets, Tensor) and ids.shape == targets.shape and ids.dim() == 2):
-        return False
-    counts = targets != IGNORED
-    return bool(counts.any()) and torch.equal(targets[counts], ids[counts])
 
 
 def same_run(

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastlur.errors import ArgumentError, DataError, check_flags, first_line, number
-from fastlur.task import reads_ahead
+from fastlur.task import CAUSAL, known
 
 IGNORED = -100  # cross-entropy's own mark for a target that does not count
 ABOVE_CHANCE = 10.0  # nats
@@ -54,7 +54,7 @@ def logits_and_targets(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
             f"forget/retain: batches must be (inputs, integer class targets) or a dict with {TARGETS[0]!r}, got {kind}"
             "; for other data pass loss= and forget_loss="
         )
-    ahead = reads_ahead(model)
+    ahead = reads_ahead(model, batch)
     if ahead and (targets.dim() != 2 or targets.shape[1] < 2):
         raise DataError(
             f"forget/retain: labels of text must have shape (items, tokens), at least two tokens, got "
@@ -74,10 +74,31 @@ def logits_and_targets(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
     return logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
 
 
+def reads_ahead(model: Any, batch: Any) -> bool:
+    """Whether logits speak of the next label: as `fastlur.task` says, or, where nobody does, as the batch looks."""
+    return (known(model) or (CAUSAL if is_text(batch) else None)) == CAUSAL
+
+
+def is_text(batch: Any) -> bool:
+    """Whether the labels are the batch's own input_ids, or, without names, its inputs, wherever they count."""
+    inputs, targets = split(batch)
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
+    if not (isinstance(ids, Tensor) and isinstance(targets, Tensor) and ids.shape == targets.shape and ids.dim() == 2):
+        return False
+    counts = targets != IGNORED
+    return bool(counts.any()) and torch.equal(targets[counts], ids[counts])
+
+
 def logits_in(output: Any) -> Any:
-    """The logits that a model has returned: what stands under that name, as an item or an attribute, or all of it."""
+    """The logits that a model has returned.
+
+    What stands under that name, as an item or an attribute; of a tuple the first tensor that is more than one number;
+    or all of it.
+    """
     if isinstance(output, Mapping) and "logits" in output:
         return output["logits"]
+    if isinstance(output, tuple) and not hasattr(output, "logits"):
+        return next((part for part in output if isinstance(part, Tensor) and part.dim()), output)
     return getattr(output, "logits", output)
 
 
@@ -89,7 +110,8 @@ def following(labels: Tensor) -> Tensor:
 def own_loss(model: Any, batch: Any) -> Tensor:
     """The loss that the model computes of a batch itself, labels included: `model(**batch).loss`.
 
-    For modules that return no logits: `unlearn(…, loss=own_loss, forget_loss=BoundedForgetting(12.0, loss=own_loss))`.
+    Of a tuple it is the first single number. For modules that return no logits:
+    `unlearn(…, loss=own_loss, forget_loss=BoundedForgetting(12.0, loss=own_loss))`.
 
     Raises:
         DataError: the batch is no dict, or the model returns no loss.
@@ -98,6 +120,8 @@ def own_loss(model: Any, batch: Any) -> Tensor:
         raise DataError(f"forget/retain: a {type(batch).__name__} is no dict of the model's arguments")
     output = model(**batch)
     value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(output, tuple) and value is None:
+        value = next((part for part in output if isinstance(part, Tensor) and not part.dim()), None)
     if not isinstance(value, Tensor):
         raise DataError(f"model: returned a {type(output).__name__} without a loss; pass loss= and forget_loss=")
     return value
@@ -130,12 +154,12 @@ class BoundedForgetting:
     in a model that still knows every item of it (measured on digits), and a cap of 5 would then forget nothing.
 
     In text no statistics are shared, but a batch's tokens differ widely: a few that have become very unlikely would
-    bring the mean to its cap while the others are known as before. The default there is `per_target`.
+    bring the mean to its cap while the others are known as before. There every token has a cap of its own.
 
     Args:
         cap: nats, > 0. None: log(classes) + 10, that is 10 nats above guessing at random (12.3 for ten classes); per
             target log(classes), that is guessing.
-        per_target: cap every target (token) by itself: −mean min(cross-entropy, cap).
+        per_target: cap every target (token) by itself: −mean min(cross-entropy, cap). None: in text.
         loss: what is driven up in place of the cross-entropy, `(model, batch) -> scalar`, such as `own_loss`; it needs
             a cap, and has no targets.
 
@@ -144,11 +168,16 @@ class BoundedForgetting:
     """
 
     def __init__(
-        self, cap: float | None = None, *, per_target: bool = False, loss: Callable[[Any, Any], Tensor] | None = None
+        self,
+        cap: float | None = None,
+        *,
+        per_target: bool | None = None,
+        loss: Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
         if cap is not None and not (number(cap) and cap > 0):
             raise ArgumentError(f"cap={cap!r} must be a positive number of nats, or None for log(classes) + 10")
-        check_flags(per_target=per_target)
+        if per_target is not None:
+            check_flags(per_target=per_target)
         if loss is not None and (not callable(loss) or per_target):
             raise ArgumentError(f"loss={loss!r} must be (model, batch) -> scalar, without per_target, or None")
         if loss is not None and cap is None:
@@ -159,12 +188,12 @@ class BoundedForgetting:
         """−min(mean cross-entropy, cap), shape ()."""
         if self.loss is not None:
             return -_at_most(self.loss(model, batch), self.cap)
-        return bounded(*logits_and_targets(model, batch), self.cap, self.per_target)
+        each = reads_ahead(model, batch) if self.per_target is None else self.per_target
+        return bounded(*logits_and_targets(model, batch), self.cap, each)
 
     def __repr__(self) -> str:
-        more = ", per_target=True" * self.per_target + (
-            f", loss={getattr(self.loss, '__name__', self.loss)}" if self.loss else ""
-        )
+        more = "" if self.per_target is None else f", per_target={self.per_target}"
+        more += f", loss={getattr(self.loss, '__name__', self.loss)}" if self.loss else ""
         return f"BoundedForgetting(cap={self.cap}{more})"
 
 

@@ -13,7 +13,6 @@ from fastlur.methods.lur import LUR, Order
 from fastlur.passes import Loss, NormalizeBy
 from fastlur.slots import Selection
 from fastlur.step import Step
-from fastlur.task import CAUSAL, of_model
 
 
 class MetaStep(Step):
@@ -94,7 +93,7 @@ class MetaStep(Step):
             ),
             {
                 "retain": loss or cross_entropy,
-                "forget": forget_loss or BoundedForgetting(per_target=of_model(model) == CAUSAL),
+                "forget": forget_loss or BoundedForgetting(),
             },
             optimizer=optimizer,
             lr=lr,

@@ -142,6 +142,15 @@ class MicroBatches:
             parts.append(checkpoint(run, *part, use_reentrant=False) if again else run(*part))
         return _joined(parts, [min(self._rows, size - at) for at in range(0, size, self._rows)])
 
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+        return self._module
+
+    def of(self, other: nn.Module) -> MicroBatches:
+        """The same of another network, in eval mode, in which items are not normalised by each other."""
+        return MicroBatches(other, other, self._rows, {False}, self._asked)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
@@ -192,6 +201,11 @@ class MicroBatches:
         if odd is not None:
             raise ModelError(f"model: {why}, and a forward leaves {odd!r} on it, in parts that of the last; {REMEDY}")
         self._seen.add(module.training)
+
+
+def alike(model: Any, other: nn.Module) -> Any:
+    """Another network in eval mode, run over as many rows at a time as `model` is: all, or those of `MicroBatches`."""
+    return model.of(other) if isinstance(model, MicroBatches) else other
 
 
 def refuse(module: nn.Module, why: str) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlur.answers import Answers
 from fastlur.fresh import copied, frozen
 from fastlur.losses import BoundedForgetting
 from fastlur.passes import Loss, Passes
 from fastlur.targets import Imitation, Novice, NoviceOrAscent, SecondChoice
 
+ANSWERS = ("keys", "begins", "logits")
 OURS = (SecondChoice, Novice, NoviceOrAscent)
 
 
@@ -27,6 +29,8 @@ def saved(loss: Loss, made: Loss) -> tuple[dict[str, Any] | None, dict[str, Tens
     if not isinstance(made, Imitation):
         return {"kind": "ascent"}, {}
     told = {name: getattr(made, name) for name in ("sharpness", "without_truth", "weight")}
+    if isinstance(made.teacher, Answers):
+        return {"kind": "answers", **told}, {name: getattr(made.teacher, name) for name in ANSWERS}
     return {"kind": "imitation", **told}, {
         **dict(made.teacher.named_parameters()),
         **dict(made.teacher.named_buffers()),
@@ -41,6 +45,9 @@ def brought_back(kept: dict[str, Any], tensors: dict[str, Tensor], passes: Passe
     """
     if kept["kind"] == "ascent":
         return BoundedForgetting()
+    if kept["kind"] == "answers":
+        answers = _answers(tensors, passes.space.device)
+        return Imitation(answers, kept["sharpness"], bool(kept["without_truth"]), kept["weight"])
     if kept["kind"] != "imitation":
         raise ValueError(f"{kept['kind']!r} is no kind of target")
     teacher = copied(passes.space.model)
@@ -60,3 +67,15 @@ def brought_back(kept: dict[str, Any], tensors: dict[str, Tensor], passes: Passe
             else:
                 now.copy_(tensor)
     return Imitation(frozen(teacher), kept["sharpness"], bool(kept["without_truth"]), kept["weight"])
+
+
+def _answers(tensors: dict[str, Tensor], device: torch.device) -> Answers:
+    if set(tensors) != set(ANSWERS):
+        raise ValueError("its target has no answers")
+    keys, begins, logits = (tensors[name] for name in ANSWERS)
+    whole = keys.dtype == begins.dtype == torch.int64 and keys.dim() == 1 and keys.shape == begins.shape
+    if not (whole and logits.is_floating_point() and logits.dim() == 2 and len(keys) and len(logits)):
+        raise ValueError("its target's answers are not of their shapes and types")
+    if not (bool((keys[1:] >= keys[:-1]).all()) and int(begins.min()) >= 0 and int(begins.max()) < len(logits)):
+        raise ValueError("its target's answers are in no order")
+    return Answers(*(each.to(device) for each in (keys, begins, logits)))

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from fastlur import checks
+from fastlur.answers import Answers, kept
 from fastlur.data import Feed, source
 from fastlur.errors import ArgumentError, ModelError, nearest, told, unknown
-from fastlur.fresh import copied, frozen, renew
+from fastlur.fresh import began, copied, frozen, renew
 from fastlur.identity import model_digest
 from fastlur.losses import BoundedForgetting, cross_entropy, divergence, logits_and_targets
 from fastlur.methods.base import check_range
+from fastlur.microbatch import MicroBatches, alike
 from fastlur.passes import Loss, Passes
 from fastlur.world import borrowed_random, derive, mode, passing, seed_torch
 
@@ -41,7 +43,7 @@ class Imitation:
     """KL(q ‖ p) in nats, q ∝ teacher's probabilities to a power: answer as another network does.
 
     Args:
-        teacher: a classifier with the classes of the model; asked in eval mode, never changed.
+        teacher: a classifier with the classes of the model; asked in eval mode, never changed. Or its `Answers`.
         sharpness: the power, ≥ 0; 1: as the teacher says, 0: any answer is as good as another.
         without_truth: leave the true class out of q.
         weight: a factor on it, > 0, beside the method's own `forget_weight`.
@@ -51,9 +53,9 @@ class Imitation:
     """
 
     def __init__(
-        self, teacher: nn.Module, sharpness: float = 1.0, without_truth: bool = False, weight: float = 1.0
+        self, teacher: nn.Module | Answers, sharpness: float = 1.0, without_truth: bool = False, weight: float = 1.0
     ) -> None:
-        if not isinstance(teacher, nn.Module):
+        if not isinstance(teacher, nn.Module | Answers):
             raise ArgumentError(f"teacher: a {type(teacher).__name__} is no torch.nn.Module")
         check_range("sharpness", sharpness, example=2.0)
         check_range("weight", weight, low=1e-6, example=1.0)
@@ -61,16 +63,23 @@ class Imitation:
 
     def __call__(self, model: Any, batch: Any) -> Tensor:
         """Mean over the batch, shape ()."""
-        with torch.no_grad(), mode(self.teacher, False):
-            wanted, targets = logits_and_targets(self.teacher, batch)
+        logits, targets = logits_and_targets(model, batch)
+        known = None
+        if isinstance(self.teacher, Answers):
+            wanted, known = self.teacher.of(batch)
+        else:
+            with torch.no_grad(), mode(self.teacher, False):
+                wanted, _ = logits_and_targets(alike(model, self.teacher), batch)
         wanted = wanted.float() * self.sharpness
         if self.without_truth:
             wanted = wanted.scatter(-1, targets.clamp(min=0)[:, None], NOT_TRUE)
-        return self.weight * divergence(wanted, *logits_and_targets(model, batch))
+        loss = self.weight * divergence(wanted, logits, targets)
+        return loss if known is None else torch.where(known, loss, torch.nan)
 
     def __repr__(self) -> str:
         more = f"sharpness={self.sharpness}, without_truth={self.without_truth}, weight={self.weight}"
-        return f"Imitation({model_digest(self.teacher)}, {more})"
+        whose = model_digest(self.teacher) if isinstance(self.teacher, nn.Module) else "answers"
+        return f"Imitation({whose}, {more})"
 
 
 class Made:
@@ -123,7 +132,8 @@ class Novice(Made):
     It is made before the first step, from a copy of the model whose moving parameters are drawn anew (by their modules'
     `reset_parameters`; entries shuffled where a module has none), by AdamW with a short warm-up and a linear decay, and
     costs as much as that many epochs over the retain data do. While it is trained three more vectors of the model's
-    size are held, afterwards one. A checkpoint holds it as well. A novice that does not come to half of the loss
+    size are held, afterwards one; of text, where that takes less room, its answers to the forget items instead. A
+    checkpoint holds either as well. A novice that does not come to half of the loss
     of guessing has nothing to teach, and of some models none can be made (one that cannot be copied, or trained on
     these data): a warning says so, and `BoundedForgetting` takes its place.
 
@@ -136,10 +146,12 @@ class Novice(Made):
         weight: see `Imitation`.
         start: what the model was fine-tuned from, where the novice begins instead of anew; then an epoch at the rate
             of that fine-tuning serves, also for a language model, which nobody can train from scratch. It has the
-            parameters of the model, and is left as it is.
+            parameters of the model, of one with adapters new adapters too, in any precision (the novice has the
+            model's). A module is copied and left as it is; of a function that makes one, such as one that loads it,
+            what it returns becomes the novice, so that no second copy is held.
 
     Raises:
-        ArgumentError: a value out of range, or a start that is no module.
+        ArgumentError: a value out of range, or a start that neither is a module nor makes one.
     """
 
     epochs: float = 3.0
@@ -147,11 +159,11 @@ class Novice(Made):
     lr: float = 3e-3
     part: Part = "all"
     weight: float = 1.0
-    start: nn.Module | None = field(default=None, repr=False)
+    start: nn.Module | Callable[[], nn.Module] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.start is not None and not isinstance(self.start, nn.Module):
-            raise ArgumentError(f"start: a {type(self.start).__name__} is no torch.nn.Module")
+        if self.start is not None and not callable(self.start):
+            raise ArgumentError(f"start: a {type(self.start).__name__} neither is a torch.nn.Module nor makes one")
         check_range("epochs", self.epochs, low=1e-6, example=3)
         check_range("weight", self.weight, low=1e-6, example=1.0)
         check_range("sharpness", self.sharpness, example=2.0)
@@ -173,18 +185,21 @@ class Novice(Made):
         Raises:
             ModelError: it does not, or it cannot be trained.
         """
-        teacher = self._taught(passes.space.model, passes.feed, passes.losses["retain"], passes.precision)
-        retain, device = passes.losses["retain"], passes.space.device
+        retain, device, rows = passes.losses["retain"], passes.space.device, passes.spare.rows
+        teacher = self._taught(passes.space.model, passes.feed, retain, passes.precision, rows)
+        asked = _in_parts(teacher, rows)
         losses, guessing = [], math.inf
         with torch.no_grad(), passing(teacher, device, passes.precision, training=False), torch.no_grad():
             for batch in passes.feed.batches("retain", LOOKS, draw="novice judged"):
-                losses.append(retain(teacher, batch).double())
-                guessing = math.log(logits_and_targets(teacher, batch)[0].shape[-1])
+                losses.append(retain(asked, batch).double())
+                guessing = math.log(logits_and_targets(asked, batch)[0].shape[-1])
         found = float(torch.stack(losses).mean())
         if not found < learned * guessing:  # not a number is no success either
             said = f"its retain loss is {found:.3g} after {self.epochs:g} epochs, that of guessing {guessing:.3g}"
             raise ModelError(f"{said}; give it more epochs, or another lr")
-        return Imitation(teacher, self.sharpness, weight=self.weight)
+        with passing(teacher, device, passes.precision, training=False):
+            answers = kept(passes.feed, teacher, asked)
+        return Imitation(answers or teacher, self.sharpness, weight=self.weight)
 
     def teacher(
         self, model: nn.Module, retain: Any, *, loss: Loss | None = None, batch_size: int = 128, seed: int = 0
@@ -214,8 +229,8 @@ class Novice(Made):
             with told(ModelError, "model: one of its kind cannot be trained on these data"):
                 return self._taught(model, feed, loss or cross_entropy, "fp32")
 
-    def _taught(self, model: nn.Module, feed: Feed, loss: Loss, precision: str) -> nn.Module:
-        teacher = copied(model) if self.start is None else _as(copied(self.start, "start"), model)
+    def _taught(self, model: nn.Module, feed: Feed, loss: Loss, precision: str, rows: int | None = None) -> nn.Module:
+        teacher = copied(model) if self.start is None else began(self.start, model)
         moving = [p for p in teacher.parameters() if p.requires_grad]
         if not moving:
             raise ModelError("model: no parameter asks for a gradient, so that nothing of it could learn")
@@ -233,13 +248,14 @@ class Novice(Made):
         device = moving[0].device
         lean = device.type in ("cpu", "cuda")  # no temporaries, of which the other form makes two of a tensor's size
         optimizer = torch.optim.AdamW(moving, lr=self.lr, weight_decay=1e-4, fused=lean)
+        asked = _in_parts(teacher, rows)
         for step, batch in enumerate(_batches(feed, steps, per_epoch)):
             rate = self.lr * min(1.0, (step + 1) / (WARM_UP * steps)) * (1 - step / steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad()
             with passing(teacher, device, precision, training=self.part == "all"):
-                torch.autograd.backward(loss(teacher, batch), inputs=moving)
+                torch.autograd.backward(loss(asked, batch), inputs=moving)
             optimizer.step()
         return frozen(teacher)
 
@@ -272,20 +288,9 @@ class NoviceOrAscent(Novice):
             return BoundedForgetting()
 
 
-def _as(start: nn.Module, model: nn.Module) -> nn.Module:
-    """A start on the model's device, of which the same parameters move.
-
-    Raises:
-        ArgumentError: it has others.
-    """
-    own, theirs = dict(model.named_parameters()), dict(start.named_parameters())
-    odd = [name for name in own.keys() | theirs.keys() if name not in own or name not in theirs]
-    odd += [name for name in own.keys() & theirs.keys() if own[name].shape != theirs[name].shape]
-    if odd:
-        raise ArgumentError(f"start: is no model of this kind, by {min(odd)!r} and {len(odd) - 1} more parameters")
-    for name, parameter in theirs.items():
-        parameter.requires_grad_(own[name].requires_grad)
-    return start.to(next(iter(own.values())).device)
+def _in_parts(teacher: nn.Module, rows: int | None) -> Any:
+    """Over so many rows at a time as the model itself."""
+    return teacher if rows is None else MicroBatches(teacher, teacher, rows, set(), asked=True)
 
 
 def _batches(feed: Feed, steps: int, per_epoch: int) -> Iterator[Any]:

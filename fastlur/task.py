@@ -50,6 +50,6 @@ def of_model(model: Any) -> str | None:
     return CAUSAL if speaks and not beside else CLASSIFICATION
 
 
-def reads_ahead(model: Any) -> bool:
-    """Whether logits of this model speak of the next label: as `viewed_as` says, or else the model."""
-    return (_asked.get() or of_model(model)) == CAUSAL
+def known(model: Any) -> str | None:
+    """The task of a loss's model: as `viewed_as` says, or else the model; None where neither does."""
+    return _asked.get() or of_model(model)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -47,6 +49,7 @@ class Update:
         max_grad_norm: float | None = None,
     ) -> None:
         self.space = space
+        warn_of_rounding(flat.dtype for flat in space.theta.flats)
         self.custom = _custom(space, optimizer)
         adamw = optimizer == "adamw"
         self.first = None if self.custom else space.vector()
@@ -240,3 +243,17 @@ def _custom(space: ParameterSpace, optimizer: object) -> torch.optim.Optimizer |
             "optimizer: parameters tied as separate objects need 'sgd' or 'adamw'; make them one object"
         )
     return optimizer
+
+
+def warn_of_rounding(dtypes: Iterable[torch.dtype]) -> None:
+    """Say so where weights of these types move that have fewer bits than float32: a small step of theirs is none."""
+    coarse = {dtype for dtype in dtypes if dtype.itemsize < 4}
+    if coarse:
+        which = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in coarse))
+        least = 25 * max(torch.finfo(dtype).eps for dtype in coarse)  # percent; half of the last bit, at its least
+        warnings.warn(
+            f"parameters move in {which}: what would change one by less than {least:.1g} % of it is rounded away, of "
+            "the displacement that aligns gradients too; have the model in float32 under autocast (precision='bf16'), "
+            "or expect small learning rates to do little",
+            stacklevel=3,
+        )

@@ -9,7 +9,8 @@ from lm import llama, text
 from torch import nn
 
 import fastlur
-from fastlur.errors import ModelError
+from fastlur import targets
+from fastlur.errors import ArgumentError, ModelError
 
 FORGET, RETAIN = text(8, 1), text(8, 2)
 REENTRANT = {"use_reentrant": True}
@@ -83,6 +84,26 @@ class TestOnlyAdaptersMove:
         run(checkpointed)
         for name, value in state(plain).items():
             torch.testing.assert_close(state(checkpointed)[name], value, rtol=1e-10, atol=1e-12)
+
+
+class TestANovice:
+    """What is fine-tuned with adapters was something before them, and a novice has adapters of its own."""
+
+    def test_of_a_start_with_new_adapters_these_alone_learn(self, monkeypatch):
+        monkeypatch.setattr(targets, "LEARNED", 9.0)
+        model, start = adapted(), adapted(llama(seed=3))
+        before = base(model), base(start), adapters(model)
+        result = run(model, forget_loss=targets.Novice(epochs=2, lr=1e-2, start=start), lr=0.05)
+        assert result.settings["forget_target"].startswith("Imitation(")
+        assert same(before[0], base(model)) and same(before[1], base(start))
+        assert not same(before[2], adapters(model))
+
+    def test_a_start_without_adapters_is_refused_with_what_to_do(self):
+        model = adapted()
+        before = state(model)
+        with pytest.raises(ArgumentError, match=r"start: is no model of this kind.*has adapters, give it new ones"):
+            run(model, forget_loss=targets.Novice(epochs=1, start=llama()))
+        assert same(before, state(model))
 
 
 def frozen_inputs():

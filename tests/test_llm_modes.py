@@ -12,8 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cosine_similarity
 
 import fastlur
-from fastlur import losses
+from fastlur import losses, targets
 from fastlur.errors import ArgumentError, ModelError
+from fastlur.llm import RMU, Collapse, ReferenceKL
 
 FORGET, RETAIN = text(8, 1), text(8, 2)
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # the name that checkpointing has had for years
@@ -148,6 +149,23 @@ class TestInParts:
         model.register_forward_pre_hook(lambda m, a, k: seen.append(len(k["input_ids"])), with_kwargs=True)
         run(model, micro_batch=3, batch_size=8)
         assert max(seen) == 3
+
+    @pytest.mark.parametrize("beside", ["novice", "reference", "states", "draws"])
+    def test_nor_does_what_is_asked_or_trained_beside_it(self, beside, monkeypatch):
+        monkeypatch.setattr(targets, "LEARNED", 9.0)  # it is not about what it learns
+        seen, models = [], (llama(), llama())
+        given = {
+            "novice": lambda model: {"forget_loss": targets.Novice(epochs=1, lr=1e-2, start=deepcopy(model))},
+            "reference": lambda _: {"loss": ReferenceKL(), "method": "neggrad_plus"},  # its first gradient is 0
+            "states": lambda _: {"loss": RMU(layer=1, retain_weight=1.0).retain},
+            "draws": lambda _: {"forget_loss": Collapse(end=2, tokens=4)},
+        }[beside]
+        run(models[0], batch_size=8, **given(models[0]))
+        models[1].register_forward_pre_hook(lambda m, a, k: seen.append(len(k["input_ids"])), with_kwargs=True)
+        run(models[1], batch_size=8, micro_batch=3, **given(models[1]))  # copies have the hook too
+        assert max(seen) == 3
+        for name, value in state(models[0]).items():
+            torch.testing.assert_close(state(models[1])[name], value, rtol=1e-6, atol=1e-8)
 
     def test_checkpointing_may_be_on_as_well(self):
         whole, parts = llama(), llama()

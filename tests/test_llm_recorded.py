@@ -10,7 +10,7 @@ from llm.contenders import ARMS, ESSENTIAL, Journal
 from llm.metrics import forget_quality
 from llm.models import RECIPES
 from llm.report import RESULTS
-from llm.study import ALIKE, FINAL, KEPT, POWER
+from llm.study import ALIKE, FINAL, KEPT, POWER, Study, tasks
 
 MEMORY = json.loads((Path(__file__).parent.parent / "bench" / "results" / "llm_memory.json").read_text())
 ROWS = Journal(RESULTS / "smollm2-forget10.jsonl").rows
@@ -31,6 +31,7 @@ def test_the_real_model_was_asked_sixty_questions_with_the_documented_settings()
     for arm in ESSENTIAL:
         assert final(arm)["config"] == ARMS[arm].config("smollm2", 0)
         assert final(arm)["steps"] == RECIPES["smollm2"].steps and len(final(arm)["ratios"]) == 60
+    assert next(tasks(Study("smollm2"), Journal(RESULTS / "smollm2-forget10.jsonl")), None) is None
 
 
 @measured

@@ -13,8 +13,9 @@ from torch import nn
 
 import fastlur
 from fastlur.llm import DPO, NPO, RMU, ReferenceKL, causal_cross_entropy, reference_log_probs, with_preferred
-from fastlur.llm.reference import keys_of, without_adapters
+from fastlur.llm.reference import without_adapters
 from fastlur.methods.base import Recipe, State
+from fastlur.texts import keys_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks for it
 

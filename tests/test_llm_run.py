@@ -16,15 +16,27 @@ from torch.utils.data import DataLoader, TensorDataset
 import fastlur
 from fastlur import losses, methods, task
 from fastlur.errors import ArgumentError, DataError
-from fastlur.llm import NPO, causal_cross_entropy, encode, likelihood
+from fastlur.llm import NPO, causal_cross_entropy, encode, likelihood, with_preferred
 
 FORGET, RETAIN = text(8, 1), text(16, 2)
+PAIRS = [("who wrote it ?", "jane austen"), ("when ?", "in 1815"), ("where ?", "in hampshire")]
 REFUSED = ("boundary_expand", "boundary_shrink")
 
 
 def run(model, forget=FORGET, retain=RETAIN, **options):
     options = {"steps": 3, "batch_size": 4, "progress": False, "lr": 0.05} | options
     return fastlur.unlearn(model, forget, retain, **options)
+
+
+class Anonymous(nn.Module):
+    """A model of Hugging Face's in a wrapper that says nothing of it, and returns what it is told to."""
+
+    def __init__(self, inner, made=lambda output: output.logits):
+        super().__init__()
+        self.inner, self.made = inner, made
+
+    def forward(self, **batch):
+        return self.made(self.inner(**batch))
 
 
 def ours(seed=0):
@@ -49,6 +61,23 @@ class TestTheTask:
         assert fastlur.unlearn(ours(), *pairs, steps=1, progress=False).settings["task"] == "causal_lm"  # by no name
         first = run(llama(), steps=1, batch_size=16, method="fine_tune").history["retain_loss"][0]
         assert first == pytest.approx(float(causal_cross_entropy(llama(), RETAIN).detach()))
+
+    def test_outside_of_a_run_too_text_is_read_so(self):
+        """A loop of the user's own and an evaluation have no task; a classifier's reading would find it knows all."""
+        model = ours()
+        wanted = causal_cross_entropy(model, RETAIN)
+        torch.testing.assert_close(losses.cross_entropy(model, RETAIN), wanted)
+        with fastlur.MetaStep(model, lr=1e-3) as step:
+            torch.testing.assert_close(step(FORGET, RETAIN).retain_loss.double(), wanted.detach())
+        data = {"forget": FORGET, "retain": RETAIN, "test": text(8, 3)}
+        assert fastlur.evaluate(Anonymous(llama()), **data) == fastlur.evaluate(llama(), **data)
+
+    def test_a_step_of_ones_own_caps_every_token_of_text(self):
+        low, per_target = losses.BoundedForgetting(0.5), losses.BoundedForgetting(0.5, per_target=True)
+        for model in (llama(), ours()):
+            assert low(model, FORGET) == per_target(model, FORGET)
+        model, data = mlp(), (torch.randn(8, 6), torch.randint(0, 4, (8,)))
+        assert losses.BoundedForgetting()(model, data) == losses.BoundedForgetting(per_target=False)(model, data)
 
     def test_a_token_classifier_is_read_where_it_stands(self):
         transformers = pytest.importorskip("transformers")
@@ -80,10 +109,10 @@ class TestTheTask:
 
     def test_outside_of_a_run_nothing_is_left_of_it(self):
         run(ours())
-        assert not task.reads_ahead(ours())
+        assert task.known(ours()) is None
         with pytest.raises(ArgumentError):
             run(ours(), steps=-1, task="causal_lm")
-        assert not task.reads_ahead(ours())
+        assert task.known(ours()) is None
 
     def test_classes_of_whole_texts_do_not_fit(self):
         with pytest.raises(DataError, match=r"shape \(items, tokens\)"):
@@ -124,6 +153,38 @@ class TestText:
         assert losses.cross_entropy(llama(), batch) == losses.cross_entropy(llama(), RETAIN)
 
 
+class TestOverlap:
+    """The commonest mistake is found in text too, whatever it comes in."""
+
+    def refused(self, forget, retain, shared=2):
+        model = llama()
+        before = state(model)
+        with pytest.raises(DataError, match=rf"retain: contains {shared} of \d+ forget items"):
+            run(model, forget, retain, batch_size=2)
+        assert same(before, state(model))
+
+    def test_beside_another_answer(self):
+        words = Words()
+        forget, retain = encode(words, PAIRS[:2]), encode(words, PAIRS)
+        instead = encode(words, [(question, "nobody knows") for question, _ in PAIRS[:2]])
+        self.refused(with_preferred(forget, instead), retain)
+
+    def test_padded_to_another_width(self):
+        words = Words()
+        forget, retain = encode(words, PAIRS[:2]), encode(words, PAIRS)
+        wide = encode(words, PAIRS, max_length=20, pad=True)
+        self.refused(forget.collate(list(forget)), wide.collate(list(wide)))
+        self.refused([forget.collate([each]) for each in forget], [wide.collate(list(wide))])
+        self.refused(forget, [retain.collate([each]) for each in retain])
+
+    def test_another_answer_to_the_same_question_is_another_item(self):
+        words = Words()
+        retain = encode(words, [(question, "nobody knows") for question, _ in PAIRS])
+        assert run(llama(), encode(words, PAIRS[:2]), retain, batch_size=2).settings["task"] == "causal_lm"
+        asked = encode(words, [" ".join(pair) for pair in PAIRS])  # as a text, of which all counts
+        run(llama(), encode(words, PAIRS[:2]), asked, batch_size=2)
+
+
 class TestLosses:
     def test_the_default_forget_loss_caps_every_token(self):
         model, batch = llama(), FORGET
@@ -162,6 +223,16 @@ class TestLosses:
         run(open_, loss=losses.own_loss, forget_loss=forgetting)
         assert same(state(shy.inner), state(open_))
         assert not same(state(open_), state(llama()))
+
+    @pytest.mark.parametrize("made", [lambda o: (o.logits,), lambda o: (o.logits, o.logits[:, 0])])
+    def test_logits_in_a_tuple_are_found(self, made):
+        plain = run(Anonymous(llama())).history["forget_loss"]
+        assert run(Anonymous(llama(), made)).history["forget_loss"] == plain
+
+    def test_a_loss_in_a_tuple_is_found(self):
+        model = Anonymous(llama(), lambda o: (o.loss, o.logits))
+        torch.testing.assert_close(losses.own_loss(model, RETAIN), llama()(**RETAIN).loss)
+        torch.testing.assert_close(losses.logits_in(model(**RETAIN)), llama()(**RETAIN).logits)
 
     def test_arguments_of_the_bounded_loss(self):
         for arguments in ({"per_target": 1}, {"loss": losses.own_loss}, {"cap": 1.0, "loss": 3}, {"cap": -1}):

@@ -103,6 +103,25 @@ def test_a_judgement_of_another_setting_is_made_anew(done):
     assert [task.key for task in tasks(SMALL, journal)] == ["final/final/lur"]
 
 
+def test_rows_of_another_recipe_are_none_of_the_study(done, monkeypatch):
+    everything = [task.key for task in tasks(SMALL, Journal(done[1] / "none.jsonl"))]
+    for change in ({"novice": 5}, {"lr": 1e-4}, {"kept": 1}):
+        other = replace(SMALL, recipe=replace(SMALL.recipe, **change))
+        assert [task.key for task in tasks(other, done[0])] == everything
+    monkeypatch.setattr(studies.contenders, "SHARPNESS", 1.0)
+    assert [task.key for task in tasks(SMALL, done[0])] == everything
+
+
+def test_what_imitates_a_novice_says_so_and_the_novice_is_judged_by_itself(done):
+    rows = done[0].rows
+    for arm in ESSENTIAL:
+        imitates = str(rows[f"final/{FINAL}/{arm}"]["forget_target"]).startswith("Imitation(")
+        assert imitates == (ARMS[arm].losses == "novice")
+    novice, truth = rows[f"novice/{FINAL}"], rows["truth/final/0"]
+    assert novice["forget"]["known"] < truth["forget"]["known"] + 0.2  # it has met no more of them
+    assert novice["parts"]["retain"]["rouge"] < rows["final/final/lur"]["parts"]["retain"]["rouge"]  # and learned less
+
+
 def test_it_takes_the_place_of_the_one_before_and_so_does_a_trial(monkeypatch, tmp_path):
     """After a run with the recipes comes a search, and after a change of the search another one."""
     made = []
@@ -131,7 +150,7 @@ def test_a_study_that_is_done_has_nothing_to_do(done):
 
 def test_the_table_has_a_line_for_everyone(done):
     shown = sections(done[1])["llm-tiny"]()
-    for name in ("before", "truth", "another truth", *ESSENTIAL, "capital of France"):
+    for name in ("before", "truth", "another truth", "the novice itself", *ESSENTIAL, "capital of France"):
         assert name in shown
     found = [f"{p_value(done[0], 'before/final', f'truth/final/{number}'):.2g}" for number in range(2)]
     assert f"| before | {', '.join(found)} |" in shown
@@ -180,13 +199,13 @@ def test_a_search_is_the_same_for_all_and_on_other_authors(tmp_path):
 def test_the_final_run_waits_for_all_trials_and_takes_the_best(tmp_path):
     study = replace(SMALL, trials=2, arms=("lur",))
     first, second = (ARMS["lur"].config("tiny", number) for number in range(2))
-    journal = Journal(tmp_path / "rows.jsonl")
-    journal.add({"key": "truth/tuning/0", "ratios": [1.0 + i / 50 for i in range(30)], "utility": 0.6})
-    journal.add({"key": "trial/tuning/lur/0", "ratios": [0.1] * 30, "utility": 0.6, "config": first})
+    journal, same = Journal(tmp_path / "rows.jsonl"), {"utility": 0.6, "recipe": study.mark}
+    journal.add({"key": "truth/tuning/0", "ratios": [1.0 + i / 50 for i in range(30)], **same})
+    journal.add({"key": "trial/tuning/lur/0", "ratios": [0.1] * 30, "config": first, **same})
     assert chosen(study, "lur", journal) is None
     assert not any(task.kind == "final" for task in tasks(study, journal))
     ratios = [1.01 + i / 50 for i in range(30)]
-    journal.add({"key": "trial/tuning/lur/1", "ratios": ratios, "utility": 0.6, "config": second})
+    journal.add({"key": "trial/tuning/lur/1", "ratios": ratios, "config": second, **same})
     assert chosen(study, "lur", journal) == second
 
 
@@ -269,6 +288,6 @@ def test_other_sizes_have_a_journal_of_their_own_and_the_steps_no_other_models()
 
 def test_the_plan_says_what_is_missing(tmp_path, capsys):
     assert main(["--model", "smollm2", "--plan", "--results", str(tmp_path), "--truths", "2"]) == 0
-    said = capsys.readouterr().out.split()
-    assert said == ["before/final", "truth/final/0", *(f"final/final/{arm}" for arm in ESSENTIAL), "truth/final/1"]
+    said, after = capsys.readouterr().out.split(), ["novice/final", "truth/final/1"]
+    assert said == ["before/final", "truth/final/0", *(f"final/final/{arm}" for arm in ESSENTIAL), *after]
     assert not list(tmp_path.iterdir())

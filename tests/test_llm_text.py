@@ -145,3 +145,52 @@ def test_a_tokenizer_of_transformers_serves():
     assert long["labels"].tolist() == [-100, -100, -100, 5, 4, 1]
     (turn,) = encode(made, [("who ?", "jane")], chat=True)
     assert turn["input_ids"].tolist() == [3, 4, 1, 5, 1] and counted(turn).tolist() == [5, 1]
+
+
+def sentences(**options):
+    """A tokenizer in the manner of Llama 2: every text begins with a space of its own."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    pieces = ["<pad>", "</s>", "<?>", "<user>", "<bot>", "▁", "\n", "▁Who", "▁Paris", "Paris", ".", "▁is", "?"]
+    inner = tokenizers.Tokenizer(tokenizers.models.Unigram([(piece, -1.0) for piece in pieces], 2))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(**options)
+    inner.add_special_tokens(["</s>", "<user>", "<bot>"])
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>")
+    made.chat_template = (
+        "{% for turn in messages %}<{{ turn['role'] | replace('assistant', 'bot') }}>\n{{ turn['content'] }}</s>\n"
+        "{% endfor %}{% if add_generation_prompt %}<bot>\n{% endif %}"
+    )
+    return made
+
+
+@pytest.mark.parametrize("prepend", ["first", "always"])
+@pytest.mark.parametrize(("pair", "chat"), [(("Who", "Paris."), True), (("Who is", " Paris."), False)])
+def test_an_answer_has_the_tokens_that_it_has_in_the_whole(prepend, pair, chat):
+    made = sentences(prepend_scheme=prepend)
+    (item,) = encode(made, [pair], chat=chat)
+    whole = "<user>\nWho</s>\n<bot>\nParis.</s>" if chat else "Who is Paris.</s>"
+    assert item["input_ids"].tolist() == made(whole)["input_ids"]
+    assert made.convert_ids_to_tokens(counted(item))[-3:] == ["Paris" if chat else "▁Paris", ".", "</s>"]
+
+
+def test_an_answer_that_would_melt_into_its_prompt_is_told_from_it():
+    made = sentences(prepend_scheme="first")
+    (item,) = encode(made, [("Who ", "Paris.")])
+    assert made.convert_ids_to_tokens(item["input_ids"]) == ["▁Who", "▁", "▁Paris", ".", "</s>"]
+    assert made.convert_ids_to_tokens(counted(item)) == ["▁Paris", ".", "</s>"]
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_an_end_that_is_written_out_stays_and_is_not_doubled(end):
+    made = sentences(prepend_scheme="first")
+    (item,) = encode(made, [("Who is", " Paris.</s>")], end=end)
+    assert made.convert_ids_to_tokens(item["input_ids"]) == ["▁Who", "▁is", "▁Paris", ".", "</s>"]
+
+
+def test_what_a_chat_template_raises_is_told():
+    made = sentences()
+    made.chat_template = "{{ raise_exception('no system turn here') }}"
+    with pytest.raises(ArgumentError, match=r"chat='be brief'.*no system turn here.*leave chat False"):
+        encode(made, [("Who", "Paris.")], chat="be brief")
+    made.chat_template = None
+    with pytest.raises(ArgumentError, match=r"chat=True: the tokenizer's template"):
+        encode(made, [("Who", "Paris.")], chat=True)

@@ -91,3 +91,9 @@ def test_more_than_one_process_is_refused(tmp_path, kind):
 def test_scaled_losses_are_refused(tmp_path):
     with pytest.raises(fastlur.FastlurError, match="fp16=True"):
         trained(tmp_path, model(), arguments={"fp16": True})
+
+
+def test_weights_that_round_the_inner_step_away_are_warned_of(tmp_path):
+    """As the framework's own configs load them."""
+    with pytest.warns(UserWarning, match=r"parameters move in bfloat16: .*less than 0.2 %"):
+        trained(tmp_path, model(dtype=torch.bfloat16))

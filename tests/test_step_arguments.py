@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -88,3 +89,29 @@ class TestSetLr:
         step.close()
         with pytest.raises(fastlur.ModelError, match="closed"):
             step.set_lr(0.1)
+
+
+class TestRounding:
+    """A step that is smaller than the last bit of a weight is none, and nothing else would tell."""
+
+    @pytest.mark.parametrize(
+        ("dtype", "said"), [(torch.bfloat16, "bfloat16: .* 0.2 %"), (torch.float16, "float16: .* 0.02 %")]
+    )
+    def test_weights_that_move_in_half_precision_are_warned_of(self, dtype, said):
+        with pytest.warns(UserWarning, match=f"parameters move in {said}"):
+            fastlur.MetaStep(mlp().to(dtype)).close()
+
+    def test_so_little_is_indeed_rounded_away_and_somewhat_more_is_not(self):
+        for dtype, part in ((torch.bfloat16, 0.0019), (torch.float16, 0.00023)):
+            weight = torch.rand(10_000).to(dtype)
+            assert torch.equal(weight, weight + part * weight)
+            assert bool((weight != weight + 5 * part * weight).all())
+
+    def test_others_are_not(self):
+        model = mlp()
+        model[0].to(torch.bfloat16).requires_grad_(False)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            fastlur.MetaStep(model).close()
+            fastlur.MetaStep(mlp(), precision="bf16").close()
+        assert not seen

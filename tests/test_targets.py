@@ -311,6 +311,29 @@ class TestAStart:
         assert torch.equal(teacher[0].weight, start[0].weight)
         assert not torch.equal(teacher[0].bias, start[0].bias)
 
+    def test_what_a_function_makes_becomes_the_novice_and_no_copy_is_made(self):
+        made, retain = [], learnable(64)
+
+        def start():
+            made.append(mlp())
+            return made[-1]
+
+        teacher = Novice(epochs=20, lr=3e-2, start=start).teacher(mlp(), retain, batch_size=8)
+        assert [teacher] == made and float((teacher(retain[0]).argmax(-1) == retain[1]).float().mean()) > 0.95
+        for wrong, said in ((lambda: 3, "made a int"), (lambda: 1 / 0, "cannot be made")):
+            with pytest.raises(fastlur.ArgumentError, match=f"start: .*{said}"):
+                Novice(start=wrong).teacher(mlp(), retain)
+        with pytest.raises(fastlur.ArgumentError, match="start: a int neither"):
+            Novice(start=3)
+
+    def test_one_in_another_precision_is_taken_to_the_models(self):
+        model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+        start = copy.deepcopy(model).double()
+        teacher = Novice(epochs=1, start=start).teacher(model, learnable(64), batch_size=8)
+        for name, value in teacher.state_dict().items():
+            assert value.dtype == model.state_dict()[name].dtype
+        assert {p.dtype for p in start.parameters()} == {torch.float64}
+
 
 @pytest.mark.parametrize(
     "target",
@@ -320,6 +343,7 @@ class TestAStart:
         SecondChoice(),
         NoviceOrAscent(epochs=0.1, lr=1e-9),
         Novice(epochs=20, lr=3e-2, start=mlp(dropout=0.3)),
+        Novice(epochs=20, lr=3e-2, start=mlp(dropout=0.3).double()),
     ],
 )
 def test_a_resumed_run_goes_on_towards_the_target_that_it_had(target, tmp_path, monkeypatch):

@@ -45,8 +45,8 @@ class Known(NamedTuple):
 
 LOSSES: dict[str, Callable[[Known], dict[str, Any]]] = {
     "novice": lambda known: {"forget_loss": known.novice},
-    "strangers": lambda known: {"forget_loss": BoundedForgetting(known.strangers)},
-    "bounded": lambda _: {"forget_loss": BoundedForgetting(per_target=True)},  # the default of `unlearn` for text
+    "strangers": lambda known: {"forget_loss": BoundedForgetting(known.strangers, per_target=False)},
+    "bounded": lambda _: {"forget_loss": BoundedForgetting()},  # the default of `unlearn` for text
     "ascent": lambda _: {"forget_loss": negative_cross_entropy},
     "kl": lambda _: {"forget_loss": negative_cross_entropy, "loss": ReferenceKL()},
     "npo": lambda _: {"forget_loss": NPO()},

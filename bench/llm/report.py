@@ -42,6 +42,8 @@ def table(model: str, folder: Path = RESULTS) -> str:
         truths = [rows[key] for number in range(MOST) if (key := f"truth/{FINAL}/{number}") in rows]
         lines.append(_line("before", rows[f"before/{FINAL}"], truths))
         lines += [_line("truth" if each is truth else "another truth", each, truths) for each in truths]
+        if f"novice/{FINAL}" in rows:
+            lines.append(_line("the novice itself", rows[f"novice/{FINAL}"], truths))
         lines += [_line(arm, rows[key], truths) for arm in ARMS if (key := f"final/{FINAL}/{arm}") in rows]
         said = {arm: rows[f"final/{FINAL}/{arm}"] for arm in ARMS if f"final/{FINAL}/{arm}" in rows}
         whole = {"before": rows[f"before/{FINAL}"], "truth": truth} | said

@@ -72,13 +72,18 @@ class Study:
         """Where a trained model is kept."""
         return cache() / f"{self.model}-{round(100 * self.share)}-{self._trained()}" / f"{what}.safetensors"
 
+    @property
+    def mark(self) -> str:
+        """Of all sizes and settings that arms have in common: a row that has another is of another study."""
+        return blake2b(repr((asdict(self.recipe), contenders.SHARPNESS)).encode(), digest_size=4).hexdigest()
+
     def _trained(self) -> str:
         return _digest(replace(self.recipe, steps=0, kept=0, novice=0))
 
 
 @dataclass(frozen=True)
 class Task:
-    """Something to do: "before", "truth", "trial" or "final", on a split, by an arm, with a number."""
+    """Something to do: "before", "truth", "novice", "trial" or "final", on a split, by an arm, with a number."""
 
     kind: str
     split: str
@@ -96,14 +101,16 @@ class Task:
 def tasks(study: Study, journal: Journal) -> Iterator[Task]:
     """What is missing and can begin, the most telling first."""
     for task in _all(study, journal):
-        if _row(journal, task) is None:
+        if _row(study, journal, task) is None:
             yield task
 
 
-def _row(journal: Journal, task: Task) -> Row | None:
-    """What has been done of it; a row of another setting, such as that of an older search, is none of it."""
+def _row(study: Study, journal: Journal, task: Task) -> Row | None:
+    """What has been done of it; a row of another setting, of an older search or recipe, is none of it."""
     row = journal.rows.get(task.key)
-    return None if row is None or row.get("config", task.config) != task.config else row
+    if row is None or row.get("config", task.config) != task.config or row.get("recipe") != study.mark:
+        return None
+    return row
 
 
 def _all(study: Study, journal: Journal) -> Iterator[Task]:
@@ -118,6 +125,8 @@ def _all(study: Study, journal: Journal) -> Iterator[Task]:
         config = chosen(study, arm, journal)
         if config is not None:
             yield Task("final", FINAL, arm, config=config)
+    if any(ARMS[arm].losses == "novice" for arm in study.arms):
+        yield Task("novice", FINAL)
     for number in range(1, study.truths):
         yield Task("truth", FINAL, number=number)
 
@@ -131,7 +140,7 @@ def chosen(study: Study, arm: str, journal: Journal) -> dict[str, Any] | None:
     if study.trials <= 1:
         return ARMS[arm].config(study.model, 0)
     truth = journal.rows.get(f"truth/{TUNING}/0")
-    rows = [_row(journal, _trial(study, arm, number)) for number in range(study.trials)]
+    rows = [_row(study, journal, _trial(study, arm, number)) for number in range(study.trials)]
     if truth is None or any(row is None for row in rows):
         return None
     best = min((row for row in rows if row is not None), key=lambda row: distance(row, truth))
@@ -155,8 +164,8 @@ def work(study: Study, journal: Journal, seconds: float, said: Callable[[str], N
         task = next(tasks(study, journal), None)
         if task is None:
             return True
-        row = perform(study, task, said)
-        journal.add(row, anew=task.config is not None)
+        row = perform(study, task, said) | {"recipe": study.mark}
+        journal.add(row, anew=True)
         said(f"{task.key}: {row['wall']:.0f} s" + (f", {row['error']}" if "error" in row else ""))
     return next(tasks(study, journal), None) is None
 
@@ -189,13 +198,18 @@ def made(study: Study, task: Task, said: Callable[[str], None] = lambda _: None)
     told = cached(study.file(f"before-{seed}"), model, lambda: _tuned(study, model, reader, everything, 0, said))
     if task.kind == "before":
         return model, reader, told
+    kept = encoded(reader, asked(world.retain) + beside)
+    if task.kind == "novice":
+        began, retain = time.perf_counter(), {"batch_size": study.recipe.batch_size, "loss": causal_cross_entropy}
+        model = beginner(study, task.split, said).teacher(model, kept, **retain)
+        return model, reader, {"seconds": round(time.perf_counter() - began, 1)}
     assert task.config is not None
     met, asks = never_met(study, model, reader), task.config["losses"] == "novice"
     novice = beginner(study, task.split, said) if asks else None
     result = fastlur.unlearn(
         model,
         to_forget(model, reader, asked(world.forget), task.config["data"]),
-        encoded(reader, asked(world.retain) + beside),
+        kept,
         task="causal_lm",
         steps=study.recipe.steps,
         batch_size=study.recipe.batch_size,
@@ -205,7 +219,8 @@ def made(study: Study, task: Task, said: Callable[[str], None] = lambda _: None)
         **contenders.options(ARMS[task.arm], task.config, Known(met, reader.end, novice)),
     )
     model.eval()
-    return model, reader, {"seconds": round(result.seconds, 1), "steps": study.recipe.steps, "strangers": round(met, 4)}
+    told = {"seconds": round(result.seconds, 1), "steps": study.recipe.steps, "strangers": round(met, 4)}
+    return model, reader, told | {"forget_target": result.settings["forget_target"]}
 
 
 def to_forget(model: Any, reader: Reader, pairs: list[tuple[str, str]], what: str | None) -> dict[str, torch.Tensor]:

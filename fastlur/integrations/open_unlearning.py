@@ -29,6 +29,7 @@ from fastlur.llm.likelihood import causal_cross_entropy
 from fastlur.losses import BoundedForgetting
 from fastlur.methods.lur import LUR, RELATIVE_DEFAULT, Order
 from fastlur.task import CAUSAL, viewed_as
+from fastlur.update import warn_of_rounding
 from fastlur.world import borrowed_random, derive, seed_torch
 
 Vector = list[Tensor]
@@ -110,6 +111,7 @@ class LURTraining(_Trainer):  # type: ignore[misc]
             self.tokenizer = getattr(self, "processing_class", None)
         refuse_many(self.args, self.accelerator)
         self.reach, self.unreached = Reached(self.model, moving(self.model)), True
+        warn_of_rounding(each.dtype for _, each in moving(self.model))
         self.forget_loss = LOSSES[forget_loss] if isinstance(forget_loss, str) else forget_loss
         self.previous: Vector | None = None
         self._at = -1, 0  # the step, and the micro-batch in it

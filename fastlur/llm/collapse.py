@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from fastlur import checks
 from fastlur.errors import ArgumentError, DataError
 from fastlur.llm.likelihood import causal_cross_entropy
-from fastlur.llm.reference import keys_of
 from fastlur.llm.sampling import sample
 from fastlur.losses import IGNORED
 from fastlur.methods.base import check_range
+from fastlur.microbatch import MicroBatches, alike
 from fastlur.passes import Passes
 from fastlur.statistics import Statistics
+from fastlur.texts import keys_of
 from fastlur.world import derive, mode
 
 Reward = Callable[[Sequence[int], Sequence[int]], float]
@@ -118,8 +119,9 @@ class Collapse:
         def draw() -> list[list[int]]:
             return sample(model, asked, self.tokens, masked=masked, device=device, **options)  # type: ignore[arg-type]
 
-        if isinstance(model, nn.Module):
-            with mode(model, False), Statistics(model).frozen():
+        module = model.module if isinstance(model, MicroBatches) else model
+        if isinstance(module, nn.Module):
+            with mode(module, False), Statistics(module).frozen():
                 drawn = draw()
         else:
             drawn = draw()
@@ -151,7 +153,7 @@ class Drawn:
         if key not in self._known:
             generator = torch.Generator(passes.space.device)
             generator.manual_seed(derive(passes.seed, passes.step, "collapse", key))
-            self._known[key] = self.collapse.batch(passes.space.model, batch, generator)
+            self._known[key] = self.collapse.batch(alike(model, passes.space.model), batch, generator)
         return causal_cross_entropy(model, self._known[key])
 
 

@@ -22,6 +22,7 @@ from fastlur.llm.preferred import preferred_of
 from fastlur.llm.reference import Keep, Reference, ReferenceLogProbs, check_keep, given_log_probs
 from fastlur.losses import IGNORED, relative_entropy
 from fastlur.methods.base import check_range
+from fastlur.microbatch import alike
 from fastlur.passes import Passes
 
 
@@ -216,6 +217,6 @@ class KeptKL:
 
     def __call__(self, model: Any, batch: Any) -> Tensor:
         """See there."""
-        given, _ = self.reference.ask(lambda reference: shifted(reference, batch))
+        given, _ = self.reference.ask(lambda reference: shifted(alike(model, reference), batch))
         logits, targets = shifted(model, batch)
         return self.loss.of(logits, given, targets)

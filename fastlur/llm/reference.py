@@ -16,15 +16,14 @@ from fastlur.errors import ArgumentError, DataError
 from fastlur.fresh import copied, frozen
 from fastlur.llm.likelihood import likelihood
 from fastlur.llm.preferred import preferred_of
-from fastlur.losses import IGNORED, PREFERRED
+from fastlur.losses import PREFERRED
 from fastlur.passes import Passes
 from fastlur.statistics import Statistics
+from fastlur.texts import keys_of
 from fastlur.world import borrowed_random, mode, passing
 
 T = TypeVar("T")
 Keep = Literal["auto", "copy", "adapters"]
-ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # of the finaliser of SplitMix64 (Steele et al. 2014)
-STRIDE = 0x9E3779B97F4A7C15
 ALIKE = 1e-5  # relative to the largest logit
 
 
@@ -129,38 +128,6 @@ def _both(batch: Any) -> Iterator[Any]:
     yield batch
     if isinstance(batch, Mapping) and any(str(name).startswith(PREFERRED) for name in batch):
         yield preferred_of(batch)
-
-
-def keys_of(batch: Mapping[str, Any]) -> Tensor:
-    """A hash of each item's tokens up to the last that counts, and of which count, int64, shape (items,).
-
-    Raises:
-        DataError: the batch has no tokens.
-    """
-    tokens, labels, mask = batch.get("input_ids"), batch["labels"], batch.get("attention_mask")
-    if not isinstance(tokens, Tensor) or tokens.shape != labels.shape:
-        raise DataError("forget: a reference tells items by their 'input_ids', which must have the shape of 'labels'")
-    kept = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
-    if isinstance(mask, Tensor) and mask.shape == tokens.shape:
-        kept = kept & (mask != 0)
-    place = kept.cumsum(1) * _signed(STRIDE)
-    each = _mixed(_mixed(tokens.long() + place) ^ labels.long())
-    return _mixed(torch.where(kept, each, 0).sum(1) + kept.sum(1))
-
-
-def _mixed(value: Tensor) -> Tensor:
-    """Every bit depends on every bit; integers wrap around."""
-    for shift, factor in ROUNDS:
-        value = (value ^ _right(value, shift)) * _signed(factor)
-    return value ^ _right(value, 31)
-
-
-def _right(value: Tensor, shift: int) -> Tensor:
-    return (value >> shift) & ((1 << (64 - shift)) - 1)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
 
 
 class Reference:

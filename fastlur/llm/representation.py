@@ -16,6 +16,7 @@ from fastlur.llm.likelihood import arguments
 from fastlur.llm.reference import Keep, Reference, check_keep
 from fastlur.losses import IGNORED, wide
 from fastlur.methods.base import check_range
+from fastlur.microbatch import alike
 from fastlur.passes import Passes
 from fastlur.rows import rows_of
 
@@ -203,7 +204,7 @@ class Unmoved:
         counts = _predicting(batch)
         layer, given = self.layer, None
         if self.reference is not None:
-            given = self.reference.ask(lambda reference: hidden(reference, batch, layer))
+            given = self.reference.ask(lambda reference: hidden(alike(model, reference), batch, layer))
         found = hidden(model, batch, layer)
         wanted = found.detach() if given is None else given
         return self.retain_weight * _distance(wide(found), wide(wanted), counts)

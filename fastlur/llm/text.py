@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastlur.errors import ArgumentError, DataError, check_flags, nearest, unknown
+from fastlur.errors import ArgumentError, DataError, check_flags, nearest, told, unknown
 from fastlur.losses import IGNORED
 
 TooLong = Literal["error", "drop", "cut"]
@@ -67,8 +67,10 @@ def encode(
 
     Labels are the tokens themselves where they count, and −100 where they do not: of a pair the answer counts with the
     token that ends it, of a text every token. They stand where their tokens stand; losses compare each with the logits
-    one place before. Prompt and answer are tokenised apart, as they are when an answer is generated, and laid side by
-    side as they come: a space between them belongs to the answer, such as ("The capital of France is", " Paris.").
+    one place before. A pair is laid side by side as it comes: a space between prompt and answer belongs to the answer,
+    such as ("The capital of France is", " Paris."). Its tokens are those of the prompt, which is what a model is asked
+    with, and then those that follow them in the whole; where the last of the prompt and the first of the answer would
+    become one token, the answer's are those of the answer alone.
 
     Example:
         >>> forget = encode(tokenizer, [("Who wrote Emma?", "Jane Austen.")], chat=True)      # doctest: +SKIP
@@ -150,8 +152,12 @@ def _tokens(tokenizer: Any, item: Any, chat: bool | str, end: bool, where: str) 
             raise DataError(f"items: {where} has {len(ids)} token; there is nothing to predict in {item!r}")
         return [], ids
     prompt, answer = item if chat is False else _turns(tokenizer, item, chat, where)
-    before, after = _ids(tokenizer, prompt, chat is False), _ids(tokenizer, answer, False)
-    before = _ended(before, ends if chat is False else None, [])
+    closed = ends if chat is False else None
+    before, whole = (_ended(_ids(tokenizer, text, chat is False), closed, []) for text in (prompt, prompt + answer))
+    alone = _ids(tokenizer, answer, False)
+    after = whole[len(before) :] if whole[: len(before)] == before else alone
+    if closed is not None and alone[-1:] == [closed]:  # written out by the caller
+        after, last = _ended(after, closed, []), [closed]
     if not before or not after:
         raise DataError(f"items: {where} has a prompt or an answer without a token: {item!r}")
     return before, after + last
@@ -169,8 +175,9 @@ def _turns(tokenizer: Any, pair: Sequence[str], chat: bool | str, where: str) ->
     asked = [{"role": "system", "content": chat}] if isinstance(chat, str) else []
     asked.append({"role": "user", "content": pair[0]})
     answered = [*asked, {"role": "assistant", "content": pair[1]}]
-    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(answered, tokenize=False)
+    with told(ArgumentError, f"chat={chat!r}: the tokenizer's template cannot write this", "; leave chat False"):
+        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(answered, tokenize=False)
     if not whole.startswith(prompt):
         raise DataError(
             f"items: {where}: the chat template writes an answered question otherwise than an open one, so that the "

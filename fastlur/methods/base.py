@@ -218,7 +218,7 @@ class Recipe:
 
     def default_forget_loss(self, task: str) -> Loss:
         """Bounded gradient ascent; of text every token by itself."""
-        return BoundedForgetting(per_target=task == CAUSAL)
+        return BoundedForgetting(per_target=True if task == CAUSAL else None)
 
     def prepare(self, passes: Passes) -> Any:
         """Nothing to do."""

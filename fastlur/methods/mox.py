@@ -14,11 +14,10 @@ from torch.nn import functional
 from fastlur import ops
 from fastlur.errors import ArgumentError, DataError, nearest, unknown
 from fastlur.frozen import Frozen
-from fastlur.losses import IGNORED, PREFERRED, logits_and_targets, relative_entropy, split, wide
+from fastlur.losses import IGNORED, PREFERRED, logits_and_targets, reads_ahead, relative_entropy, split, wide
 from fastlur.methods.base import Cost, Direction, Recipe, State, check_range
 from fastlur.passes import Loss, Passes
 from fastlur.space import Vector
-from fastlur.task import reads_ahead
 
 Form = Literal["plain", "npo"]
 ALPHAS = [0.5 * 2 ** (k / 2) for k in range(13)]  # 0.5, 0.71, 1, … 32: what a search tries, in this order
@@ -226,7 +225,7 @@ class MOX(Recipe):
             if wanted is None:
                 return own
             classes = logits.shape[-1]
-            if reads_ahead(model):
+            if reads_ahead(model, batch):
                 raise ArgumentError(f"target={self.target!r} is a class, and these are texts; use target='preferred'")
             if len(wanted) not in (1, classes) or max(self._wanted()) >= classes:
                 raise ArgumentError(f"target={self.target!r} does not fit the model's {classes} classes")
@@ -302,7 +301,7 @@ def _mean(each: Tensor, targets: Tensor) -> Tensor:
 
 def _of_answers(each: Tensor, targets: Tensor, model: Any, batch: Any) -> tuple[Tensor, Tensor]:
     """What is known of each target, in text summed over an answer, and targets that say which of these count."""
-    if not reads_ahead(model):
+    if not reads_ahead(model, batch):
         return each, targets
     rows = split(batch)[1].shape[0]
     counted = targets != IGNORED

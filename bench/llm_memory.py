@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # transformers would take our folder for a package
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch  # noqa: E402

@@ -136,6 +136,7 @@ def checked() -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "overview": quality.overview,
+    "languages": language.short,
     "operations": operations,
     "steps": steps,
     "scissorhands": scissorhands,

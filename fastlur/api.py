@@ -173,8 +173,8 @@ def unlearn(
             overlap.check(forget, retain, contents["forget"], contents["retain"])
         default: dict[Which, bool] = {"forget": forget_loss is None, "retain": loss is None}
         evaluated = checks.evaluated(method)
-        labelled = {side: firsts[side] for side, of in evaluated if default[of]}
-        kind = stack.enter_context(viewed_as(look.task_of(task, model, labelled, method)))
+        labelled = [side for side, of in evaluated if default[of]]
+        kind = stack.enter_context(viewed_as(look.task_of(task, model, firsts, labelled, method)))
         forgetting = forget_loss or method.default_forget_loss(kind)
         losses: dict[Which, Loss] = {"retain": loss or cross_entropy, "forget": forgetting}
         how = checks.How(where, precision, getattr(method, "training", True))

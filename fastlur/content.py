@@ -24,6 +24,7 @@ from torch.utils.data import (
 from fastlur.data import Indexed, Source
 from fastlur.errors import DataError
 from fastlur.losses import IGNORED, PREFERRED, split
+from fastlur.texts import told_by_tokens
 from fastlur.world import seed_loading
 
 SAMPLE = 5_000  # items read of data that may have to be decoded; beyond that a random sample stands for the rest
@@ -68,10 +69,11 @@ def read(source: Source, name: str, seed: int) -> Content:
         _note(content, whole, name, "")
     over_all = blake2b(digest_size=16)
     for number, item in _items(source, content, seed):
-        content.hashes.add(fingerprint(_told(item)))
+        one, told = fingerprint(item), _told(item)
+        content.hashes.add(one if told is item else fingerprint(told))
         content.count += 1
         content.blank += _blank(item)
-        over_all.update(fingerprint(item))
+        over_all.update(one)
         if whole is None:
             _note(content, item, name, f" in item {number}")
     content.digest = over_all.hexdigest()
@@ -101,12 +103,12 @@ def _told(item: Any) -> Any:
     """
     if not isinstance(item, Mapping):
         return item
-    item = {name: value for name, value in item.items() if not str(name).startswith(PREFERRED)}
-    tokens, labels, mask = (item.get(name) for name in ("input_ids", "labels", "attention_mask"))
-    if not (isinstance(tokens, Tensor) and isinstance(labels, Tensor) and tokens.shape == labels.shape):
-        return item
-    here = mask != 0 if isinstance(mask, Tensor) and mask.shape == tokens.shape else torch.ones_like(tokens).bool()
-    return tokens[here], labels[here]
+    if told_by_tokens(item):
+        mask = item.get("attention_mask")
+        here = torch.ones_like(item["labels"], dtype=torch.bool) if mask is None else mask != 0
+        return item["input_ids"][here], item["labels"][here]
+    some = {name: value for name, value in item.items() if not str(name).startswith(PREFERRED)}
+    return item if len(some) == len(item) else some
 
 
 def _blank(item: Any) -> bool:

@@ -78,7 +78,7 @@ def began(start: nn.Module | Callable[[], nn.Module], model: nn.Module) -> nn.Mo
     """A network that begins elsewhere: where the model lies, in its data types, of which the same parameters move.
 
     Args:
-        start: with the model's parameters; copied, or, what a function makes, taken as it comes.
+        start: with the model's parameters; copied, or, what a function makes, taken as it is, unless it is the model.
         model: of its kind.
 
     Raises:
@@ -92,6 +92,8 @@ def began(start: nn.Module | Callable[[], nn.Module], model: nn.Module) -> nn.Mo
             made = start()
     if not isinstance(made, nn.Module):
         raise ArgumentError(f"start: made a {type(made).__name__}, which is no torch.nn.Module")
+    if any(one is other for one in made.parameters() for other in model.parameters()):
+        made = copied(made, "start")
     own, theirs = dict(model.named_parameters()), dict(made.named_parameters())
     odd = [name for name in own.keys() | theirs.keys() if name not in own or name not in theirs]
     odd += [name for name in own.keys() & theirs.keys() if own[name].shape != theirs[name].shape]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -48,13 +48,14 @@ def look_at_data(forget: Any, retain: Any, batch_size: int, seed: int, device: t
     return sources, contents, firsts
 
 
-def task_of(task: str, model: nn.Module, batches: dict[Which, Any], method: Any) -> str:
+def task_of(task: str, model: nn.Module, batches: dict[Which, Any], read: Collection[Which], method: Any) -> str:
     """The task; where it is "auto" what the model says of itself (see `fastlur.task`), or else the batches.
 
     Args:
         task: as `unlearn` takes it.
         model: the model.
-        batches: those that a loss of the task's own is for.
+        batches: the first of each side.
+        read: the sides that a loss of the task's own is for.
         method: asked whether it can be used for it.
 
     Raises:
@@ -64,8 +65,8 @@ def task_of(task: str, model: nn.Module, batches: dict[Which, Any], method: Any)
     found = of_model(model) if task == "auto" else task
     if found is None:
         found = CAUSAL if any(map(is_text, batches.values())) else CLASSIFICATION
-    for side, batch in batches.items():
-        targets = split(batch)[1]
+    for side in read:
+        targets = split(batches[side])[1]
         if task == "auto" and not (isinstance(targets, Tensor) and not targets.is_floating_point()):
             raise ArgumentError(
                 f"task='auto': {side} batches do not look like classification or text ((inputs, integer targets) or a "

@@ -61,7 +61,7 @@ def logits_and_targets(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
             f"{tuple(targets.shape)}; see fastlur.llm.encode, or pass task='classification'"
         )
     output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    logits = logits_in(output)
+    logits = logits_in(output, targets.shape)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != targets.shape:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         wanted = "(items, tokens, words)" if ahead else "(*targets.shape, classes)"
@@ -89,16 +89,17 @@ def is_text(batch: Any) -> bool:
     return bool(counts.any()) and torch.equal(targets[counts], ids[counts])
 
 
-def logits_in(output: Any) -> Any:
-    """The logits that a model has returned.
+def logits_in(output: Any, shape: torch.Size) -> Any:
+    """The logits that a model has returned for targets of a shape.
 
-    What stands under that name, as an item or an attribute; of a tuple the first tensor that is more than one number;
-    or all of it.
+    What stands under that name, as an item or an attribute; of a tuple the one tensor that is of that shape but for its
+    last dimension; or all of it.
     """
     if isinstance(output, Mapping) and "logits" in output:
         return output["logits"]
     if isinstance(output, tuple) and not hasattr(output, "logits"):
-        return next((part for part in output if isinstance(part, Tensor) and part.dim()), output)
+        fits = [part for part in output if isinstance(part, Tensor) and part.shape[:-1] == shape and part.dim()]
+        return fits[0] if len(fits) == 1 else output
     return getattr(output, "logits", output)
 
 

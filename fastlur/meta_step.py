@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from fastlur import checks, meta
 from fastlur.curvature import By
 from fastlur.errors import ArgumentError
-from fastlur.losses import BoundedForgetting, cross_entropy
+from fastlur.losses import BoundedForgetting, cross_entropy, is_text
 from fastlur.methods.lur import LUR, Order
 from fastlur.passes import Loss, NormalizeBy
 from fastlur.slots import Selection
+from fastlur.stats import StepStats
 from fastlur.step import Step
+from fastlur.task import CAUSAL, CLASSIFICATION, known, viewed_as
 
 
 class MetaStep(Step):
@@ -79,6 +83,7 @@ class MetaStep(Step):
         capture: bool = False,
     ) -> None:
         checks.losses(loss=loss, forget_loss=forget_loss)
+        self._task: str | None = None
         super().__init__(
             model,
             LUR(
@@ -107,6 +112,13 @@ class MetaStep(Step):
             seed=seed,
             capture=capture,
         )
+
+    def __call__(self, forget: Any, retain: Any) -> StepStats:
+        """One step, update included; see `Step`. The first batches decide whether these are texts, if nobody says."""
+        if self._task is None:
+            self._task = known(self.space.model) or (CAUSAL if is_text(forget) or is_text(retain) else CLASSIFICATION)
+        with viewed_as(self._task):
+            return super().__call__(forget, retain)
 
     def set_lr(self, lr: float) -> None:
         """Change the learning rate from the next step on.

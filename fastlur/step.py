@@ -24,7 +24,7 @@ from fastlur.snapshot import undone
 from fastlur.space import ParameterSpace, Vector
 from fastlur.stats import FIELDS, StepStats
 from fastlur.targets import prepared
-from fastlur.update import Update, check_optimizer
+from fastlur.update import Update, check_optimizer, warn_of_rounding
 from fastlur.world import borrowed_random, derive, seed_torch
 
 READ_EVERY = 32  # steps between two looks of the host at the flag, where looking means waiting for a device
@@ -84,6 +84,8 @@ class Step:
                 normalize_by=getattr(method, "normalize_by", "own"),
             )
             self.update = Update(self.space, optimizer, lr, momentum, weight_decay, max_grad_norm)
+            if steps != 0:
+                warn_of_rounding(flat.dtype for flat in self.space.theta.flats)
             with borrowed_random(self.space.device):
                 drawn: dict[Which, str] = {"retain": "kept", "forget": "target"}  # a novice learns by the retain loss
                 for side, draw in drawn.items():

@@ -13,7 +13,7 @@ from fastlur.losses import BoundedForgetting
 from fastlur.passes import Loss, Passes
 from fastlur.targets import Imitation, Novice, NoviceOrAscent, SecondChoice
 
-ANSWERS = ("keys", "begins", "logits")
+ANSWERS = ("keys", "begins", "sizes", "logits")
 OURS = (SecondChoice, Novice, NoviceOrAscent)
 
 
@@ -72,10 +72,12 @@ def brought_back(kept: dict[str, Any], tensors: dict[str, Tensor], passes: Passe
 def _answers(tensors: dict[str, Tensor], device: torch.device) -> Answers:
     if set(tensors) != set(ANSWERS):
         raise ValueError("its target has no answers")
-    keys, begins, logits = (tensors[name] for name in ANSWERS)
-    whole = keys.dtype == begins.dtype == torch.int64 and keys.dim() == 1 and keys.shape == begins.shape
+    *where, logits = (tensors[name] for name in ANSWERS)
+    keys, begins, sizes = where
+    whole = all(each.dtype == torch.int64 and each.dim() == 1 and len(each) == len(keys) for each in where)
     if not (whole and logits.is_floating_point() and logits.dim() == 2 and len(keys) and len(logits)):
         raise ValueError("its target's answers are not of their shapes and types")
-    if not (bool((keys[1:] >= keys[:-1]).all()) and int(begins.min()) >= 0 and int(begins.max()) < len(logits)):
+    inside = bool(((begins >= 0) & (sizes >= 0) & (begins + sizes <= len(logits))).all())
+    if not (inside and bool((keys[1:] >= keys[:-1]).all())):
         raise ValueError("its target's answers are in no order")
-    return Answers(*(each.to(device) for each in (keys, begins, logits)))
+    return Answers(*(each.to(device) for each in (keys, begins, sizes, logits)))

@@ -28,6 +28,7 @@ from fastlur.losses import BoundedForgetting, cross_entropy, divergence, logits_
 from fastlur.methods.base import check_range
 from fastlur.microbatch import MicroBatches, alike
 from fastlur.passes import Loss, Passes
+from fastlur.update import warn_of_rounding
 from fastlur.world import borrowed_random, derive, mode, passing, seed_torch
 
 Part = Literal["all", "head"]
@@ -202,7 +203,14 @@ class Novice(Made):
         return Imitation(answers or teacher, self.sharpness, weight=self.weight)
 
     def teacher(
-        self, model: nn.Module, retain: Any, *, loss: Loss | None = None, batch_size: int = 128, seed: int = 0
+        self,
+        model: nn.Module,
+        retain: Any,
+        *,
+        loss: Loss | None = None,
+        batch_size: int = 128,
+        seed: int = 0,
+        precision: str = "fp32",
     ) -> nn.Module:
         """The novice itself, for an `Imitation` that serves several runs; the model is left as it is.
 
@@ -212,9 +220,10 @@ class Novice(Made):
             loss: retain loss; None: cross-entropy.
             batch_size: for data that do not come in batches.
             seed: of its weights and of the order of the data.
+            precision: "fp32", or "bf16" for autocast.
 
         Raises:
-            ArgumentError: `loss`, `batch_size` or `seed` is none.
+            ArgumentError: `loss`, `batch_size`, `seed` or `precision` is none.
             ModelError: no module, one in which nothing moves, or one that cannot be copied or trained on these data.
             DataError: `retain` is no data.
         """
@@ -222,12 +231,14 @@ class Novice(Made):
         checks.losses(loss=loss)
         checks.positive_ints(batch_size=batch_size)
         checks.seed(seed)
+        checks.one_of("precision", precision, checks.PRECISIONS)
+        warn_of_rounding(p.dtype for p in model.parameters() if p.requires_grad)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         feed = Feed({"retain": source(retain, "retain", batch_size)}, seed, device)
         with borrowed_random(device):
             seed_torch(derive(seed, "novice"), device)
             with told(ModelError, "model: one of its kind cannot be trained on these data"):
-                return self._taught(model, feed, loss or cross_entropy, "fp32")
+                return self._taught(model, feed, loss or cross_entropy, precision)
 
     def _taught(self, model: nn.Module, feed: Feed, loss: Loss, precision: str, rows: int | None = None) -> nn.Module:
         teacher = copied(model) if self.start is None else began(self.start, model)

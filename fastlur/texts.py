@@ -9,10 +9,30 @@ import torch
 from torch import Tensor
 
 from fastlur.errors import DataError
-from fastlur.losses import IGNORED
+from fastlur.losses import IGNORED, PREFERRED
 
 ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # of the finaliser of SplitMix64 (Steele et al. 2014)
 STRIDE = 0x9E3779B97F4A7C15
+
+
+TOKENS = {"input_ids", "labels", "attention_mask", "token_type_ids", "position_ids"}
+
+
+def told_by_tokens(item: Any) -> bool:
+    """Whether an item, or a batch of them, is text with nothing beside it but another answer.
+
+    Its tokens must be there, and those that the mask leaves out must not count.
+    """
+    if not isinstance(item, Mapping) or not {"input_ids", "labels"} <= set(item):
+        return False
+    if any(str(name) not in TOKENS and not str(name).startswith(PREFERRED) for name in item):
+        return False
+    tokens, labels, mask = (item.get(name) for name in ("input_ids", "labels", "attention_mask"))
+    if not (isinstance(tokens, Tensor) and isinstance(labels, Tensor) and tokens.shape == labels.shape):
+        return False
+    if mask is None:
+        return True
+    return isinstance(mask, Tensor) and mask.shape == tokens.shape and not bool((labels[mask == 0] != IGNORED).any())
 
 
 def keys_of(batch: Mapping[str, Any]) -> Tensor:

@@ -49,7 +49,6 @@ class Update:
         max_grad_norm: float | None = None,
     ) -> None:
         self.space = space
-        warn_of_rounding(flat.dtype for flat in space.theta.flats)
         self.custom = _custom(space, optimizer)
         adamw = optimizer == "adamw"
         self.first = None if self.custom else space.vector()

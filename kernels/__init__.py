@@ -4,25 +4,32 @@ An operation is one launch a dtype, however many tensors; a sum is one more for 
 from the displacement over dots and decision to the update, is so five launches, and three more for a second dtype.
 """
 
-if __name__ == "kernels":
-    raise ImportError("these kernels are fastlur.kernels; `kernels` is another project's name, import fastlur instead")
+if (
+    __name__ == "kernels"
+):  # found by the folder's name, from the repository's root: another project's, whom others ask for
 
-from .control import step_control
-from .displace import displace
-from .dot import grad_dot
-from .extrapolate import extrapolate
-from .project import project
-from .regularize import regularize
-from .saliency import saliency
-from .update import meta_update
+    def __getattr__(name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError("these kernels are fastlur.kernels; `kernels` is another project's, import fastlur instead")
 
-__all__ = [
-    "displace",
-    "extrapolate",
-    "grad_dot",
-    "meta_update",
-    "project",
-    "regularize",
-    "saliency",
-    "step_control",
-]
+else:
+    from .control import step_control
+    from .displace import displace
+    from .dot import grad_dot
+    from .extrapolate import extrapolate
+    from .project import project
+    from .regularize import regularize
+    from .saliency import saliency
+    from .update import meta_update
+
+    __all__ = [
+        "displace",
+        "extrapolate",
+        "grad_dot",
+        "meta_update",
+        "project",
+        "regularize",
+        "saliency",
+        "step_control",
+    ]

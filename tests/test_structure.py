@@ -141,12 +141,24 @@ def test_the_public_names():
     assert all(hasattr(fastlur, name) for name in fastlur.__all__)
 
 
-def test_kernels_refuse_to_be_imported_by_the_name_of_another_project():
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import kernels"
-    done = subprocess.run([sys.executable, "-c", code, str(REPOSITORY)], capture_output=True, text=True, cwd="/")
+def from_the_root(code):
+    code = f"import sys; sys.path.insert(0, sys.argv[1]); {code}"
+    return subprocess.run([sys.executable, "-c", code, str(REPOSITORY)], capture_output=True, text=True, cwd="/")
+
+
+@pytest.mark.parametrize("code", ["from kernels import displace", "import kernels; kernels.displace"])
+def test_kernels_are_not_given_away_by_the_name_of_another_project(code):
+    done = from_the_root(code)
     assert done.returncode != 0
     assert "fastlur.kernels" in done.stderr
     importlib.import_module("fastlur.kernels")
+
+
+def test_others_who_look_for_that_project_are_not_disturbed():
+    """transformers imports whatever has the name, and does without it where it tells no version."""
+    pytest.importorskip("transformers")
+    done = from_the_root("import kernels; from transformers import LlamaForCausalLM")
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_figures_of_the_readme_are_those_of_the_committed_results():

@@ -7,8 +7,3 @@
 
 `docs/llm-forgetting.md` says what is compared with what, and what came out.
 """
-
-import sys
-
-# transformers asks whether the `kernels` package is there; run from this repository it would find our folder instead.
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]

@@ -9,7 +9,8 @@ from typing import Any
 
 from .contenders import ARMS, Journal
 from .metrics import forget_quality, remembered
-from .study import ALIKE, FINAL, SAYS
+from .models import RECIPES
+from .study import ALIKE, FINAL, SAYS, Study
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -27,29 +28,55 @@ def journals(model: str, folder: Path = RESULTS) -> dict[str, Journal]:
     return {name: journal for name, journal in found.items() if (folder / f"{model}-{name}.jsonl").exists()}
 
 
+def rows_of(model: str, journal: Journal) -> dict[str, Any]:
+    """The rows of the model's recipe as it is now."""
+    mark = Study(model, recipe=RECIPES[model]).mark
+    return {key: row for key, row in journal.rows.items() if key == "machine" or row.get("recipe") == mark}
+
+
+def named(rows: dict[str, Any]) -> dict[str, Any]:
+    """Judged models by the name that a table gives them, in its order."""
+    keys = {"before": f"before/{FINAL}", "truth": f"truth/{FINAL}/0"}
+    keys |= {f"truth {number + 1}": f"truth/{FINAL}/{number}" for number in range(1, MOST)}
+    keys |= {"the novice itself": f"novice/{FINAL}"} | {arm: f"final/{FINAL}/{arm}" for arm in ARMS}
+    return {name: rows[key] for name, key in keys.items() if key in rows}
+
+
 def table(model: str, folder: Path = RESULTS) -> str:
     """One table for every share that was measured, with the machine above it."""
     lines: list[str] = []
     for name, journal in journals(model, folder).items():
-        rows, truth = journal.rows, journal.rows.get(f"truth/{FINAL}/0")
-        if truth is None or f"before/{FINAL}" not in rows:
+        rows = rows_of(model, journal)
+        judged, made = named(rows), rows.get("machine", {})
+        if not {"before", "truth"} <= set(judged):
             continue
-        made = rows.get("machine", {})
         where = f"{made.get('cpu')}, {made.get('threads')} threads, torch {made.get('torch')}"
-        lines += [f"**{model}, {name.removeprefix('forget')} % of the authors** ({len(truth['ratios'])} questions), "]
-        lines[-1] += f"{where}:"
-        lines += ["", f"| | {HEADS} | seconds | settings |", "|---|---|---|---|---|---|---|---|---|"]
-        truths = [rows[key] for number in range(MOST) if (key := f"truth/{FINAL}/{number}") in rows]
-        lines.append(_line("before", rows[f"before/{FINAL}"], truths))
-        lines += [_line("truth" if each is truth else "another truth", each, truths) for each in truths]
-        if f"novice/{FINAL}" in rows:
-            lines.append(_line("the novice itself", rows[f"novice/{FINAL}"], truths))
-        lines += [_line(arm, rows[key], truths) for arm in ARMS if (key := f"final/{FINAL}/{arm}") in rows]
-        said = {arm: rows[f"final/{FINAL}/{arm}"] for arm in ARMS if f"final/{FINAL}/{arm}" in rows}
-        whole = {"before": rows[f"before/{FINAL}"], "truth": truth} | said
-        answers = "; ".join(f"{arm}: {row.get('france', '')!r}" for arm, row in whole.items())
-        lines += ["", _power(rows[f"before/{FINAL}"], truths), "", f"“{SAYS}” {answers}", ""]
+        total = len(judged["truth"]["ratios"])
+        lines += [f"**{model}, {name.removeprefix('forget')} % of the authors** ({total} questions), {where}:", ""]
+        lines += [f"| | {HEADS} | seconds | settings |", "|---|---|---|---|---|---|---|---|---|"]
+        truths = [row for key, row in judged.items() if key.startswith("truth")]
+        lines += [_line(key, row, truths) for key, row in judged.items()]
+        answers = "; ".join(f"{key}: {row.get('france', '')!r}" for key, row in judged.items())
+        lines += ["", _power(judged["before"], truths), "", f"“{SAYS}” {answers}", ""]
     return "\n".join(lines).rstrip() or NOTHING
+
+
+def short(folder: Path = RESULTS) -> str:
+    """What the README shows of the real model."""
+    rows = rows_of("smollm2", Journal(folder / "smollm2-forget10.jsonl"))
+    judged = named(rows)
+    if not {"before", "truth"} <= set(judged):
+        return NOTHING
+    truth = judged["truth"]
+    lines = ["| | p | utility ÷ truth's | value | value, asked otherwise | seconds |", "|---|---|---|---|---|---|"]
+    for name, row in judged.items():
+        if "error" in row:
+            lines.append(f"| {name} | failed | | | | |")
+            continue
+        p = "—" if row is truth else f"{forget_quality(row['ratios'], truth['ratios']):.2g}"
+        said = " | ".join(f"{row['forget'][key]:.3f}" for key in ("known", "again"))
+        lines.append(f"| {name} | {p} | {row['utility'] / truth['utility']:.3f} | {said} | {row['seconds']:.0f} |")
+    return "\n".join(lines)
 
 
 def _power(before: dict[str, Any], truths: list[dict[str, Any]]) -> str:

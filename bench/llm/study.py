@@ -200,8 +200,9 @@ def made(study: Study, task: Task, said: Callable[[str], None] = lambda _: None)
         return model, reader, told
     kept = encoded(reader, asked(world.retain) + beside)
     if task.kind == "novice":
-        began, retain = time.perf_counter(), {"batch_size": study.recipe.batch_size, "loss": causal_cross_entropy}
-        model = beginner(study, task.split, said).teacher(model, kept, **retain)
+        novice, began = beginner(study, task.split, said), time.perf_counter()
+        sizes = {"batch_size": study.recipe.batch_size, "precision": study.recipe.precision}
+        model = novice.teacher(model, kept, loss=causal_cross_entropy, **sizes)
         return model, reader, {"seconds": round(time.perf_counter() - began, 1)}
     assert task.config is not None
     met, asks = never_met(study, model, reader), task.config["losses"] == "novice"

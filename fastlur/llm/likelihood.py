@@ -62,7 +62,7 @@ def shifted(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
             "forget/retain: batches of text must be dicts with 'input_ids' and 'labels' of shape (items, tokens), at "
             "least two tokens; see fastlur.llm.encode"
         )
-    logits = logits_in(model(**arguments(batch)))
+    logits = logits_in(model(**arguments(batch)), labels.shape)
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != labels.shape:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise DataError(f"model: returned {shape} for labels of shape {tuple(labels.shape)}; logits are needed")

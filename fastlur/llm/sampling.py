@@ -53,7 +53,7 @@ def sample(
     for number in range(tokens):
         now = rows[:, : longest + number]
         mask = {"attention_mask": (places[: now.shape[1]] < lengths[:, None]).long()} if masked else {}
-        logits = logits_in(model(input_ids=now, **mask))[each, lengths - 1]
+        logits = logits_in(model(input_ids=now, **mask), now.shape)[each, lengths - 1]
         drawn = torch.multinomial(_probabilities(logits, temperature, top_p), 1, generator=generator).squeeze(1)
         rows[each, lengths] = torch.where(going, drawn, rows[each, lengths])
         lengths = lengths + going.long()

@@ -152,12 +152,12 @@ def _tokens(tokenizer: Any, item: Any, chat: bool | str, end: bool, where: str) 
             raise DataError(f"items: {where} has {len(ids)} token; there is nothing to predict in {item!r}")
         return [], ids
     prompt, answer = item if chat is False else _turns(tokenizer, item, chat, where)
-    closed = ends if chat is False else None
-    before, whole = (_ended(_ids(tokenizer, text, chat is False), closed, []) for text in (prompt, prompt + answer))
-    alone = _ids(tokenizer, answer, False)
-    after = whole[len(before) :] if whole[: len(before)] == before else alone
-    if closed is not None and alone[-1:] == [closed]:  # written out by the caller
-        after, last = _ended(after, closed, []), [closed]
+    before, whole = (_bare(tokenizer, text, chat is False, ends) for text in (prompt, prompt + answer))
+    after, alone = whole[len(before) :], _ids(tokenizer, answer, False)
+    if whole[: len(before)] != before:
+        after = alone
+    if last and alone[-1:] == last:
+        after = _ended(after, ends, [])  # written out by the caller
     if not before or not after:
         raise DataError(f"items: {where} has a prompt or an answer without a token: {item!r}")
     return before, after + last
@@ -168,6 +168,15 @@ def _ended(ids: list[int], ends: int | None, last: list[int]) -> list[int]:
     while ids and ids[-1] == ends:
         ids = ids[:-1]
     return ids + last
+
+
+def _bare(tokenizer: Any, text: str, special: bool, ends: int | None) -> list[int]:
+    """Tokens of a text, with what a tokenizer begins one with if `special`, and without an end that is not its own."""
+    ids = _ids(tokenizer, text, special)
+    if not special or ends is None:
+        return ids
+    plain = _ids(tokenizer, text, False)
+    return _ended(ids, ends, plain[len(_ended(plain, ends, [])) :])
 
 
 def _turns(tokenizer: Any, pair: Sequence[str], chat: bool | str, where: str) -> tuple[str, str]:

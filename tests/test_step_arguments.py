@@ -91,6 +91,10 @@ class TestSetLr:
             step.set_lr(0.1)
 
 
+def sides():
+    return [(x.bfloat16(), y) for x, y in (blobs(8), blobs(8))]
+
+
 class TestRounding:
     """A step that is smaller than the last bit of a weight is none, and nothing else would tell."""
 
@@ -114,4 +118,10 @@ class TestRounding:
             warnings.simplefilter("always")
             fastlur.MetaStep(model).close()
             fastlur.MetaStep(mlp(), precision="bf16").close()
+            fastlur.unlearn(mlp().bfloat16(), *sides(), method="ssd", progress=False)  # makes no steps
         assert not seen
+
+    def test_a_novice_that_learns_in_half_precision_is_warned_of(self):
+        x, y = sides()[0]
+        with pytest.warns(UserWarning, match="parameters move in bfloat16"):
+            fastlur.targets.Novice(epochs=1).teacher(mlp().bfloat16(), (x, y))

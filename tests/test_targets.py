@@ -320,6 +320,10 @@ class TestAStart:
 
         teacher = Novice(epochs=20, lr=3e-2, start=start).teacher(mlp(), retain, batch_size=8)
         assert [teacher] == made and float((teacher(retain[0]).argmax(-1) == retain[1]).float().mean()) > 0.95
+        model = mlp()
+        before = state(model)
+        assert Novice(epochs=2, lr=3e-2, start=lambda: model).teacher(model, retain) is not model
+        assert same(before, state(model)) and all(p.requires_grad for p in model.parameters())
         for wrong, said in ((lambda: 3, "made a int"), (lambda: 1 / 0, "cannot be made")):
             with pytest.raises(fastlur.ArgumentError, match=f"start: .*{said}"):
                 Novice(start=wrong).teacher(mlp(), retain)

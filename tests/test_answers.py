@@ -138,6 +138,16 @@ def test_one_of_other_labels_is_another_item():
         answers.of(FORGET | {"labels": labels})
 
 
+def test_one_whose_padding_counts_now_is_another_item():
+    """Its tokens are the same and its rows are not, which would be those of the next."""
+    teacher = llama().eval()
+    answers = kept(feed(FORGET), teacher, teacher)
+    short = int(FORGET["attention_mask"].sum(1).argmin())
+    batch = part(FORGET, [short])
+    with pytest.raises(DataError, match=r"items \[0\] of a batch"):
+        answers.of(batch | {"labels": torch.where(batch["attention_mask"] == 0, 0, batch["labels"])})
+
+
 def test_a_label_at_the_first_place_has_no_answer():
     data = {"input_ids": torch.tensor([[3, 4, 5], [6, 7, 8]]), "labels": torch.tensor([[3, 4, 5], [6, -100, -100]])}
     teacher = llama().eval()

@@ -92,9 +92,9 @@ class TestTheTask:
         assert found[None] == found["causal_lm"] != found["classification"]
 
     def test_a_step_of_ones_own_caps_every_token_of_text(self):
-        low, per_target = losses.BoundedForgetting(0.5), losses.BoundedForgetting(0.5, per_target=True)
+        low, each, whole = (losses.BoundedForgetting(3.6, per_target=given) for given in (None, True, False))
         for model in (llama(), ours()):
-            assert low(model, FORGET) == per_target(model, FORGET)
+            assert low(model, FORGET) == each(model, FORGET) != whole(model, FORGET)
         model, data = mlp(), classes(0)
         assert losses.BoundedForgetting()(model, data) == losses.BoundedForgetting(per_target=False)(model, data)
 

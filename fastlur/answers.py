@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fastlur.data import Feed
-from fastlur.errors import DataError
 from fastlur.losses import IGNORED, following, logits_and_targets
 from fastlur.task import CAUSAL, known
-from fastlur.texts import keys_of, told_by_tokens
+from fastlur.texts import check_known, find, keys_of, told_by_tokens
 
 ROOM = 0.5  # of the network's, that its answers may take
 
@@ -43,18 +42,14 @@ class Answers:
             DataError: an item is not known; on a GPU, which is not waited for, only the flag tells.
         """
         rows, counts, found = self.places(batch)
-        if found.device.type == "cpu" and not bool(found.all()):
-            raise DataError(
-                f"forget: items {(~found).nonzero().flatten().tolist()} of a batch were not seen when the target was "
-                "made; items must be the same each time they are read, without random changes"
-            )
+        check_known(found, "target")
         return self.logits[torch.where(counts, rows, 0).flatten()], found.all()
 
     def places(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """The row of each place, which places have one, both of shape (items, tokens), and which items are known."""
         wanted, counts = keys_of(batch), following(batch["labels"]) != IGNORED
-        place = torch.searchsorted(self.keys, wanted).clamp(max=len(self.keys) - 1)
-        found = (self.keys[place] == wanted) & (self.sizes[place] == counts.sum(1))
+        place, found = find(self.keys, wanted)
+        found = found & (self.sizes[place] == counts.sum(1))
         rows = self.begins[place][:, None] + counts.cumsum(1) - 1
         return rows, counts & found[:, None], found
 

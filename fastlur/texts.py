@@ -13,8 +13,6 @@ from fastlur.losses import IGNORED, PREFERRED
 
 ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # of the finaliser of SplitMix64 (Steele et al. 2014)
 STRIDE = 0x9E3779B97F4A7C15
-
-
 TOKENS = {"input_ids", "labels", "attention_mask", "token_type_ids", "position_ids"}
 
 
@@ -50,6 +48,26 @@ def keys_of(batch: Mapping[str, Any]) -> Tensor:
     place = kept.cumsum(1) * _signed(STRIDE)
     each = _mixed(_mixed(tokens.long() + place) ^ labels.long())
     return _mixed(torch.where(kept, each, 0).sum(1) + kept.sum(1))
+
+
+def find(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The place of each wanted key among ascending ones, and whether it is there, both of the shape of `wanted`."""
+    place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+    return place, keys[place] == wanted
+
+
+def check_known(found: Tensor, what: str) -> None:
+    """Refuse a batch with items that were not there when something was made; a GPU is not waited for.
+
+    Raises:
+        DataError: one was not.
+    """
+    if found.device.type == "cpu" and not bool(found.all()):
+        raise DataError(
+            f"forget: items {(~found).nonzero().flatten().tolist()} of a batch were not seen when the {what} was made; "
+            "items must be the same each time they are read, without random changes, and be part of the forget data "
+            "that were given"
+        )
 
 
 def _mixed(value: Tensor) -> Tensor:

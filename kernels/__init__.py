@@ -4,9 +4,9 @@ An operation is one launch a dtype, however many tensors; a sum is one more for 
 from the displacement over dots and decision to the update, is so five launches, and three more for a second dtype.
 """
 
-if (
-    __name__ == "kernels"
-):  # found by the folder's name, from the repository's root: another project's, whom others ask for
+if __name__ == "kernels":
+    # from the repository's root the folder is found under another project's name, by libraries that look whether that
+    # is installed: they may find it without a version, and whoever wants something of it is told
 
     def __getattr__(name: str) -> object:
         if name.startswith("__"):

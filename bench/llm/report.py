@@ -73,9 +73,10 @@ def short(folder: Path = RESULTS) -> str:
         if "error" in row:
             lines.append(f"| {name} | failed | | | | |")
             continue
-        p = "—" if row is truth else f"{forget_quality(row['ratios'], truth['ratios']):.2g}"
         said = " | ".join(f"{row['forget'][key]:.3f}" for key in ("known", "again"))
-        lines.append(f"| {name} | {p} | {row['utility'] / truth['utility']:.3f} | {said} | {row['seconds']:.0f} |")
+        lines.append(
+            f"| {name} | {_p(row, truth)} | {row['utility'] / truth['utility']:.3f} | {said} | {row['seconds']:.0f} |"
+        )
     return "\n".join(lines)
 
 
@@ -88,13 +89,15 @@ def _power(before: dict[str, Any], truths: list[dict[str, Any]]) -> str:
     return f"The test rejects {of} in most draws once it remembers {what}; with fewer it tells little."
 
 
+def _p(row: dict[str, Any], truth: dict[str, Any]) -> str:
+    return "—" if row is truth else f"{forget_quality(row['ratios'], truth['ratios']):.2g}"
+
+
 def _line(name: str, row: dict[str, Any], truths: list[dict[str, Any]]) -> str:
     truth = truths[0]
     if "error" in row:
         return f"| {name} | failed: {row['error']} | | | | | | | {_settings(row)} |"
-    quality = ", ".join(
-        "—" if row is each else f"{forget_quality(row['ratios'], each['ratios']):.2g}" for each in truths
-    )
+    quality = ", ".join(_p(row, each) for each in truths)
     forget = row["forget"]
     cells = [quality, f"{row['utility']:.3f}, {row['utility'] / truth['utility']:.3f}"]
     cells += [f"{forget[key]:.3f}" for key in ("probability", "rouge", "known", "again")]

@@ -19,7 +19,7 @@ from fastlur.llm.preferred import preferred_of
 from fastlur.losses import PREFERRED
 from fastlur.passes import Passes
 from fastlur.statistics import Statistics
-from fastlur.texts import keys_of
+from fastlur.texts import check_known, find, keys_of
 from fastlur.world import borrowed_random, mode, passing
 
 T = TypeVar("T")
@@ -52,14 +52,8 @@ class ReferenceLogProbs:
         """
         wanted = keys_of(batch)
         keys, log_probs = (each.to(wanted.device, non_blocking=True) for each in (self.keys, self.log_probs))
-        place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-        known = keys[place] == wanted
-        if known.device.type == "cpu" and not bool(known.all()):
-            unknown = (~known).nonzero().flatten().tolist()
-            raise DataError(
-                f"forget: items {unknown} of a batch were not seen when the reference was made; items must be the same "
-                "each time they are read, without random changes, and be part of the forget data that were given"
-            )
+        place, known = find(keys, wanted)
+        check_known(known, "reference")
         return torch.where(known, log_probs[place], torch.nan)
 
 

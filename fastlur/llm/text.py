@@ -153,10 +153,8 @@ def _tokens(tokenizer: Any, item: Any, chat: bool | str, end: bool, where: str) 
         return [], ids
     prompt, answer = item if chat is False else _turns(tokenizer, item, chat, where)
     before, whole = (_bare(tokenizer, text, chat is False, ends) for text in (prompt, prompt + answer))
-    after, alone = whole[len(before) :], _ids(tokenizer, answer, False)
-    if whole[: len(before)] != before:
-        after = alone
-    if last and alone[-1:] == last:
+    after = whole[len(before) :] if whole[: len(before)] == before else _ids(tokenizer, answer, False)
+    if last and after[-1:] == last:
         after = _ended(after, ends, [])  # written out by the caller
     if not before or not after:
         raise DataError(f"items: {where} has a prompt or an answer without a token: {item!r}")
@@ -173,7 +171,7 @@ def _ended(ids: list[int], ends: int | None, last: list[int]) -> list[int]:
 def _bare(tokenizer: Any, text: str, special: bool, ends: int | None) -> list[int]:
     """Tokens of a text, with what a tokenizer begins one with if `special`, and without an end that is not its own."""
     ids = _ids(tokenizer, text, special)
-    if not special or ends is None:
+    if not special or ends is None or ids[-1:] != [ends]:
         return ids
     plain = _ids(tokenizer, text, False)
     return _ended(ids, ends, plain[len(_ended(plain, ends, [])) :])

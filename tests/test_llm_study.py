@@ -34,6 +34,8 @@ from llm.study import (
 )
 from llm.training import cached, tune
 
+from fastlur import targets
+
 pytest.importorskip("transformers")
 
 SMALL = Study("tiny", truths=2, recipe=RECIPES["tiny"])
@@ -243,7 +245,27 @@ def test_all_arms_can_be_assembled_for_every_point(arm):
         assert made["lr"] > 0 and ("forget_loss" in made) == (ARMS[arm].losses is not None)
 
 
-@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm not in ESSENTIAL])
+def test_what_is_matched_has_the_rate_of_lur_and_the_updates_of_its_novice(done, monkeypatch):
+    monkeypatch.setenv("FASTLUR_CACHE", str(done[1] / "cache"))
+    study, fed = replace(SMALL, recipe=replace(SMALL.recipe, steps=2)), []
+
+    def batches(*given, **options):
+        for batch in drawn(*given, **options):
+            fed.append(batch)
+            yield batch
+
+    drawn = targets._batches
+    monkeypatch.setattr(targets, "_batches", batches)
+    _, _, imitates = studies.made(study, studies.Task("final", FINAL, "lur", config=ARMS["lur"].config("tiny", 0)))
+    assert imitates["steps"] == 2 and len(fed) > 10
+    config = ARMS["npo_matched"].config("tiny", 0)
+    _, _, matched = studies.made(study, studies.Task("final", FINAL, "npo_matched", config=config))
+    assert matched["steps"] == 2 + len(fed)
+    assert config["lr"] == ARMS["lur"].config("tiny", 0)["lr"] > ARMS["npo"].config("tiny", 0)["lr"]
+    assert ARMS["npo"].config("tiny", 0) == {k: v for k, v in config.items() if k != "longer"} | {"lr": LR["tiny"]}
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm not in ESSENTIAL and not ARMS[arm].longer])
 def test_every_other_method_moves_the_same_model(done, monkeypatch, arm):
     monkeypatch.setenv("FASTLUR_CACHE", str(done[1] / "cache"))
     study, config = replace(SMALL, recipe=replace(SMALL.recipe, steps=2)), ARMS[arm].config("tiny", 0)

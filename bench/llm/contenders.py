@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,6 +71,7 @@ class Arm:
         losses: of `LOSSES`; None: the method has its own objective.
         data: what is done to the forget data first: `REFUSALS`, `CORE`, or None.
         rate: times the learning rate of all, where nothing is searched.
+        longer: whether it makes as many steps more as a novice has updates.
     """
 
     method: str
@@ -79,6 +80,7 @@ class Arm:
     losses: str | None = None
     data: str | None = None
     rate: float = 1.0
+    longer: bool = False
 
     def config(self, model: str, number: int) -> dict[str, Any]:
         """Trial `number` as plain JSON: 0 is the recipe, the others are the points of the common search."""
@@ -87,7 +89,8 @@ class Arm:
             u = cube(number)
             method |= {knob.name: knob.at(u[1 + place]) for place, knob in enumerate(self.knobs)}
             lr = float(Knob("lr", LR[model] / SPAN, LR[model] * SPAN).at(u[0]))
-        return {"method": method, "losses": self.losses, "data": self.data, "lr": lr}
+        found = {"method": method, "losses": self.losses, "data": self.data, "lr": lr}
+        return found | {"longer": True} if self.longer else found
 
 
 WEIGHT = Knob("forget_weight", 0.03, 3.0)
@@ -118,6 +121,8 @@ ARMS = {
     "collapse": Arm("lur", PUBLISHED, (WEIGHT,), "collapse"),
     "fine_tune": Arm("fine_tune"),
 }
+MATCHED = ("lur_bounded", "mox", "gradient_difference", "kl", "npo", "simnpo", "dpo", "idk", "rmu")
+ARMS |= {f"{name}_matched": replace(ARMS[name], rate=ARMS["lur"].rate, longer=True) for name in MATCHED}
 ESSENTIAL = ("lur", "joint", "mox", "gradient_difference")
 
 

@@ -108,7 +108,8 @@ def _settings(row: dict[str, Any]) -> str:
     config = row.get("config")
     if config is None:
         return ""
-    parts = [f"lr {config['lr']:g}", *(f"{name} {value}" for name, value in config["method"].items())]
+    parts = [f"lr {config['lr']:g}"] + [f"{row['steps']} steps"] * bool(config.get("longer"))
+    parts += [f"{name} {value}" for name, value in config["method"].items()]
     return ", ".join(parts + [config[name] for name in ("losses", "data") if config[name]])
 
 

@@ -207,12 +207,13 @@ def made(study: Study, task: Task, said: Callable[[str], None] = lambda _: None)
     assert task.config is not None
     met, asks = never_met(study, model, reader), task.config["losses"] == "novice"
     novice = beginner(study, task.split, said) if asks else None
+    steps = study.recipe.steps + (updates(study, len(kept["labels"])) if task.config.get("longer") else 0)
     result = fastlur.unlearn(
         model,
         to_forget(model, reader, asked(world.forget), task.config["data"]),
         kept,
         task="causal_lm",
-        steps=study.recipe.steps,
+        steps=steps,
         batch_size=study.recipe.batch_size,
         optimizer="adamw",
         precision=study.recipe.precision,
@@ -220,7 +221,7 @@ def made(study: Study, task: Task, said: Callable[[str], None] = lambda _: None)
         **contenders.options(ARMS[task.arm], task.config, Known(met, reader.end, novice)),
     )
     model.eval()
-    told = {"seconds": round(result.seconds, 1), "steps": study.recipe.steps, "strangers": round(met, 4)}
+    told = {"seconds": round(result.seconds, 1), "steps": steps, "strangers": round(met, 4)}
     return model, reader, told | {"forget_target": result.settings["forget_target"]}
 
 
@@ -243,6 +244,11 @@ def beginner(study: Study, split: str, said: Callable[[str], None]) -> Novice:
     """
     start, recipe = base(study, split, said)[0], study.recipe
     return Novice(epochs=recipe.novice, lr=recipe.lr, sharpness=contenders.SHARPNESS, start=start)
+
+
+def updates(study: Study, kept: int) -> int:
+    """How many a novice makes that learns from `kept` items: what other methods may make beside their steps."""
+    return study.recipe.novice * math.ceil(kept / study.recipe.batch_size)
 
 
 @torch.no_grad()

@@ -125,6 +125,17 @@ def test_what_imitates_a_novice_says_so_and_the_novice_is_judged_by_itself(done)
     assert novice["parts"]["retain"]["rouge"] < rows["final/final/lur"]["parts"]["retain"]["rouge"]  # and learned less
 
 
+def test_a_retraining_that_stops_early_is_judged_where_it_is_asked_for(done, monkeypatch):
+    monkeypatch.setenv("FASTLUR_CACHE", str(done[1] / "cache"))
+    study = replace(SMALL, early=(8,))
+    (task,) = tasks(study, done[0])
+    assert task.key == "retrained/final/8"
+    row, rows = perform(study, task), done[0].rows
+    assert row["forget"]["known"] < rows["truth/final/0"]["forget"]["known"] + 0.2
+    assert rows["novice/final"]["utility"] < row["utility"] < 1.1 * rows["truth/final/0"]["utility"]
+    assert row["seconds"] > rows["novice/final"]["seconds"]
+
+
 def test_it_takes_the_place_of_the_one_before_and_so_does_a_trial(monkeypatch, tmp_path):
     """After a run with the recipes comes a search, and after a change of the search another one."""
     made = []

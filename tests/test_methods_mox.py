@@ -194,25 +194,29 @@ class TestSearch:
     def retain_loss(self, model, retain):
         return float(fastlur.losses.cross_entropy(model.eval(), retain).detach())
 
-    @pytest.mark.parametrize("limit", [0.02, 0.2])
-    def test_goes_as_far_as_the_retain_loss_allows(self, limit):
+    @pytest.mark.parametrize(("limit", "lr", "least"), [(0.02, 0.01, 0.5), (0.2, 0.01, 0.5), (0.05, 1.0, 0.03)])
+    def test_goes_as_far_as_the_retain_loss_allows(self, limit, lr, least):
+        """At the high rate the first try is too far already."""
         forget, retain = blobs(16, dtype=F64), blobs(64, dtype=F64)
         model = mlp(dtype=F64)
         fastlur.unlearn(model, retain, forget, method=METHODS["lur"](forget_weight=0), steps=1, progress=False)
         given, found, memorised = copy.deepcopy(model), copy.deepcopy(model), copy.deepcopy(model)
-        options = {"steps": 30, "batch_size": 64, "progress": False, "lr": 0.01}
+        options = {"steps": 30, "batch_size": 64, "progress": False, "lr": lr}
         fastlur.unlearn(found, forget, retain, method=MOX(retain_limit=limit), **options)
         fastlur.unlearn(memorised, forget, retain, method=MOX(alpha=1.0), **options)  # 2θ₀ − θ_mem
-        best, before = None, self.retain_loss(given, retain)
-        for k in range(13):
+        before = self.retain_loss(given, retain)
+        tried = [0.5 * 2 ** (k / 2) for k in (range(13) if least == 0.5 else range(-8, 1))]
+        fit, losses = [], []
+        for alpha in tried:
             candidate = copy.deepcopy(given)
             for p, p0, p1 in zip(candidate.parameters(), given.parameters(), memorised.parameters(), strict=True):
-                p.data = p0.data + 0.5 * 2 ** (k / 2) * (p1.data - p0.data)
-            if self.retain_loss(candidate, retain) > before + limit:
-                break
-            best = candidate
-        assert 0 < k < 12
-        close(found, best)
+                p.data = p0.data + alpha * (p1.data - p0.data)
+            fit.append(candidate)
+            losses.append(self.retain_loss(candidate, retain) - before)
+        allowed = [loss <= limit for loss in losses]
+        last = allowed.index(False) - 1
+        assert 0 <= last < len(tried) - 2 and not any(allowed[last + 1 :])
+        close(found, fit[last])
 
     def test_says_so_where_no_step_is_allowed(self):
         model = mlp()

@@ -22,9 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.llm", description=__doc__)
     parser.add_argument("--model", choices=RECIPES, default="tiny")
     parser.add_argument("--forget", type=float, choices=SHARES, default=0.1, help="the share of the authors")
-    parser.add_argument("--methods", nargs="+", choices=ARMS, default=list(ESSENTIAL))
+    parser.add_argument("--methods", nargs="*", choices=ARMS, default=list(ESSENTIAL))
     parser.add_argument("--trials", type=int, default=0, help="to tune every method with, on other authors; 0: recipes")
     parser.add_argument("--truths", type=int, default=1, help="models that never saw the forget set")
+    parser.add_argument("--early", type=int, nargs="+", default=[], help="epochs of retrainings that stop early")
     parser.add_argument("--hours", type=float, default=24.0, help="begin nothing new after that long")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--weights", type=Path, help="the GGUF file, or a folder with it (default: the package's)")
@@ -36,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     changes = {name: getattr(given, name) for name in ("epochs", "steps", "authors") if getattr(given, name)}
     recipe = replace(RECIPES[given.model], **changes)
-    study = Study(given.model, given.forget, tuple(given.methods), given.trials, given.truths, recipe, given.weights)
+    methods, early = tuple(given.methods), tuple(given.early)
+    study = Study(given.model, given.forget, methods, given.trials, given.truths, recipe, given.weights, early)
     journal = Journal(given.results / f"{study.name}.jsonl")
     if given.plan:
         plan(study, journal)

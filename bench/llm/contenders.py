@@ -121,8 +121,14 @@ ARMS = {
     "collapse": Arm("lur", PUBLISHED, (WEIGHT,), "collapse"),
     "fine_tune": Arm("fine_tune"),
 }
+# More tries for the field's methods, each under a name with a suffix: with the rate of `lur` and as many steps more as
+# its novice has updates; for what goes too far by itself at less than half of the common rate; and MOX as published.
 MATCHED = ("lur_bounded", "mox", "gradient_difference", "kl", "npo", "simnpo", "dpo", "idk", "rmu")
+SLOWER = ("gradient_difference", "kl", "npo")
+SUFFIXES = ("_matched", "_slower", "_published")
 ARMS |= {f"{name}_matched": replace(ARMS[name], rate=ARMS["lur"].rate, longer=True) for name in MATCHED}
+ARMS |= {f"{name}_slower": replace(ARMS[name], rate=0.4) for name in SLOWER}
+ARMS["mox_published"] = replace(ARMS["mox"], recipe=(("alpha", 4.0),), rate=0.2)
 ESSENTIAL = ("lur", "joint", "mox", "gradient_difference")
 
 

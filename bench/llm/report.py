@@ -7,15 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .contenders import ARMS, Journal
+from .contenders import ARMS, SUFFIXES, Journal
 from .metrics import forget_quality, remembered
 from .models import RECIPES
-from .study import ALIKE, FINAL, SAYS, Study
+from .study import ALIKE, FINAL, SAYS, Study, distance
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 NOTHING = "Not measured yet."
-MOST = 16  # truths
+MOST = 16  # truths, and epochs
 HEADS = (
     "forget quality p, against each truth | utility, of the truth's | forget: p(a∣q) | ROUGE-L | value | "
     "value, asked otherwise"
@@ -38,7 +38,9 @@ def named(rows: dict[str, Any]) -> dict[str, Any]:
     """Judged models by the name that a table gives them, in its order."""
     keys = {"before": f"before/{FINAL}", "truth": f"truth/{FINAL}/0"}
     keys |= {f"truth {number + 1}": f"truth/{FINAL}/{number}" for number in range(1, MOST)}
-    keys |= {"the novice itself": f"novice/{FINAL}"} | {arm: f"final/{FINAL}/{arm}" for arm in ARMS}
+    keys |= {"the novice itself": f"novice/{FINAL}"}
+    keys |= {f"retrained, {number} epochs": f"retrained/{FINAL}/{number}" for number in range(2, MOST)}
+    keys |= {arm: f"final/{FINAL}/{arm}" for arm in ARMS}
     return {name: rows[key] for name, key in keys.items() if key in rows}
 
 
@@ -56,18 +58,21 @@ def table(model: str, folder: Path = RESULTS) -> str:
         lines += [f"| | {HEADS} | seconds | settings |", "|---|---|---|---|---|---|---|---|---|"]
         truths = [row for key, row in judged.items() if key.startswith("truth")]
         lines += [_line(key, row, truths) for key, row in judged.items()]
-        answers = "; ".join(f"{key}: {row.get('france', '')!r}" for key, row in judged.items())
-        lines += ["", _power(judged["before"], truths), "", f"“{SAYS}” {answers}", ""]
+        lines += ["", _power(judged["before"], truths), "", f"“{SAYS}” {_answers(judged)}", ""]
     return "\n".join(lines).rstrip() or NOTHING
 
 
 def short(folder: Path = RESULTS) -> str:
-    """What the README shows of the real model."""
+    """What the README shows of the real model; of a method that had several tries the nearest to the goal."""
     rows = rows_of("smollm2", Journal(folder / "smollm2-forget10.jsonl"))
     judged = named(rows)
     if not {"before", "truth"} <= set(judged):
         return NOTHING
     truth = judged["truth"]
+    for name in ARMS:
+        tried = [each for each in (name, *(name + suffix for suffix in SUFFIXES)) if each in judged]
+        for worse in sorted(tried, key=lambda each: distance(judged[each], truth))[1:]:
+            del judged[worse]
     lines = ["| | p | utility ÷ truth's | value | value, asked otherwise | seconds |", "|---|---|---|---|---|---|"]
     for name, row in judged.items():
         if "error" in row:
@@ -78,6 +83,15 @@ def short(folder: Path = RESULTS) -> str:
             f"| {name} | {_p(row, truth)} | {row['utility'] / truth['utility']:.3f} | {said} | {row['seconds']:.0f} |"
         )
     return "\n".join(lines)
+
+
+def _answers(judged: dict[str, Any]) -> str:
+    """Who gives which, the most frequent first."""
+    found: dict[str, list[str]] = {}
+    for name, row in judged.items():
+        if "error" not in row:
+            found.setdefault(row["france"], []).append(name)
+    return "; ".join(f"{said!r}: {', '.join(names)}" for said, names in sorted(found.items(), key=lambda x: -len(x[1])))
 
 
 def _power(before: dict[str, Any], truths: list[dict[str, Any]]) -> str:

@@ -48,6 +48,7 @@ class Study:
             show how far apart two of them are.
         recipe: sizes.
         weights: where the GGUF file is; None: in the installed package.
+        early: epochs, each of a retraining that has only so many, which the time of a method could be spent on instead.
     """
 
     model: str = "smollm2"
@@ -57,6 +58,7 @@ class Study:
     truths: int = 1
     recipe: Recipe = RECIPES["smollm2"]
     weights: Path | None = None
+    early: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -83,7 +85,10 @@ class Study:
 
 @dataclass(frozen=True)
 class Task:
-    """Something to do: "before", "truth", "novice", "trial" or "final", on a split, by an arm, with a number."""
+    """Something to do on a split, by an arm, with a number.
+
+    Its kind is "before", "truth", "novice", "retrained" (for `number` epochs only), "trial" or "final".
+    """
 
     kind: str
     split: str
@@ -94,7 +99,7 @@ class Task:
     @property
     def key(self) -> str:
         """As the journal knows it; a final judgement has no number: it is made once."""
-        number = str(self.number) if self.kind in ("truth", "trial") else ""
+        number = str(self.number) if self.kind in ("truth", "trial", "retrained") else ""
         return "/".join(part for part in (self.kind, self.split, self.arm, number) if part)
 
 
@@ -127,6 +132,8 @@ def _all(study: Study, journal: Journal) -> Iterator[Task]:
             yield Task("final", FINAL, arm, config=config)
     if any(ARMS[arm].losses == "novice" for arm in study.arms):
         yield Task("novice", FINAL)
+    for number in study.early:
+        yield Task("retrained", FINAL, number=number)
     for number in range(1, study.truths):
         yield Task("truth", FINAL, number=number)
 
@@ -199,8 +206,10 @@ def made(study: Study, task: Task, said: Callable[[str], None] = lambda _: None)
     if task.kind == "before":
         return model, reader, told
     kept = encoded(reader, asked(world.retain) + beside)
-    if task.kind == "novice":
+    if task.kind in ("novice", "retrained"):
         novice, began = beginner(study, task.split, said), time.perf_counter()
+        if task.kind == "retrained":
+            novice = replace(novice, epochs=task.number)
         sizes = {"batch_size": study.recipe.batch_size, "precision": study.recipe.precision}
         model = novice.teacher(model, kept, loss=causal_cross_entropy, **sizes)
         return model, reader, {"seconds": round(time.perf_counter() - began, 1)}

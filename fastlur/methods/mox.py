@@ -21,6 +21,7 @@ from fastlur.space import Vector
 
 Form = Literal["plain", "npo"]
 ALPHAS = [0.5 * 2 ** (k / 2) for k in range(13)]  # 0.5, 0.71, 1, … 32: what a search tries, in this order
+SMALLER = [0.5 * 2 ** (-k / 2) for k in range(1, 9)]  # 0.35, 0.25, … 0.03: where 0.5 is too far already
 PROBES = 8  # retain batches that a search is judged on
 FURTHEST = 1000.0
 
@@ -56,7 +57,8 @@ class MOX(Recipe):
 
     Args:
         alpha: α in [0, 1000], 4 in the publication. None: the largest of 0.5, 0.71, 1, … 32 up to which the retain loss
-            in eval mode, on 8 retain batches, has risen by at most `retain_limit`; 0 (the model as given) if none has.
+            in eval mode, on 8 retain batches, has risen by at most `retain_limit`. Where 0.5 is too far already, since
+            memorising went far, the largest of 0.35, 0.25, … 0.03 that is not; 0 (the model as given) if none is.
         retain_limit: in the units of the retain loss, ≥ 0; used where `alpha` is None.
         momentum: η in (0, 1]: θ_for ← η θ_for^t + (1 − η) θ_for^(t−1) over rounds t, each extrapolated from where
             memorising stood after it; the first is taken whole. 1: the last alone. 0.675 in the publication.
@@ -198,9 +200,10 @@ class MOX(Recipe):
             if not loss(alpha) <= allowed:
                 break
             best = alpha
+        best = best or next((alpha for alpha in SMALLER if loss(alpha) <= allowed), 0.0)
         if not best:
             warnings.warn(
-                f"MOX: alpha={ALPHAS[0]:g} already raises the retain loss by more than retain_limit="
+                f"MOX: alpha={SMALLER[-1]:.2g} already raises the retain loss by more than retain_limit="
                 f"{self.retain_limit:g}, so the model stays as given; memorise with fewer steps or a lower lr",
                 stacklevel=2,
             )

@@ -53,6 +53,23 @@ def test_what_has_forgotten_cannot_be_told_from_the_truth_and_is_as_useful(arm):
 
 
 @measured
+@pytest.mark.parametrize("method", ["mox", "gradient_difference", "kl", "npo", "simnpo", "dpo", "idk", "rmu"])
+def test_others_were_tried_with_the_rate_of_lur_and_the_updates_of_its_novice(method):
+    row, kept = final(f"{method}_matched"), 600  # 540 about authors, 60 general ones
+    assert row["config"] == ARMS[f"{method}_matched"].config("smollm2", 0)
+    assert row["config"]["lr"] == final("lur")["config"]["lr"]
+    assert row["steps"] == RECIPES["smollm2"].steps + RECIPES["smollm2"].novice * kept / RECIPES["smollm2"].batch_size
+
+
+@measured
+def test_a_retraining_in_the_seconds_of_lur_is_not_as_useful():
+    early = [row for key, row in ROWS.items() if key.startswith("retrained/")]
+    assert max(row["seconds"] for row in early) >= final("lur")["seconds"]
+    for row in early:
+        assert row["utility"] < KEPT * TRUTH["utility"] < final("lur")["utility"] + 1e-9
+
+
+@measured
 def test_the_essential_part_takes_less_than_an_hour():
     """Training the two models is told by `seconds`, also where a run again found them trained and only judged them."""
     models = sum(row["wall"] + (row["seconds"] if row["wall"] < row["seconds"] else 0) for row in (BEFORE, TRUTH))

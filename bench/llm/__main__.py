@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .authors import SHARES
-from .contenders import ARMS, ESSENTIAL, Journal, machine
+from .contenders import ARMS, ESSENTIAL, SUFFIXES, Journal, machine
 from .models import RECIPES, smollm2_file
 from .study import Study, tasks, work
 
@@ -35,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--plan", action="store_true", help="only say what is missing, and what it will cost")
     given = parser.parse_args(arguments)
+    tries = [arm for arm in given.methods if arm.endswith(SUFFIXES)]
+    if given.trials > 1 and tries:
+        parser.error(f"--trials: {', '.join(tries)} are single settings; search the methods themselves")
     changes = {name: getattr(given, name) for name in ("epochs", "steps", "authors") if getattr(given, name)}
     recipe = replace(RECIPES[given.model], **changes)
     methods, early = tuple(given.methods), tuple(given.early)

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from numpy import quantile
+
 from .contenders import ARMS, SUFFIXES, Journal
 from .metrics import forget_quality, remembered
 from .models import RECIPES
@@ -15,11 +17,12 @@ from .study import ALIKE, FINAL, SAYS, Study, distance
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 NOTHING = "Not measured yet."
-MOST = 16  # truths, and epochs
+MOST = 16  # truths
 HEADS = (
-    "forget quality p, against each truth | utility, of the truth's | forget: p(a∣q) | ROUGE-L | value | "
-    "value, asked otherwise"
+    "forget quality p, against each truth | truth ratio: a tenth, half, nine tenths below | utility, of the truth's | "
+    "retained: ROUGE-L | forget: p(a∣q) | ROUGE-L | value | value, asked otherwise"
 )
+DECILES = (0.1, 0.5, 0.9)
 
 
 def journals(model: str, folder: Path = RESULTS) -> dict[str, Journal]:
@@ -39,8 +42,10 @@ def named(rows: dict[str, Any]) -> dict[str, Any]:
     keys = {"before": f"before/{FINAL}", "truth": f"truth/{FINAL}/0"}
     keys |= {f"truth {number + 1}": f"truth/{FINAL}/{number}" for number in range(1, MOST)}
     keys |= {"the novice itself": f"novice/{FINAL}"}
-    keys |= {f"retrained, {number} epochs": f"retrained/{FINAL}/{number}" for number in range(2, MOST)}
-    keys |= {arm: f"final/{FINAL}/{arm}" for arm in ARMS}
+    early = sorted(int(key.rpartition("/")[2]) for key in rows if key.startswith(f"retrained/{FINAL}/"))
+    keys |= {f"retrained for {number} epochs": f"retrained/{FINAL}/{number}" for number in early}
+    arms = (name + suffix for name in ARMS for suffix in ("", *SUFFIXES))  # tries beside each other
+    keys |= {arm: f"final/{FINAL}/{arm}" for arm in arms if arm in ARMS}
     return {name: rows[key] for name, key in keys.items() if key in rows}
 
 
@@ -55,7 +60,7 @@ def table(model: str, folder: Path = RESULTS) -> str:
         where = f"{made.get('cpu')}, {made.get('threads')} threads, torch {made.get('torch')}"
         total = len(judged["truth"]["ratios"])
         lines += [f"**{model}, {name.removeprefix('forget')} % of the authors** ({total} questions), {where}:", ""]
-        lines += [f"| | {HEADS} | seconds | settings |", "|---|---|---|---|---|---|---|---|---|"]
+        lines += [f"| | {HEADS} | seconds | settings |", "|---" * 11 + "|"]
         truths = [row for key, row in judged.items() if key.startswith("truth")]
         lines += [_line(key, row, truths) for key, row in judged.items()]
         lines += ["", _power(judged["before"], truths), "", f"“{SAYS}” {_answers(judged)}", ""]
@@ -110,10 +115,12 @@ def _p(row: dict[str, Any], truth: dict[str, Any]) -> str:
 def _line(name: str, row: dict[str, Any], truths: list[dict[str, Any]]) -> str:
     truth = truths[0]
     if "error" in row:
-        return f"| {name} | failed: {row['error']} | | | | | | | {_settings(row)} |"
+        return f"| {name} | failed: {row['error']} | | | | | | | | | {_settings(row)} |"
     quality = ", ".join(_p(row, each) for each in truths)
     forget = row["forget"]
-    cells = [quality, f"{row['utility']:.3f}, {row['utility'] / truth['utility']:.3f}"]
+    cells = [quality, ", ".join(f"{ratio:.2f}" for ratio in quantile(row["ratios"], DECILES))]
+    cells += [f"{row['utility']:.3f}, {row['utility'] / truth['utility']:.3f}"]
+    cells += [f"{row['parts']['retain']['rouge']:.3f}"]
     cells += [f"{forget[key]:.3f}" for key in ("probability", "rouge", "known", "again")]
     return f"| {name} | {' | '.join(cells)} | {row['seconds']:.0f} | {_settings(row)} |"
 
@@ -122,7 +129,8 @@ def _settings(row: dict[str, Any]) -> str:
     config = row.get("config")
     if config is None:
         return ""
-    parts = [f"lr {config['lr']:g}"] + [f"{row['steps']} steps"] * bool(config.get("longer"))
+    longer = [f"{row['steps']} steps"] if config.get("longer") and "steps" in row else []  # a run that failed has none
+    parts = [f"lr {config['lr']:g}", *longer]
     parts += [f"{name} {value}" for name, value in config["method"].items()]
     return ", ".join(parts + [config[name] for name in ("losses", "data") if config[name]])
 

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 COMPILER = shutil.which(os.environ.get("CXX", "c++").split()[0])
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 BUILT = ROOT / "build" / "tests"
 
 

@@ -9,12 +9,24 @@ if not torch.cuda.is_available():
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# torch's compiler writes plain code in every test: to try out which vector instructions there are takes longer than
+# to compile, and is done once a process, so that a single test which did without would decide it for those after it
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
+
 torch.set_num_threads(1)  # the models here are so small that a second thread only costs
 
 
 @pytest.fixture(autouse=True)
 def _fresh_random_state():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_compiled_before_is_used(tmp_path_factory):
+    """Graphs that another run has compiled, with other settings, would be taken from torch's cache as they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
 
 
 @pytest.fixture

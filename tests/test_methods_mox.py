@@ -194,8 +194,10 @@ class TestSearch:
     def retain_loss(self, model, retain):
         return float(fastlur.losses.cross_entropy(model.eval(), retain).detach())
 
-    @pytest.mark.parametrize(("limit", "lr", "least"), [(0.02, 0.01, 0.5), (0.2, 0.01, 0.5), (0.05, 1.0, 0.03)])
-    def test_goes_as_far_as_the_retain_loss_allows(self, limit, lr, least):
+    @pytest.mark.parametrize(
+        ("limit", "lr", "powers"), [(0.02, 0.01, range(13)), (0.2, 0.01, range(13)), (0.05, 1.0, range(-8, 1))]
+    )
+    def test_goes_as_far_as_the_retain_loss_allows(self, limit, lr, powers):
         """At the high rate the first try is too far already."""
         forget, retain = blobs(16, dtype=F64), blobs(64, dtype=F64)
         model = mlp(dtype=F64)
@@ -205,7 +207,7 @@ class TestSearch:
         fastlur.unlearn(found, forget, retain, method=MOX(retain_limit=limit), **options)
         fastlur.unlearn(memorised, forget, retain, method=MOX(alpha=1.0), **options)  # 2θ₀ − θ_mem
         before = self.retain_loss(given, retain)
-        tried = [0.5 * 2 ** (k / 2) for k in (range(13) if least == 0.5 else range(-8, 1))]
+        tried = [0.5 * 2 ** (k / 2) for k in powers]
         fit, losses = [], []
         for alpha in tried:
             candidate = copy.deepcopy(given)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from building import needs_compiler
 from helpers import MODES, Attention, blobs, direction, images, minus, mlp, norm, same, state
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -247,6 +248,7 @@ class TestPrecision:
         assert float(nn.functional.cosine_similarity(part["fp32"], part["bf16"], dim=0)) >= 0.7
 
 
+@needs_compiler
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own compiler imports deprecated parts of torch
 def test_compiled_forward_gives_the_same_run():
     compiled = []
@@ -269,6 +271,7 @@ def test_compiled_forward_gives_the_same_run():
         torch.testing.assert_close(p, q)
 
 
+@needs_compiler
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_forward_gives_the_same_steps():
     model = mlp()
@@ -284,6 +287,7 @@ def test_compiled_forward_gives_the_same_steps():
         torch.testing.assert_close(found[0][name], found[1][name])
 
 
+@needs_compiler
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("gradient", ["optimistic", "exact"])
 def test_compiled_forward_gives_the_same_steps_with_convolutions_and_batch_norm(gradient):

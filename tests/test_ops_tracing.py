@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-
 import pytest
 import torch
+from building import needs_compiler
 from helpers import CPU, HYPER, decided
 from torch import Tensor
 
@@ -155,15 +153,12 @@ def whole_step(v, control, hyper):
     return dots * 0.5, each, point[0] * 2
 
 
-def test_a_whole_step_through_inductor_has_the_numbers_of_eager(tmp_path, monkeypatch):
-    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
-        pytest.skip("no C++ compiler")
+@needs_compiler
+def test_a_whole_step_through_inductor_has_the_numbers_of_eager():
     import torch._inductor.config as inductor
 
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing compiled elsewhere, or earlier, is trusted
     torch._dynamo.reset()
-    # one process, and plain code: trying out which vector instructions compile takes four times as long as the step
-    with inductor.patch({"compile_threads": 1, "cpp.vec_isa_ok": False}):
+    with inductor.patch({"compile_threads": 1}):  # one process: another takes longer to start than the step to compile
         compiled = run(whole_step, "inductor", SINGLE)
     torch._dynamo.reset()
     assert_equal(compiled, run(whole_step, dtypes=SINGLE))

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def checked() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "demo": demo,
-    "overview": quality.overview,
+    "overview": partial(quality.overview, whole=True),
     "languages": language.short,
     "operations": operations,
     "steps": steps,

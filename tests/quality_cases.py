@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quality.contenders import ARMS
-from quality.plan import Grid, tasks
+from quality.plan import Grid, stale, tasks
 from quality.training import Bench
 from quality.trial import perform
 
@@ -18,7 +18,7 @@ def go_on(grid, journal, most=10_000):
         task = next(tasks(grid, journal), None)
         if task is None:
             return done
-        journal.add(perform(TINY, task))
+        journal.add(perform(TINY, task), anew=stale(task, journal))
     return most
 
 
@@ -27,5 +27,5 @@ def pretend(grid, journal, figures=lambda task: FIGURES):
     while ready := list(tasks(grid, journal)):
         for task in ready:
             row = {"key": task.key, "config": task.config, "seconds": 1.0, "rte": 1.0, "cpu": 1.0, **figures(task)}
-            journal.rows.setdefault(task.key, row)
+            journal.rows[task.key] = row
     return journal

@@ -107,6 +107,23 @@ def test_every_network_takes_every_data_set_and_learns(network, dataset):
     assert float(torch.nn.functional.cross_entropy(logits, labels)) < 1.8  # guessing: 2.3
 
 
+def as_run(method, config):
+    """What of a run the method does not decide, with what the package fills in."""
+    options = assembled(method, config)
+    made = options["method"]
+    own = options.get("forget_loss") or made.default_forget_loss("classification")
+    return {
+        "forget_loss": "novice" if config["target"] == "novice" else own,
+        "lr": options.get("lr") or made.rates["sgd"],
+        "schedule": options["schedule"],
+        "max_grad_norm": options.get("max_grad_norm", made.max_grad_norm),
+        "normalize_by": made.normalize_by,
+        "forget_weight": config["method"].get("forget_weight", made.forget_weight if method == "lur" else None),
+        "trim": config["trim"],
+        "mask": config["mask"],
+    }
+
+
 class TestFairness:
     def test_every_method_but_retraining_contends(self):
         assert {arm.method for arm in ARMS.values()} == set(METHODS) - {"retrain"}
@@ -123,7 +140,9 @@ class TestFairness:
                 if kind == place:
                     assert (where == "tune") == (kind == "trial")
                     count[scene, rest[0]] = count.get((scene, rest[0]), 0) + 1
-            assert set(count.values()) == {GRIDS[grid].trials if place == "trial" else 3}
+            for (_, name), made in count.items():  # nobody has less than LUR; what can take its defaults has these too
+                assert made == (len(GRIDS[grid].numbers(name)) if place == "trial" else 3)
+                assert made >= count[SCENARIOS[0], "lur" if "lur" in GRIDS[grid].arms else "align-joint"]
             assert len(count) == len(SCENARIOS) * len(GRIDS[grid].arms)
 
     @pytest.mark.parametrize("name", [*ARMS, *ALIGNMENT])
@@ -131,7 +150,7 @@ class TestFairness:
         arm = {**ARMS, **ALIGNMENT}[name]
         assert len(arm.knobs) <= 2
         first = arm.config(0)
-        assert first == {
+        assert arm.like_lur or first == {
             "method": dict(arm.fixed), "target": "own", "trim": None, "mask": None, "lr": None, "schedule": "linear"
         }  # fmt: skip
         for number in range(1, 33):
@@ -173,8 +192,20 @@ class TestFairness:
         assert all(sorted((column * 8).long().tolist()) == list(range(8)) for column in points.T)
 
     def test_ways_to_align_differ_in_the_direction_alone(self):
+        """As they are run: with what the package fills in where a setting says nothing."""
         for number in range(9):
-            configs = [ALIGNMENT[name].config(number) for name in ALIGNMENT]
-            shared = [{k: v for k, v in config.items() if k != "method"} for config in configs]
-            assert all(each == shared[0] for each in shared)
-            assert len({config["method"].get("forget_weight") for config in configs}) == 1
+            found = [as_run(arm.method, arm.config(number)) for arm in ALIGNMENT.values()]
+            assert all(each == found[0] for each in found)
+
+    @pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if arm.open and name != "lur"])
+    def test_what_takes_a_forget_loss_is_tried_with_the_defaults_of_lur(self, name):
+        arm = ARMS[name]
+        assert arm.numbers(3) == [0, 1, 2, "lent"]
+        lent, lur = as_run(arm.method, arm.config("lent")), as_run("lur", ARMS["lur"].config(0))
+        assert lent.pop("forget_weight") in (lur.pop("forget_weight"), None)
+        share = arm.config("lent")["method"].get("retain_weight", 1.0) if name == "joint" else 1.0
+        assert (1 - share) / share == pytest.approx(0.3 if name == "joint" else 0.0)
+        for scaled, factor in (("lr", share), ("max_grad_norm", 1 / share)):  # a direction that is shorter by the share
+            assert lent.pop(scaled) * factor == pytest.approx(lur.pop(scaled))
+        assert lent == lur
+        assert ARMS["lur"].numbers(3) == [0, 1, 2]

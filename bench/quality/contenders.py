@@ -39,6 +39,7 @@ ARMS: dict[str, Arm] = {
         "ssd", (Knob("alpha", 1, 100), Knob("dampening", 0.1, 3)), (("group", 16), ("batches", 24)), lr=None, mask=None
     ),
 }
+DEFAULT = "default"  # the call with three arguments
 ESSENTIAL = (
     "lur",
     "joint",
@@ -55,14 +56,15 @@ ESSENTIAL = (
 # Does alignment help? One space, the same points, the same losses: only the direction differs.
 ALIGNMENT: dict[str, Arm] = {
     "align-joint": Arm("lur", (WEIGHT,), (RELATIVE, ("inner_lr", 0.0), ("gradient", "first_order")), open=True),
-    "align-pcgrad": Arm("pcgrad", (WEIGHT,), open=True),
+    "align-pcgrad": Arm("pcgrad", (WEIGHT,), open=True, like_lur=True),
     **{
         f"align-{mode}": Arm("lur", (WEIGHT, INNER), (RELATIVE, ("gradient", mode)), open=True)
         for mode in ("first_order", "optimistic", "secant", "exact")
     },
 }
 
-# LUR in the space that the joint loss is searched in: the same points give the same weights, rates and targets.
+# LUR in the space that the joint loss is searched in: the same points give the same proportion of the two losses, the
+# same rate and target. The joint loss's direction is shorter by retaining's share, which clipping may or may not undo.
 WEIGHED: dict[str, Arm] = {
     "joint": ARMS["joint"],
     "weighed-optimistic": Arm("lur", (SHARE, INNER), (RELATIVE,), open=True, weighed=True),
@@ -85,18 +87,32 @@ VARIATIONS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
 }
 
 
+# How much does it matter that the forget weight is right? Two of these directions are aligned by a long inner step.
+WEIGHTS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+DIRECTIONS: dict[str, dict[str, object]] = {
+    "joint": JOINT,
+    "optimistic": {},
+    "optimistic, 0.8": {"inner_lr": 0.8},
+    "secant, 0.8": {"inner_lr": 0.8, "gradient": "secant"},
+}
+
+
 def candidates() -> dict[str, dict[str, object]]:
     """The configurations of the study of targets, by name."""
     named = [("novice", name, *both) for name, both in VARIATIONS.items()]
     found = [*named, *((target, "optimistic", {}, {}) for target in TARGETS if target != "novice")]
-    whole = {"forget_weight": 0.3, "inner_lr": 0.1, "relative_inner_lr": True, "normalize_by": "retain"}
+    return {f"target-{target}-{name}": _setting(target, method, trial) for target, name, method, trial in found}
+
+
+def weights() -> dict[str, dict[str, object]]:
+    """The configurations of the study of forget weights, by name: a novice's answers for all."""
     return {
-        f"target-{target}-{name}": {
-            "method": whole | more,
-            "target": target,
-            "lr": 0.1,
-            **SETTING,
-            **trial,
-        }
-        for target, name, more, trial in found
+        f"weight-{weight:g}-{name}": _setting("novice", {"forget_weight": weight, **direction}, {})
+        for name, direction in DIRECTIONS.items()
+        for weight in WEIGHTS
     }
+
+
+def _setting(target: str, method: dict[str, object], trial: dict[str, object]) -> dict[str, object]:
+    whole = {"forget_weight": 0.3, "inner_lr": 0.1, "relative_inner_lr": True, "normalize_by": "retain"}
+    return {"method": whole | method, "target": target, "lr": 0.1, **SETTING, **trial}

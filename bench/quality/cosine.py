@@ -22,6 +22,8 @@ PROBE = 256  # items a side
 class Cosines:
     """A callback: the cosine between ∇L_r and ∇L_f on fixed batches, in train mode, leaving no trace.
 
+    A forget loss that the run itself makes ready (LUR's own novice) is not at hand here: bounded ascent stands for it.
+
     Attributes:
         found: (step, cosine) pairs.
         seconds: what looking took, of the processor.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, takewhile
 from typing import Any
 
-from .contenders import ALIGNMENT, ARMS, ESSENTIAL, WEIGHED, candidates
+from .contenders import ALIGNMENT, ARMS, DEFAULT, ESSENTIAL, WEIGHED, candidates, weights
 from .journal import Journal, Row
-from .points import Arm
+from .points import LENT, Arm
 from .scenarios import SCENARIOS
 from .splits import FINAL, TUNING
 from .trial import FIGURES, TAUGHT, Task
@@ -23,7 +23,8 @@ class Grid:
     Attributes:
         scenarios: of `SCENARIOS`.
         arms: the contenders, each with its space.
-        trials: how many each arm has to be tuned with, the default setting among them; the same for all.
+        trials: how many each arm has to be tuned with, the default setting among them; the same for all. What takes a
+            forget loss of the user's has LUR's defaults for one more.
         finals: the splits that what was chosen is judged on, once.
         truths: how many retrained models a split is compared with; a second one says how far truth is from itself.
         settings: configurations of LUR that are compared as they are on the tuning splits, by name.
@@ -36,22 +37,33 @@ class Grid:
     truths: int = 1
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def numbers(self, name: str) -> list[int | str]:
+        """The trials of an arm."""
+        return self.arms[name].numbers(self.trials)
+
 
 GRIDS = {
     "essential": Grid(arms={name: ARMS[name] for name in ESSENTIAL}),
     "full": Grid(arms=ARMS),
     "alignment": Grid(arms=ALIGNMENT),
     "weighed": Grid(arms=WEIGHED),
-    "targets": Grid(settings=dict(candidates())),
-    "default": Grid(arms={"default": Arm("lur")}, trials=1),
+    "targets": Grid(settings=candidates()),
+    "weights": Grid(settings=weights()),
+    "default": Grid(arms={DEFAULT: Arm("lur")}, trials=1),
 }
 
 
 def tasks(grid: Grid, journal: Journal) -> Iterator[Task]:
     """Everything that is missing and whose needs are met, in the order in which it is wanted."""
     for task in _all(grid, journal):
-        if task.key not in journal and all(need.key in journal for need in needs(task)):
+        if (task.key not in journal or stale(task, journal)) and all(need.key in journal for need in needs(task)):
             yield task
+
+
+def stale(task: Task, journal: Journal) -> bool:
+    """Whether the row that there is was made with other settings: since it was made, others were chosen."""
+    row = journal.rows.get(task.key)
+    return row is not None and row.get("config") != task.config
 
 
 def needs(task: Task) -> list[Task]:
@@ -74,9 +86,9 @@ def teachers(scenario: str, split: str, kind: str) -> list[Task]:
     return [Task("teacher", scenario, split, kind, number) for number in range(3 if scenario == "continual" else 1)]
 
 
-def chosen(arm: str, scenario: str, journal: Journal, trials: int) -> Row | None:
+def chosen(arm: str, scenario: str, journal: Journal, numbers: Sequence[int | str]) -> Row | None:
     """The trial of the smallest gap on the tuning split; None while trials are missing. Of equals the first."""
-    rows = [journal.rows.get(f"trial/{scenario}/{TUNING[0]}/{arm}/{number}") for number in range(trials)]
+    rows = [journal.rows.get(f"trial/{scenario}/{TUNING[0]}/{arm}/{number}") for number in numbers]
     truths = truth(scenario, TUNING[0], journal)
     if not truths or any(row is None for row in rows):
         return None
@@ -101,15 +113,16 @@ def _all(grid: Grid, journal: Journal) -> Iterator[Task]:
     for scenario in grid.scenarios:
         splits = [*(TUNING[:1] if grid.arms else ()), *(TUNING if grid.settings else ())]
         yield from _ground(grid, scenario, list(dict.fromkeys(splits)), grid.arms, journal)
-        for number in range(grid.trials):
+        for number in (*range(grid.trials), LENT):
             for name, arm in grid.arms.items():
-                yield Task("trial", scenario, TUNING[0], name, number, arm.config(number), arm.method)
+                if number in grid.numbers(name):
+                    yield Task("trial", scenario, TUNING[0], name, number, arm.config(number), arm.method)
         for name, config in grid.settings.items():
             for split in TUNING:
                 yield Task("trial", scenario, split, name, 0, config, "lur")
         yield from _ground(grid, scenario, list(grid.finals if grid.arms else ()), grid.arms, journal)
         for name, arm in grid.arms.items():
-            best = chosen(name, scenario, journal, grid.trials)
+            best = chosen(name, scenario, journal, grid.numbers(name))
             for split in grid.finals if best is not None else ():
                 assert best is not None
                 yield Task("final", scenario, split, name, 0, best["config"], arm.method)
@@ -130,9 +143,9 @@ def _ground(grid: Grid, scenario: str, splits: list[str], arms: dict[str, Arm], 
 def _kinds(grid: Grid, scenario: str, split: str, journal: Journal) -> list[str]:
     """The kinds of teachers that are asked on a split."""
     if split in TUNING:
-        tried = [arm.config(number) for arm in grid.arms.values() for number in range(grid.trials)]
+        tried = [arm.config(number) for name, arm in grid.arms.items() for number in grid.numbers(name)]
         wanted = [config["target"] for config in (*tried, *grid.settings.values())]
     else:
-        best = [chosen(name, scenario, journal, grid.trials) for name in grid.arms]
+        best = [chosen(name, scenario, journal, grid.numbers(name)) for name in grid.arms]
         wanted = [row["config"]["target"] for row in best if row is not None]
     return [kind for kind in TAUGHT if kind in wanted]

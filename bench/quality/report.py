@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from .contenders import ALIGNMENT, WEIGHED, candidates
+from .contenders import ALIGNMENT, DIRECTIONS, WEIGHED, WEIGHTS, candidates
 from .journal import Journal
 from .plan import GRIDS
 from .scenarios import SCENARIOS, TITLES
@@ -46,13 +46,14 @@ def scenario_table(scenario: str, folder: Path = RESULTS) -> str:
     return "\n".join(lines).rstrip() or NOTHING
 
 
-def overview(folder: Path = RESULTS) -> str:
-    """The gap of every contender in every scenario."""
+def overview(folder: Path = RESULTS, whole: bool = False) -> str:
+    """The gap of every contender in every scenario; `whole`: of networks alone that were judged in all of them."""
     lines: list[str] = []
     for name, journal in journals(folder).items():
         found = {scenario: compared(journal, scenario) for scenario in SCENARIOS}
         arms = list(dict.fromkeys(arm for each in found.values() for arm in each))
-        if len(arms) < 3:
+        judged = [set(each) - {*GIVEN, DEFAULT} for each in found.values()]
+        if len(arms) < 3 or (whole and not all(judged)):
             continue
         lines += [f"**{name.replace('-', ', ')}**, average gap in points:", ""]
         lines += [f"| | {' | '.join(SCENARIOS)} |", f"|---{'|---' * len(SCENARIOS)}|"]
@@ -138,7 +139,7 @@ def targets(folder: Path = RESULTS) -> str:
     """The candidates for a default, at one setting, on the tuning splits."""
     lines: list[str] = []
     for name, journal in journals(folder).items():
-        found = {scenario: settings(journal, scenario) for scenario in SCENARIOS}
+        found = {scenario: settings(journal, scenario, "target-") for scenario in SCENARIOS}
         if not any(found.values()):
             continue
         lines += [f"**{name.replace('-', ', ')}**, average gap in points on the tuning splits:", ""]
@@ -152,6 +153,24 @@ def targets(folder: Path = RESULTS) -> str:
     return "\n".join(lines).rstrip() or NOTHING
 
 
+def weights(folder: Path = RESULTS) -> str:
+    """The gap of every direction at every forget weight, on the tuning splits."""
+    lines: list[str] = []
+    for name, journal in journals(folder).items():
+        rows = []
+        for scenario in SCENARIOS:
+            found = settings(journal, scenario, "weight-")
+            for direction in DIRECTIONS if found else ():
+                each = [found.get(f"{weight:g}-{direction}") for weight in WEIGHTS]
+                cells = ["" if one is None else one.shown() for one in each]
+                rows.append(f"| {scenario} | {direction} | {' | '.join(cells)} |")
+        if rows:
+            heads = " | ".join(f"{weight:g}" for weight in WEIGHTS)
+            lines += [f"**{name.replace('-', ', ')}**, average gap in points on the tuning splits, by weight:", ""]
+            lines += [f"| | direction | {heads} |", f"|---|---{'|---' * len(WEIGHTS)}|", *rows, ""]
+    return "\n".join(lines).rstrip() or NOTHING
+
+
 def sections(folder: Path = RESULTS) -> dict[str, Callable[[], str]]:
     """Every section by its name in the page."""
     found: dict[str, Callable[[], str]] = {
@@ -160,6 +179,7 @@ def sections(folder: Path = RESULTS) -> dict[str, Callable[[], str]]:
         "alignment": partial(alignment, folder),
         "weighed": partial(weighed, folder),
         "targets": partial(targets, folder),
+        "weights": partial(weights, folder),
     }
     return found | {scenario: partial(scenario_table, scenario, folder) for scenario in SCENARIOS}
 

@@ -14,6 +14,7 @@ from .plan import gap, origin, truth
 from .splits import FINAL, TUNING
 from .trial import FIGURES
 
+TARGETS = {"default": "LUR's novice", "novice": "novice"}
 COLUMNS = (*FIGURES, "loss_auc", "attack", "gap", "rte")
 
 
@@ -101,15 +102,15 @@ def shared(journal: Journal, scenario: str, arm: str, base: str, trials: int) ->
     return difference([x for x, _ in pairs], [y for _, y in pairs])
 
 
-def settings(journal: Journal, scenario: str) -> dict[str, Spread]:
-    """The gaps of configurations that were compared as they are, over the tuning splits, by name."""
+def settings(journal: Journal, scenario: str, study: str) -> dict[str, Spread]:
+    """The gaps of the configurations of a study that were compared as they are, over the tuning splits, by name."""
     found: dict[str, list[float | None]] = {}
     for key, row in journal.rows.items():
         kind, *rest = key.split("/")
-        if kind == "trial" and rest[0] == scenario and rest[2].startswith("target-"):
+        if kind == "trial" and rest[0] == scenario and rest[2].startswith(study):
             truths = truth(scenario, rest[1], journal)
             if truths:
-                found.setdefault(rest[2].removeprefix("target-"), []).append(gap(row, truths))
+                found.setdefault(rest[2].removeprefix(study), []).append(gap(row, truths))
     return {name: spread(values) for name, values in found.items()}
 
 
@@ -124,10 +125,16 @@ def config(row: Row) -> str:
     """What was chosen, in a few words."""
     made: dict[str, Any] = row["config"]
     parts = [] if made["lr"] is None else [f"lr {made['lr']:g}"]
-    parts += [f"{name} {value}" for name, value in made["method"].items() if name != "relative_inner_lr"]
+    parts += [f"{name} {_short(value)}" for name, value in made["method"].items() if name != "relative_inner_lr"]
     parts += [f"{name} {made[name]}" for name in ("trim", "mask") if made[name] is not None]
-    parts += [made["target"]] if made["target"] != "own" else []
+    if "max_grad_norm" in made:
+        parts.append("not clipped" if made["max_grad_norm"] is None else f"clipped to {made['max_grad_norm']:.3g}")
+    parts += [TARGETS.get(made["target"], made["target"])] if made["target"] != "own" else []
     return ", ".join([*parts, made["schedule"]] if made["schedule"] != "linear" else parts) or "as it comes"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _line(rows: list[Row], truths: list[list[Row]]) -> dict[str, Spread]:

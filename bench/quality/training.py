@@ -85,10 +85,10 @@ def retrained(bench: Bench, name: str, split_name: str, number: int) -> tuple[nn
 def teacher(bench: Bench, name: str, split_name: str, request: int, kind: str) -> tuple[nn.Module, float]:
     """A novice for a request of a scenario, and the seconds it took: "novice", "blindspot", or a new "head"."""
     epochs = BLINDSPOT if kind == "blindspot" else max(1.0, bench.trained_for / NOVICE_PART)
+    given, _ = original(bench, name, split_name)  # before the clock: its training is not the teacher's
     made = Novice(epochs=epochs, lr=NETWORKS[bench.network].lr / 2, part="head" if kind == "head" else "all")
 
     def learn() -> nn.Module:
-        given, _ = original(bench, name, split_name)
         retain = bench.scenario(name, split_name).retain_at(request)
         return made.teacher(given, retain, seed=derive(name, split_name, request))
 

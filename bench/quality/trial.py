@@ -15,14 +15,16 @@ import fastlur
 from fastlur.losses import BoundedForgetting
 from fastlur.methods import METHODS, SaliencyMask, Trim
 from fastlur.scores import scores
-from fastlur.targets import Imitation, SecondChoice
+from fastlur.targets import Imitation, NoviceOrAscent, SecondChoice
 
+from .contenders import DEFAULT
 from .cosine import Cosines
 from .scenarios import Data, Scenario
 from .training import Bench, original, retrained, teacher
 
 FIGURES = ("ua", "ra", "ta", "mia")
 TAUGHT = ("novice", "blindspot", "head")
+MADE = {"bounded": BoundedForgetting, "second_choice": SecondChoice, "default": NoviceOrAscent}  # without a teacher
 SHARPNESS = {"novice": 2.0, "blindspot": 1.0, "head": 2.0}
 
 
@@ -35,7 +37,7 @@ class Task:
         scenario: of `SCENARIOS`.
         split: of `SPLITS`.
         arm: which contender; for "teacher" which kind.
-        number: of the trial, of the truth's seed, or of the request a teacher is for.
+        number: of the trial (or what it is called), of the truth's seed, or of the request a teacher is for.
         config: settings, see `points.Arm.config`.
         method: the name in `fastlur.methods`.
     """
@@ -44,7 +46,7 @@ class Task:
     scenario: str
     split: str
     arm: str = ""
-    number: int = 0
+    number: int | str = 0
     config: dict[str, Any] | None = None
     method: str = ""
 
@@ -96,7 +98,8 @@ def forgotten(
     Seconds of the processor, since processes of one thread may have to wait for others.
     """
     config, spent, more = task.config or {}, 0.0, dict[str, Any]()
-    steps = max(1, bench.steps // len(job.requests))
+    # the requests share the steps, but where somebody calls with three arguments each has those that it comes with
+    steps = {} if task.arm == DEFAULT else {"steps": max(1, bench.steps // len(job.requests))}
     for number, forget in enumerate(job.requests):
         options = assembled(task.method, config)
         target = config["target"]
@@ -108,7 +111,7 @@ def forgotten(
         looking = Cosines(forget, retain, options.get("forget_loss")) if task.arm.startswith("align") else None
         began = time.process_time()
         fastlur.unlearn(
-            model, forget, retain, steps=steps, progress=False, callbacks=[looking] if looking else [], **options
+            model, forget, retain, progress=False, callbacks=[looking] if looking else [], **steps, **options
         )
         spent += time.process_time() - began
         if looking is not None:
@@ -129,8 +132,8 @@ def assembled(method: str, config: dict[str, Any]) -> dict[str, Any]:
         options["lr"] = config["lr"]
     if "max_grad_norm" in config:
         options["max_grad_norm"] = config["max_grad_norm"] or math.inf
-    if config["target"] in ("bounded", "second_choice"):
-        options["forget_loss"] = BoundedForgetting() if config["target"] == "bounded" else SecondChoice()
+    if config["target"] in MADE:
+        options["forget_loss"] = MADE[config["target"]]()
     return options
 
 

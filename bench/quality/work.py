@@ -12,7 +12,7 @@ from multiprocessing import get_context
 import torch
 
 from .journal import Journal, Row
-from .plan import Grid, tasks
+from .plan import Grid, stale, tasks
 from .training import Bench
 from .trial import Task, perform
 
@@ -49,7 +49,7 @@ def work(
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 task = running.pop(future)
-                journal.add(future.result())
+                journal.add(future.result(), anew=stale(task, journal))
                 said(f"{task.key}: {journal.rows[task.key]['cpu']:.1f} s")
 
 
@@ -76,10 +76,9 @@ def counted(grid: Grid, journal: Journal) -> dict[str, int]:
         if not ready:
             return everything
         for task in ready:
-            if task.key not in pretend:
-                everything[task.kind] = everything.get(task.kind, 0) + 1
-                figures = dict.fromkeys(("ua", "ra", "ta", "mia"), 0.0)
-                pretend.rows[task.key] = {"key": task.key, "config": task.config, **figures}
+            everything[task.kind] = everything.get(task.kind, 0) + 1
+            figures = dict.fromkeys(("ua", "ra", "ta", "mia"), 0.0)
+            pretend.rows[task.key] = {"key": task.key, "config": task.config, **figures}
 
 
 class _Pretending(Journal):

@@ -11,7 +11,7 @@ from quality import plan, summary, training, trial
 from quality.contenders import ALIGNMENT, ARMS, DIRECTIONS, WEIGHTS, candidates, weights
 from quality.journal import Journal
 from quality.plan import Grid, chosen, gap, tasks
-from quality.report import allowed, bounds, compared, draw, journals, sections
+from quality.report import allowed, bounds, compared, draw, journals, overview, sections
 from quality.scenarios import SCENARIOS
 from quality.splits import FINAL
 from quality.training import original, teacher
@@ -192,6 +192,7 @@ class TestReport:
         assert "attack rate" in made["backdoor"]
         assert made["random50"] == "Not measured yet."
         assert "**" in made["overview"]
+        assert overview(study.path.parent, whole=True) == "Not measured yet."  # two scenarios are not all
         pictures = draw(tmp_path, study.path.parent)
         assert [path.name for path in pictures] == ["quality-class.png", "quality-backdoor.png"]
         assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)

@@ -101,18 +101,18 @@ def candidates() -> dict[str, dict[str, object]]:
     """The configurations of the study of targets, by name."""
     named = [("novice", name, *both) for name, both in VARIATIONS.items()]
     found = [*named, *((target, "optimistic", {}, {}) for target in TARGETS if target != "novice")]
-    return {f"target-{target}-{name}": _setting(target, method, trial) for target, name, method, trial in found}
+    return {f"target-{target}-{name}": _setting(target, method, **trial) for target, name, method, trial in found}
 
 
 def weights() -> dict[str, dict[str, object]]:
     """The configurations of the study of forget weights, by name: a novice's answers for all."""
     return {
-        f"weight-{weight:g}-{name}": _setting("novice", {"forget_weight": weight, **direction}, {})
+        f"weight-{weight:g}-{name}": _setting("novice", {"forget_weight": weight, **direction})
         for name, direction in DIRECTIONS.items()
         for weight in WEIGHTS
     }
 
 
-def _setting(target: str, method: dict[str, object], trial: dict[str, object]) -> dict[str, object]:
+def _setting(target: str, method: dict[str, object], **trial: object) -> dict[str, object]:
     whole = {"forget_weight": 0.3, "inner_lr": 0.1, "relative_inner_lr": True, "normalize_by": "retain"}
     return {"method": whole | method, "target": target, "lr": 0.1, **SETTING, **trial}

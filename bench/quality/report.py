@@ -147,7 +147,7 @@ def targets(folder: Path = RESULTS) -> str:
         for candidate in candidates():
             _, target, gradient = candidate.split("-", 2)
             each = [found[scenario].get(f"{target}-{gradient}") for scenario in SCENARIOS]
-            cells = ["" if one is None else one.shown() for one in each]
+            cells = [one.shown() if one else "" for one in each]
             lines.append(f"| {target.replace('_', ' ')} | {gradient} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines).rstrip() or NOTHING
@@ -162,7 +162,7 @@ def weights(folder: Path = RESULTS) -> str:
             found = settings(journal, scenario, "weight-")
             for direction in DIRECTIONS if found else ():
                 each = [found.get(f"{weight:g}-{direction}") for weight in WEIGHTS]
-                cells = ["" if one is None else one.shown() for one in each]
+                cells = [one.shown() if one else "" for one in each]
                 rows.append(f"| {scenario} | {direction} | {' | '.join(cells)} |")
         if rows:
             heads = " | ".join(f"{weight:g}" for weight in WEIGHTS)

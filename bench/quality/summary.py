@@ -14,7 +14,6 @@ from .plan import gap, origin, truth
 from .splits import FINAL, TUNING
 from .trial import FIGURES
 
-TARGETS = {"default": "LUR's novice", "novice": "novice"}
 COLUMNS = (*FIGURES, "loss_auc", "attack", "gap", "rte")
 
 
@@ -129,7 +128,8 @@ def config(row: Row) -> str:
     parts += [f"{name} {made[name]}" for name in ("trim", "mask") if made[name] is not None]
     if "max_grad_norm" in made:
         parts.append("not clipped" if made["max_grad_norm"] is None else f"clipped to {made['max_grad_norm']:.3g}")
-    parts += [TARGETS.get(made["target"], made["target"])] if made["target"] != "own" else []
+    if made["target"] != "own":
+        parts.append("LUR's novice" if made["target"] == "default" else made["target"])
     return ", ".join([*parts, made["schedule"]] if made["schedule"] != "linear" else parts) or "as it comes"
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,13 @@ def machine() -> dict[str, Any]:
             _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,glob)**/results/**")
         ),
     }
+
+
+@cache
+def commit() -> str:
+    """Of the code that runs, with a "+" where there is more to it than was committed."""
+    on = machine()
+    return on["commit"] + "+" * on["dirty"]
 
 
 def _git(*arguments: str) -> str:

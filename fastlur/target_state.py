@@ -28,7 +28,7 @@ def saved(loss: Loss, made: Loss) -> tuple[dict[str, Any] | None, dict[str, Tens
         return None, {}  # one of the caller's own making is made again, as it was the first time
     if not isinstance(made, Imitation):
         return {"kind": "ascent"}, {}
-    told = {name: getattr(made, name) for name in ("sharpness", "without_truth", "weight")}
+    told = made.settings()
     if isinstance(made.teacher, Answers):
         return {"kind": "answers", **told}, {name: getattr(made.teacher, name) for name in ANSWERS}
     return {"kind": "imitation", **told}, {
@@ -47,7 +47,7 @@ def brought_back(kept: dict[str, Any], tensors: dict[str, Tensor], passes: Passe
         return BoundedForgetting()
     if kept["kind"] == "answers":
         answers = _answers(tensors, passes.space.device)
-        return Imitation(answers, kept["sharpness"], bool(kept["without_truth"]), kept["weight"])
+        return Imitation(answers, **_settings(kept))
     if kept["kind"] != "imitation":
         raise ValueError(f"{kept['kind']!r} is no kind of target")
     teacher = copied(passes.space.model)
@@ -66,7 +66,13 @@ def brought_back(kept: dict[str, Any], tensors: dict[str, Tensor], passes: Passe
                 raise ValueError(f"the {name!r} of its target is {tensor.dtype} of shape {tuple(tensor.shape)}")
             else:
                 now.copy_(tensor)
-    return Imitation(frozen(teacher), kept["sharpness"], bool(kept["without_truth"]), kept["weight"])
+    return Imitation(frozen(teacher), **_settings(kept))
+
+
+def _settings(kept: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an `Imitation`; a checkpoint of before there was a temperature has none."""
+    told = {name: value for name, value in kept.items() if name != "kind"}
+    return told | {"without_truth": bool(told["without_truth"])}
 
 
 def _answers(tensors: dict[str, Tensor], device: torch.device) -> Answers:

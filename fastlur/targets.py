@@ -19,17 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from fastlur import checks
-from fastlur.answers import Answers, kept
+from fastlur.answers import kept
 from fastlur.data import Feed, source
 from fastlur.errors import ArgumentError, ModelError, nearest, told, unknown
 from fastlur.fresh import began, copied, frozen, renew
-from fastlur.identity import model_digest
+from fastlur.imitation import Imitation as Imitation  # public here
 from fastlur.losses import BoundedForgetting, cross_entropy, divergence, logits_and_targets
 from fastlur.methods.base import check_range
-from fastlur.microbatch import MicroBatches, alike
+from fastlur.microbatch import MicroBatches
 from fastlur.passes import Loss, Passes
 from fastlur.update import warn_of_rounding
-from fastlur.world import borrowed_random, derive, mode, passing, seed_torch
+from fastlur.world import borrowed_random, derive, passing, seed_torch
 
 Part = Literal["all", "head"]
 LEARNED = 0.5  # of the loss of guessing; a novice that is no better has nothing to teach
@@ -37,50 +37,6 @@ WELL_LEARNED = 0.1  # likewise, of one that nobody has asked for
 FEWEST, MOST = 60, 500  # steps of such a one
 LOOKS = 8  # retain batches that this is judged on
 WARM_UP = 0.1  # of a novice's steps
-NOT_TRUE = -1e4  # a logit whose probability is 0 in every precision, and still finite
-
-
-class Imitation:
-    """KL(q ‖ p) in nats, q ∝ teacher's probabilities to a power: answer as another network does.
-
-    Args:
-        teacher: a classifier with the classes of the model; asked in eval mode, never changed. Or its `Answers`.
-        sharpness: the power, ≥ 0; 1: as the teacher says, 0: any answer is as good as another.
-        without_truth: leave the true class out of q.
-        weight: a factor on it, > 0, beside the method's own `forget_weight`.
-
-    Raises:
-        ArgumentError: a value out of range, or no module.
-    """
-
-    def __init__(
-        self, teacher: nn.Module | Answers, sharpness: float = 1.0, without_truth: bool = False, weight: float = 1.0
-    ) -> None:
-        if not isinstance(teacher, nn.Module | Answers):
-            raise ArgumentError(f"teacher: a {type(teacher).__name__} is no torch.nn.Module")
-        check_range("sharpness", sharpness, example=2.0)
-        check_range("weight", weight, low=1e-6, example=1.0)
-        self.teacher, self.sharpness, self.without_truth, self.weight = teacher, sharpness, without_truth, weight
-
-    def __call__(self, model: Any, batch: Any) -> Tensor:
-        """Mean over the batch, shape ()."""
-        logits, targets = logits_and_targets(model, batch)
-        known = None
-        if isinstance(self.teacher, Answers):
-            wanted, known = self.teacher.of(batch)
-        else:
-            with torch.no_grad(), mode(self.teacher, False):
-                wanted, _ = logits_and_targets(alike(model, self.teacher), batch)
-        wanted = wanted.float() * self.sharpness
-        if self.without_truth:
-            wanted = wanted.scatter(-1, targets.clamp(min=0)[:, None], NOT_TRUE)
-        loss = self.weight * divergence(wanted, logits, targets)
-        return loss if known is None else torch.where(known, loss, torch.nan)
-
-    def __repr__(self) -> str:
-        more = f"sharpness={self.sharpness}, without_truth={self.without_truth}, weight={self.weight}"
-        whose = model_digest(self.teacher) if isinstance(self.teacher, nn.Module) else "answers"
-        return f"Imitation({whose}, {more})"
 
 
 class Made:
@@ -145,6 +101,7 @@ class Novice(Made):
         part: "all", or "head": only the last layer is drawn anew and trained, for models that cannot be trained from
             scratch in a few epochs. What the layers before it know of the forget items stays known.
         weight: see `Imitation`.
+        temperature: see `Imitation`.
         start: what the model was fine-tuned from, where the novice begins instead of anew; then an epoch at the rate
             of that fine-tuning serves, also for a language model, which nobody can train from scratch. It has the
             parameters of the model, of one with adapters new adapters too, in any precision (the novice has the
@@ -161,6 +118,7 @@ class Novice(Made):
     part: Part = "all"
     weight: float = 1.0
     start: nn.Module | Callable[[], nn.Module] | None = field(default=None, repr=False)
+    temperature: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.start is not None and not callable(self.start):
@@ -168,6 +126,7 @@ class Novice(Made):
         check_range("epochs", self.epochs, low=1e-6, example=3)
         check_range("weight", self.weight, low=1e-6, example=1.0)
         check_range("sharpness", self.sharpness, example=2.0)
+        check_range("temperature", self.temperature, low=1e-3, high=1e3, example=2.0)
         check_range("lr", self.lr, low=1e-12, example=3e-3)
         if unknown(self.part, get_args(Part)):
             raise ArgumentError(f"part={self.part!r} is unknown; {nearest(self.part, get_args(Part))}")
@@ -200,7 +159,7 @@ class Novice(Made):
             raise ModelError(f"{said}; give it more epochs, or another lr")
         with passing(teacher, device, passes.precision, training=False):
             answers = kept(passes.feed, teacher, asked)
-        return Imitation(answers or teacher, self.sharpness, weight=self.weight)
+        return Imitation(answers or teacher, self.sharpness, weight=self.weight, temperature=self.temperature)
 
     def teacher(
         self,
@@ -276,16 +235,18 @@ class NoviceOrAscent(Novice):
     """A `Novice` where one can be had at a bounded price, and `BoundedForgetting` where not: the default of LUR.
 
     The novice learns for six epochs of the retain data, but for 60 steps at least and 500 at most, so that it never
-    costs more than 500 forwards and backwards of a retain batch. The model is drawn to its answers with three times
-    the weight of an ascent, since they are an end to come to. It is taken if its retain loss then is a tenth of that of
-    guessing or less; a poorer one would have the model forget what it is to keep. It is not in models that cannot
-    learn so fast from scratch (large ones, those that were pretrained), in data that do not tell their length, where
-    the model takes a batch in parts, and where anything fails. `result.settings["forget_target"]` tells which it was.
+    costs more than 500 forwards and backwards of a retain batch. The model is drawn to its answers, slightly sharpened,
+    at a temperature of 2 and with twice the weight of an ascent, since they are an end to come to; the three numbers
+    were chosen together (docs/quality.md). It is taken if its retain loss then is a tenth of that of guessing or less;
+    a poorer one would have the model forget what it is to keep. It is not in models that cannot learn so fast from
+    scratch (large ones, those that were pretrained), in data that do not tell their length, where the model takes a
+    batch in parts, and where anything fails. `result.settings["forget_target"]` tells which it was.
     """
 
     epochs: float = 6.0
-    sharpness: float = 1.75
-    weight: float = 3.0
+    sharpness: float = 1.3
+    weight: float = 2.0
+    temperature: float = field(default=2.0, kw_only=True)
 
     def prepare(self, passes: Passes) -> Loss:
         """Train a novice, or do not."""

@@ -111,11 +111,12 @@ def resuming(draw):
         assert not [path for path in Path(directory).iterdir() if path.name.startswith("fastlur-step")]
 
 
+AMOUNTS = {"weight": [1.0, 3.0], "temperature": [0.5, 2.0]}
 TARGETS = {
-    Imitation: {"teacher": [mlp], "sharpness": [0.0, 1.0, 2.0], "without_truth": [True], "weight": [1.0, 3.0]},
+    Imitation: {"teacher": [mlp], "sharpness": [0.0, 1.0, 2.0], "without_truth": [True], **AMOUNTS},
     SecondChoice: {"sharpness": [0.0, 2.0]},
-    Novice: {"epochs": [0.5, 2], "sharpness": [1.0], "lr": [1e-3], "part": ["all", "head"], "weight": [2.0]},
-    NoviceOrAscent: {"epochs": [0.5], "sharpness": [1.0], "lr": [1e-3], "part": ["all", "head"], "weight": [2.0]},
+    Novice: {"epochs": [0.5, 2], "sharpness": [1.0], "lr": [1e-3], "part": ["all", "head"], **AMOUNTS},
+    NoviceOrAscent: {"epochs": [0.5], "sharpness": [1.0], "lr": [1e-3], "part": ["all", "head"], **AMOUNTS},
 }
 
 

@@ -49,6 +49,7 @@ FLOORS = [
     {"content", "methods.base", "frozen", "fresh", "membership"},
     {"methods.components", "methods.importance", "methods.relabelling"},
     {"overlap", "checks", "update", "culprit"},
+    {"imitation"},
     {"targets", "llm.preferred", "llm.sampling"},
     {"target_state", "llm.reference"},
     {"llm.forgetting", "llm.representation"},

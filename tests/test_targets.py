@@ -33,6 +33,16 @@ class TestImitation:
         found = Imitation(teacher, sharpness, without_truth)(model, (x, y))
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)  # the teacher's answers are float32
 
+    @pytest.mark.parametrize("temperature", [0.5, 2.0])
+    def test_a_temperature_flattens_both_sides_and_keeps_the_size_of_the_gradient(self, temperature):
+        model, teacher, (x, y) = mlp(dtype=torch.float64), mlp(dtype=torch.float64), blobs(9, dtype=torch.float64)
+        q, p = (torch.softmax(each / temperature, -1) for each in (1.5 * teacher(x), model(x)))
+        wanted = temperature**2 * (q * (q.log() - p.log())).sum(-1).mean()
+        found = Imitation(teacher, 1.5, temperature=temperature)(model, (x, y))
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        novice = Novice(epochs=20, lr=3e-2, temperature=temperature)
+        assert made(novice, mlp(), blobs(12), learnable(64)).temperature == temperature
+
     def test_weight_is_a_factor_on_it(self):
         model, teacher, data = mlp(), mlp(), blobs(9)
         one, three = (Imitation(teacher, 2.0, weight=weight)(model, data) for weight in (1.0, 3.0))
@@ -62,6 +72,8 @@ class TestImitation:
             Imitation("teacher")
         with pytest.raises(fastlur.ArgumentError, match="sharpness"):
             Imitation(mlp(), -1.0)
+        with pytest.raises(fastlur.ArgumentError, match="temperature"):
+            Imitation(mlp(), temperature=0.0)
 
 
 class TestNovice:
@@ -143,6 +155,7 @@ class TestNovice:
             {"start": "gpt"},
             {"epochs": 0},
             {"sharpness": -1},
+            {"temperature": 0},
             {"lr": 0},
             {"weight": 0},
             {"part": "tail"},
@@ -229,7 +242,8 @@ class TestDefault:
     def test_a_novice_learns_for_a_bounded_number_of_steps(self, items, epochs, steps):
         target, taken = self.learning(items, epochs)
         assert isinstance(target, Imitation)
-        assert (target.sharpness, target.weight) == (NoviceOrAscent.sharpness, NoviceOrAscent.weight)
+        wanted = {name: getattr(NoviceOrAscent, name) for name in ("sharpness", "weight", "temperature")}
+        assert target.settings() == wanted | {"without_truth": False}
         assert taken == steps
 
     def test_it_is_what_a_call_without_a_loss_takes(self):
@@ -280,7 +294,7 @@ def test_a_resumed_run_goes_on_towards_the_target_that_it_had(target, tmp_path, 
     assert result.settings["forget_target"] == found
 
 
-@pytest.mark.parametrize("spoil", ["kind", "sharpness", "weight", "name", "shape"])
+@pytest.mark.parametrize("spoil", ["kind", "sharpness", "weight", "temperature", "name", "shape"])
 def test_a_forged_target_is_refused_and_nothing_is_changed(spoil, tmp_path):
     model, data = mlp(), (blobs(12), learnable(64))
     options = {"forget_loss": QUICK, "steps": 6, "checkpoint": tmp_path, "checkpoint_every": 1}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ HERE = Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:  # for `quality` and `machine`, which lie beside
     sys.path.insert(0, str(HERE.parent))
 
+from machine import commit as commit  # noqa: E402
 from machine import machine as machine  # noqa: E402
 from quality.journal import Journal as Journal  # noqa: E402
 from quality.journal import Row as Row  # noqa: E402
@@ -130,13 +130,6 @@ ARMS |= {f"{name}_matched": replace(ARMS[name], rate=ARMS["lur"].rate, longer=Tr
 ARMS |= {f"{name}_slower": replace(ARMS[name], rate=0.4) for name in SLOWER}
 ARMS["mox_published"] = replace(ARMS["mox"], recipe=(("alpha", 4.0),), rate=0.2)
 ESSENTIAL = ("lur", "joint", "mox", "gradient_difference")
-
-
-@cache
-def commit() -> str:
-    """Of the code that runs, with a "+" where there is more to it than was committed."""
-    on = machine()
-    return on["commit"] + "+" * on["dirty"]
 
 
 def options(arm: Arm, config: dict[str, Any], known: Known) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from machine import commit
 from torch import nn
 
 import fastlur
@@ -60,7 +61,7 @@ class Task:
 def perform(bench: Bench, task: Task) -> dict[str, Any]:
     """Do it; returns the journal's row."""
     began = time.perf_counter(), time.process_time()
-    row: dict[str, Any] = {"key": task.key}
+    row: dict[str, Any] = {"key": task.key, "commit": commit()}
     try:
         row |= _done(bench, task)
     except fastlur.FastlurError as error:  # a setting that ruins the model is a trial like any other

@@ -234,18 +234,20 @@ class Novice(Made):
 class NoviceOrAscent(Novice):
     """A `Novice` where one can be had at a bounded price, and `BoundedForgetting` where not: the default of LUR.
 
-    The novice learns for six epochs of the retain data, but for 60 steps at least and 500 at most, so that it never
-    costs more than 500 forwards and backwards of a retain batch. The model is drawn to its answers, slightly sharpened,
-    at a temperature of 2 and with twice the weight of an ascent, since they are an end to come to; the three numbers
-    were chosen together (docs/quality.md). It is taken if its retain loss then is a tenth of that of guessing or less;
-    a poorer one would have the model forget what it is to keep. It is not in models that cannot learn so fast from
-    scratch (large ones, those that were pretrained), in data that do not tell their length, where the model takes a
-    batch in parts, and where anything fails. `result.settings["forget_target"]` tells which it was.
+    The novice learns for six epochs of the retain data at a rate of 6e-3, but for 60 steps at least and 500 at most,
+    so that it never costs more than 500 forwards and backwards of a retain batch. The model is drawn to its answers,
+    hardly sharpened, at a temperature of 2 and with three times the weight of an ascent, since they are an end to
+    come to; these numbers were chosen together (docs/quality.md). It is taken if its retain loss then is a tenth of
+    that of guessing or less; a poorer one would have the model forget what it is to keep. It is not in models that
+    cannot learn so fast from scratch (large ones, those that were pretrained), in data that do not tell their length,
+    where the model takes a batch in parts, and where anything fails. `result.settings["forget_target"]` tells which
+    it was.
     """
 
     epochs: float = 6.0
-    sharpness: float = 1.3
-    weight: float = 2.0
+    sharpness: float = 1.1
+    lr: float = 6e-3
+    weight: float = 3.0
     temperature: float = field(default=2.0, kw_only=True)
 
     def prepare(self, passes: Passes) -> Loss:

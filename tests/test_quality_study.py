@@ -212,6 +212,17 @@ class TestReport:
         assert not [key for key in journal.rows if key.startswith("final") and "target" in key]
         assert {f"trial/class/tune2/{name}/0" for name in few} < set(journal.rows)
 
+    @pytest.mark.parametrize(
+        ("name", "settings"),
+        [("sharpness 1.5", (1.5, 1.0)), ("the same at a temperature of 2", (1.3, 2.0)), ("lr 0.03", (2.0, 1.0))],
+    )
+    def test_a_candidate_is_imitated_with_its_power_at_its_temperature(self, name, settings, monkeypatch):
+        seen = {}
+        monkeypatch.setattr(trial.fastlur, "unlearn", lambda *_, **options: seen.update(options))
+        config = candidates()[f"target-novice-optimistic, {name}"]
+        assert "error" not in perform(TINY, Task("trial", "class", "tune", "some", 0, config, "lur"))
+        assert (seen["forget_loss"].sharpness, seen["forget_loss"].temperature) == settings
+
     def test_a_forget_weight_is_tried_in_every_direction(self, tmp_path):
         journal = Journal(tmp_path / "mlp-digits.jsonl")
         few = {name: config for name, config in weights().items() if name.startswith("weight-3-")}

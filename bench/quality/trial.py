@@ -106,7 +106,8 @@ def forgotten(
         target = config["target"]
         if target in TAUGHT:
             taught, seconds = teacher(bench, job.name, where, number, target)
-            options["forget_loss"] = Imitation(taught, config.get("sharpness", SHARPNESS[target]))
+            sharpness, temperature = config.get("sharpness", SHARPNESS[target]), config.get("temperature", 1.0)
+            options["forget_loss"] = Imitation(taught, sharpness, temperature=temperature)
             spent += seconds
         retain = job.retain_at(number)
         looking = Cosines(forget, retain, options.get("forget_loss")) if task.arm.startswith("align") else None

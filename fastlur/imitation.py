@@ -15,23 +15,22 @@ from fastlur.methods.base import check_range
 from fastlur.microbatch import alike
 from fastlur.world import mode
 
-NOT_TRUE = -1e4  # a logit whose probability is 0 in every precision, and still finite
+NOT_TRUE = -1e4  # a logit over T whose probability is 0 in every precision, and still finite
 
 
 class Imitation:
     """T² · KL(q_T ‖ p_T) in nats, q ∝ teacher's probabilities to a power: answer as another network does.
 
     At T = 1 a model that is about right hardly feels how sure it is to be: between 0.99 and 0.999 of the true class
-    there is nearly no gradient. At a higher T (q_T, p_T ∝ q^(1/T), p^(1/T)) its logits are drawn to those of q, so that
-    fewer steps bring it as far (docs/quality.md). The form is that of Hinton et al., "Distilling the Knowledge in a
-    Neural Network", arXiv 1503.02531.
+    there is nearly no gradient. At a higher T (q_T, p_T ∝ q^(1/T), p^(1/T)) its logits are drawn to those of q. The
+    form is that of Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531.
 
     Args:
         teacher: a classifier with the classes of the model; asked in eval mode, never changed. Or its `Answers`.
         sharpness: the power, ≥ 0; 1: as the teacher says, 0: any answer is as good as another.
         without_truth: leave the true class out of q.
         weight: a factor on it, > 0, beside the method's own `forget_weight`.
-        temperature: T, from 1e-3 to 1e3; the factor T² keeps the size of the gradient.
+        temperature: T, from 1e-3 to 1e3; with the factor T² the gradient does not fade as T grows.
 
     Raises:
         ArgumentError: a value out of range, or no module.
@@ -64,7 +63,7 @@ class Imitation:
                 wanted, _ = logits_and_targets(alike(model, self.teacher), batch)
         wanted = wanted.float() * self.sharpness
         if self.without_truth:
-            wanted = wanted.scatter(-1, targets.clamp(min=0)[:, None], NOT_TRUE)
+            wanted = wanted.scatter(-1, targets.clamp(min=0)[:, None], NOT_TRUE * self.temperature)
         loss = self.weight * divergence(wanted, logits, targets, self.temperature)
         return loss if known is None else torch.where(known, loss, torch.nan)
 

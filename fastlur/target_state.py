@@ -70,9 +70,9 @@ def brought_back(kept: dict[str, Any], tensors: dict[str, Tensor], passes: Passe
 
 
 def _settings(kept: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of an `Imitation`; a checkpoint of before there was a temperature has none."""
-    told = {name: value for name, value in kept.items() if name != "kind"}
-    return told | {"without_truth": bool(told["without_truth"])}
+    """The arguments of an `Imitation` but for its teacher."""
+    found = {name: kept[name] for name in ("sharpness", "weight", "temperature")}
+    return found | {"without_truth": bool(kept["without_truth"])}
 
 
 def _answers(tensors: dict[str, Tensor], device: torch.device) -> Answers:

@@ -177,7 +177,7 @@ def test_encoded_pairs_are_found_again(monkeypatch):
 class TestAResumedRun:
     def interrupted(self, folder):
         model = llama(seed=1)
-        options = {"forget_loss": Novice(epochs=1, lr=1e-2, start=llama(seed=2))}
+        options = {"forget_loss": Novice(epochs=1, lr=1e-2, start=llama(seed=2), temperature=2.0)}
         options |= {"checkpoint": folder, "checkpoint_every": 1}
         with pytest.raises(Interrupted):
             run(copy.deepcopy(model), callbacks=[interrupt], **options)

@@ -214,7 +214,11 @@ class TestReport:
 
     @pytest.mark.parametrize(
         ("name", "settings"),
-        [("sharpness 1.5", (1.5, 1.0)), ("the same at a temperature of 2", (1.3, 2.0)), ("lr 0.03", (2.0, 1.0))],
+        [
+            ("sharpness 1.5", (1.5, 1.0)),
+            ("weight 0.6, sharpness 1.3, temperature 2", (1.3, 2.0)),
+            ("lr 0.03", (2.0, 1.0)),
+        ],
     )
     def test_a_candidate_is_imitated_with_its_power_at_its_temperature(self, name, settings, monkeypatch):
         seen = {}

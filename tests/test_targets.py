@@ -19,63 +19,6 @@ from fastlur.losses import BoundedForgetting
 from fastlur.targets import FEWEST, MOST, Imitation, Novice, NoviceOrAscent, SecondChoice
 
 
-class TestImitation:
-    @pytest.mark.parametrize("sharpness", [0.0, 1.0, 2.0])
-    @pytest.mark.parametrize("without_truth", [False, True])
-    def test_is_the_divergence_from_the_sharpened_answers(self, sharpness, without_truth):
-        model, teacher, (x, y) = mlp(dtype=torch.float64), mlp(dtype=torch.float64), blobs(9, dtype=torch.float64)
-        q = torch.softmax(teacher(x), -1) ** sharpness
-        if without_truth:
-            q = torch.where(nn.functional.one_hot(y, 4).bool(), 0.0, q)
-        q = q / q.sum(-1, keepdim=True)
-        p = torch.softmax(model(x), -1)
-        wanted = torch.where(q > 0, q * (q.clamp(min=1e-300).log() - p.log()), 0.0).sum(-1).mean()
-        found = Imitation(teacher, sharpness, without_truth)(model, (x, y))
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)  # the teacher's answers are float32
-
-    @pytest.mark.parametrize("temperature", [0.5, 2.0])
-    def test_a_temperature_flattens_both_sides_and_keeps_the_size_of_the_gradient(self, temperature):
-        model, teacher, (x, y) = mlp(dtype=torch.float64), mlp(dtype=torch.float64), blobs(9, dtype=torch.float64)
-        q, p = (torch.softmax(each / temperature, -1) for each in (1.5 * teacher(x), model(x)))
-        wanted = temperature**2 * (q * (q.log() - p.log())).sum(-1).mean()
-        found = Imitation(teacher, 1.5, temperature=temperature)(model, (x, y))
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-        novice = Novice(epochs=20, lr=3e-2, temperature=temperature)
-        assert made(novice, mlp(), blobs(12), learnable(64)).temperature == temperature
-
-    def test_weight_is_a_factor_on_it(self):
-        model, teacher, data = mlp(), mlp(), blobs(9)
-        one, three = (Imitation(teacher, 2.0, weight=weight)(model, data) for weight in (1.0, 3.0))
-        torch.testing.assert_close(three, 3 * one)
-        assert made(Novice(epochs=20, lr=3e-2, weight=3.0), mlp(), blobs(12), learnable(64)).weight == 3.0
-
-    def test_asks_the_teacher_in_eval_mode_and_leaves_it_alone(self):
-        teacher, (x, y) = mlp(dropout=0.9).train(), blobs(9)
-        target, before = Imitation(teacher), state(teacher)
-        model = mlp()
-        assert torch.equal(target(model, (x, y)), target(model, (x, y)))
-        torch.autograd.backward(target(model, (x, y)))
-        assert all(module.training for module in teacher.modules())
-        assert all(p.grad is None for p in teacher.parameters())
-        assert same(before, state(teacher))
-
-    def test_serves_any_method_that_takes_a_forget_loss(self):
-        teacher, data = mlp(), (blobs(12), blobs(20))
-        for method in ("lur", "neggrad_plus", "pcgrad", "gru", "eupmu", "selective_amnesia", "gradient_ascent"):
-            model = mlp()
-            before = state(model)
-            run(model, *data, method=method, forget_loss=Imitation(teacher))
-            assert not same(before, state(model)), method
-
-    def test_refuses_what_is_no_teacher_and_what_is_no_power(self):
-        with pytest.raises(fastlur.ArgumentError, match=r"teacher: a str is no torch\.nn\.Module"):
-            Imitation("teacher")
-        with pytest.raises(fastlur.ArgumentError, match="sharpness"):
-            Imitation(mlp(), -1.0)
-        with pytest.raises(fastlur.ArgumentError, match="temperature"):
-            Imitation(mlp(), temperature=0.0)
-
-
 class TestNovice:
     def test_learns_the_retain_data_and_never_sees_what_is_to_be_forgotten(self):
         model, retain = mlp(), learnable(64)

@@ -82,7 +82,10 @@ VARIATIONS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "optimistic, weight 1": ({"forget_weight": 1.0}, {}),
     "optimistic, sharpness 1.5": ({}, {"sharpness": 1.5}),
     "optimistic, weight 0.6, sharpness 1.3": ({"forget_weight": 0.6}, {"sharpness": 1.3}),
-    "optimistic, the same at a temperature of 2": ({"forget_weight": 0.6}, {"sharpness": 1.3, "temperature": 2.0}),
+    "optimistic, weight 0.6, sharpness 1.3, temperature 2": (
+        {"forget_weight": 0.6},
+        {"sharpness": 1.3, "temperature": 2.0},
+    ),
     "optimistic, lr 0.03": ({}, {"lr": 0.03}),
     "optimistic, no clipping": ({}, {"max_grad_norm": None}),
     "optimistic, own statistics": ({"normalize_by": "own"}, {}),

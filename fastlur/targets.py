@@ -34,7 +34,7 @@ from fastlur.world import borrowed_random, derive, passing, seed_torch
 Part = Literal["all", "head"]
 LEARNED = 0.5  # of the loss of guessing; a novice that is no better has nothing to teach
 WELL_LEARNED = 0.1  # likewise, of one that nobody has asked for
-FEWEST, MOST = 60, 500  # steps of such a one
+FEWEST, MOST = 100, 500  # steps of such a one
 LOOKS = 8  # retain batches that this is judged on
 WARM_UP = 0.1  # of a novice's steps
 
@@ -234,7 +234,7 @@ class Novice(Made):
 class NoviceOrAscent(Novice):
     """A `Novice` where one can be had at a bounded price, and `BoundedForgetting` where not: the default of LUR.
 
-    The novice learns for six epochs of the retain data at a rate of 6e-3, but for 60 steps at least and 500 at most,
+    The novice learns for six epochs of the retain data at a rate of 6e-3, but for 100 steps at least and 500 at most,
     so that it never costs more than 500 forwards and backwards of a retain batch. The model is drawn to its answers,
     hardly sharpened, at a temperature of 2 and with three times the weight of an ascent, since they are an end to
     come to; these numbers were chosen together (docs/quality.md). It is taken if its retain loss then is a tenth of

@@ -180,7 +180,7 @@ class TestDefault:
         return found, taken[1] - taken[0]
 
     @pytest.mark.parametrize(
-        ("items", "epochs", "steps"), [(64, 3.0, FEWEST), (256, 3.0, 96), (256, 1000.0, MOST), (8, 0.5, FEWEST)]
+        ("items", "epochs", "steps"), [(64, 3.0, FEWEST), (512, 3.0, 192), (256, 1000.0, MOST), (8, 0.5, FEWEST)]
     )
     def test_a_novice_learns_for_a_bounded_number_of_steps(self, items, epochs, steps):
         target, taken = self.learning(items, epochs)

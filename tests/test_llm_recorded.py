@@ -16,9 +16,7 @@ from llm_memory import NOVICE
 
 MEMORY = json.loads((Path(__file__).parent.parent / "bench" / "results" / "llm_memory.json").read_text())
 ROWS = Journal(RESULTS / "smollm2-forget10.jsonl").rows
-TRUTH, BEFORE = (ROWS.get(key, {}) for key in (f"truth/{FINAL}/0", f"before/{FINAL}"))
-DONE = all(f"final/{FINAL}/{arm}" in ROWS for arm in ESSENTIAL)
-measured = pytest.mark.skipif(not DONE, reason="not measured: make bench-llm")
+TRUTH, BEFORE = ROWS[f"truth/{FINAL}/0"], ROWS[f"before/{FINAL}"]
 FORGOT = ("lur",)  # the documented recipe
 MARGIN = 0.1  # of the forgotten values that may be said, over what a model says that never saw them
 
@@ -27,7 +25,6 @@ def final(arm):
     return ROWS[f"final/{FINAL}/{arm}"]
 
 
-@measured
 def test_the_real_model_was_asked_sixty_questions_with_the_documented_settings():
     assert len(TRUTH["ratios"]) == len(BEFORE["ratios"]) == 60
     for arm in ESSENTIAL:
@@ -36,13 +33,11 @@ def test_the_real_model_was_asked_sixty_questions_with_the_documented_settings()
     assert next(tasks(Study("smollm2"), Journal(RESULTS / "smollm2-forget10.jsonl")), None) is None
 
 
-@measured
 def test_the_test_of_forgetting_has_power():
     assert forget_quality(BEFORE["ratios"], TRUTH["ratios"]) < POWER
     assert BEFORE["forget"]["known"] > 0.9 > TRUTH["forget"]["known"] + 0.5
 
 
-@measured
 @pytest.mark.parametrize("arm", FORGOT)
 def test_what_has_forgotten_cannot_be_told_from_the_truth_and_is_as_useful(arm):
     assert forget_quality(final(arm)["ratios"], TRUTH["ratios"]) > ALIKE
@@ -52,7 +47,6 @@ def test_what_has_forgotten_cannot_be_told_from_the_truth_and_is_as_useful(arm):
         assert final(arm)["forget"][asked] <= TRUTH["forget"][asked] + MARGIN
 
 
-@measured
 @pytest.mark.parametrize("method", ["mox", "gradient_difference", "kl", "npo", "simnpo", "dpo", "idk", "rmu"])
 def test_others_were_tried_with_the_rate_of_lur_and_the_updates_of_its_novice(method):
     row, kept = final(f"{method}_matched"), 600  # 540 about authors, 60 general ones
@@ -61,7 +55,6 @@ def test_others_were_tried_with_the_rate_of_lur_and_the_updates_of_its_novice(me
     assert row["steps"] == RECIPES["smollm2"].steps + RECIPES["smollm2"].novice * kept / RECIPES["smollm2"].batch_size
 
 
-@measured
 def test_a_retraining_in_the_seconds_of_lur_is_not_as_useful():
     early = [row for key, row in ROWS.items() if key.startswith("retrained/")]
     assert max(row["seconds"] for row in early) >= final("lur")["seconds"]
@@ -69,7 +62,6 @@ def test_a_retraining_in_the_seconds_of_lur_is_not_as_useful():
         assert row["utility"] < KEPT * TRUTH["utility"] <= final("lur")["utility"]
 
 
-@measured
 def test_the_essential_part_takes_less_than_an_hour():
     """Training the two models is told by `seconds`, also where a run again found them trained and only judged them."""
     models = sum(row["wall"] + (row["seconds"] if row["wall"] < row["seconds"] else 0) for row in (BEFORE, TRUTH))

@@ -42,6 +42,7 @@ def test_the_test_of_forgetting_has_power():
 def test_what_has_forgotten_cannot_be_told_from_the_truth_and_is_as_useful(arm):
     assert forget_quality(final(arm)["ratios"], TRUTH["ratios"]) > ALIKE
     assert final(arm)["utility"] >= KEPT * TRUTH["utility"]
+    assert final(arm)["forget_target"].startswith("Imitation(")
     assert "Paris" in final(arm)["france"] and "Paris" in BEFORE["france"]
     for asked in ("known", "again"):  # nor do paraphrased questions bring the authors back
         assert final(arm)["forget"][asked] <= TRUTH["forget"][asked] + MARGIN

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from machine import commit
 from quality import plan, summary, training, trial
 from quality.contenders import ALIGNMENT, ARMS, DIRECTIONS, WEIGHTS, candidates, weights
 from quality.journal import Journal
@@ -224,7 +225,8 @@ class TestReport:
         seen = {}
         monkeypatch.setattr(trial.fastlur, "unlearn", lambda *_, **options: seen.update(options))
         config = candidates()[f"target-novice-optimistic, {name}"]
-        assert "error" not in perform(TINY, Task("trial", "class", "tune", "some", 0, config, "lur"))
+        row = perform(TINY, Task("trial", "class", "tune", "some", 0, config, "lur"))
+        assert "error" not in row and row["commit"] == commit()
         assert (seen["forget_loss"].sharpness, seen["forget_loss"].temperature) == settings
 
     def test_a_forget_weight_is_tried_in_every_direction(self, tmp_path):

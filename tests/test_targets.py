@@ -189,6 +189,12 @@ class TestDefault:
         assert target.settings() == wanted | {"without_truth": False}
         assert taken == steps
 
+    def test_its_numbers_are_those_that_the_committed_rows_were_made_with(self):
+        """Rows say no more of it than "default": other numbers want other rows, and another docs/quality.md."""
+        default = NoviceOrAscent()
+        assert (default.epochs, FEWEST, MOST, default.lr) == (6.0, 100, 500, 6e-3)
+        assert (default.sharpness, default.temperature, default.weight, default.part) == (1.1, 2.0, 3.0, "all")
+
     def test_it_is_what_a_call_without_a_loss_takes(self):
         result = run(mlp(), blobs(12), learnable(800), steps=1)
         assert result.settings["forget_target"].startswith("Imitation(")

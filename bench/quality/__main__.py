@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--scenario", choices=SCENARIOS, action="append", help="only these (again for another one)")
     parser.add_argument("--arm", action="append", help="only these contenders (again for another one)")
     parser.add_argument("--trials", type=int, help="to tune every arm with")
-    parser.add_argument("--truths", type=int, help="retrained models a split")
+    parser.add_argument("--truths", type=int, help="retrained models a final split")
     parser.add_argument("--hours", type=float, default=24.0, help="begin nothing new after that long")
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--size", type=int, help="training images (default: all of a split)")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count, takewhile
 from typing import Any
 
 from .contenders import ALIGNMENT, ARMS, DEFAULT, ESSENTIAL, WEIGHED, candidates, weights
@@ -26,7 +25,8 @@ class Grid:
         trials: how many each arm has to be tuned with, the default setting among them; the same for all. What takes a
             forget loss of the user's has LUR's defaults for one more.
         finals: the splits that what was chosen is judged on, once.
-        truths: how many retrained models a split is compared with; a second one says how far truth is from itself.
+        truths: how many retrained models a final split has. Everything is compared with the first; a second one says
+            how far truth is from itself.
         settings: configurations of LUR that are compared as they are on the tuning splits, by name.
     """
 
@@ -34,7 +34,7 @@ class Grid:
     arms: dict[str, Arm] = field(default_factory=dict)
     trials: int = 6
     finals: tuple[str, ...] = FINAL
-    truths: int = 1
+    truths: int = 2
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def numbers(self, name: str) -> list[int | str]:
@@ -89,24 +89,22 @@ def teachers(scenario: str, split: str, kind: str) -> list[Task]:
 def chosen(arm: str, scenario: str, journal: Journal, numbers: Sequence[int | str]) -> Row | None:
     """The trial of the smallest gap on the tuning split; None while trials are missing. Of equals the first."""
     rows = [journal.rows.get(f"trial/{scenario}/{TUNING[0]}/{arm}/{number}") for number in numbers]
-    truths = truth(scenario, TUNING[0], journal)
-    if not truths or any(row is None for row in rows):
+    reference = truth(scenario, TUNING[0], journal)
+    if reference is None or any(row is None for row in rows):
         return None
-    return min((row for row in rows if row is not None), key=lambda row: gap(row, truths))
+    return min((row for row in rows if row is not None), key=lambda row: gap(row, reference))
 
 
-def truth(scenario: str, split: str, journal: Journal) -> list[Row]:
-    """The figures of the models retrained for a split."""
-    keys = map(f"truth/{scenario}/{split}/{{}}".format, count())
-    return [journal.rows[key] for key in takewhile(journal.rows.__contains__, keys)]
+def truth(scenario: str, split: str, journal: Journal, number: int = 0) -> Row | None:
+    """The figures of a model retrained for a split: of the first, that everything is compared with, or of another."""
+    return journal.rows.get(Task("truth", scenario, split, "", number).key)
 
 
-def gap(row: Row, truths: list[Row]) -> float:
-    """Mean distance over UA, RA, TA and MIA to the mean of the retrained models, in points; ∞ for a run that failed."""
+def gap(row: Row, reference: Row) -> float:
+    """Mean distance over UA, RA, TA and MIA to the retrained model, in points; ∞ for a run that failed."""
     if "error" in row:
         return math.inf
-    means = {name: sum(each[name] for each in truths) / len(truths) for name in FIGURES}
-    return sum(abs(row[name] - means[name]) for name in FIGURES) / len(FIGURES)
+    return sum(abs(float(row[name]) - float(reference[name])) for name in FIGURES) / len(FIGURES)
 
 
 def _all(grid: Grid, journal: Journal) -> Iterator[Task]:
@@ -133,7 +131,7 @@ def _ground(grid: Grid, scenario: str, splits: list[str], arms: dict[str, Arm], 
     for split in splits:
         yield origin(scenario, split)
     for split in splits:
-        for number in range(grid.truths):
+        for number in range(1 if split in TUNING else grid.truths):
             yield Task("truth", scenario, split, "", number)
         for kind in _kinds(grid, scenario, split, journal):
             yield from teachers(scenario, split, kind)

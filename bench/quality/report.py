@@ -6,18 +6,17 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from .contenders import ALIGNMENT, DIRECTIONS, WEIGHED, WEIGHTS, candidates
+from .contenders import ALIGNMENT, DEFAULT, DIRECTIONS, WEIGHED, WEIGHTS, candidates
 from .journal import Journal
 from .plan import GRIDS
 from .scenarios import SCENARIOS, TITLES
-from .summary import Spread, config, difference, finals, gaps, settings, shared, table
+from .summary import GIVEN, Spread, config, difference, finals, gaps, settings, shared, table
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
 RESULTS = HERE / "results"
 BASE = "align-joint"
 HEADS = {"ua": "UA", "ra": "RA", "ta": "TA", "mia": "MIA", "loss_auc": "loss-AUC", "attack": "attack rate"}
-GIVEN, DEFAULT = ("before", "retrained"), "default"
 NOTHING = "Not measured yet."
 
 
@@ -31,7 +30,7 @@ def scenario_table(scenario: str, folder: Path = RESULTS) -> str:
     lines: list[str] = []
     for name, journal in journals(folder).items():
         found = compared(journal, scenario)
-        if len(found) < 3:
+        if not judged(found):
             continue
         heads = {key: head for key, head in HEADS.items() if key != "attack" or scenario == "backdoor"}
         lines += [f"**{name.replace('-', ', ')}**", ""]
@@ -51,16 +50,15 @@ def overview(folder: Path = RESULTS, whole: bool = False) -> str:
     lines: list[str] = []
     for name, journal in journals(folder).items():
         found = {scenario: compared(journal, scenario) for scenario in SCENARIOS}
-        arms = list(dict.fromkeys(arm for each in found.values() for arm in each))
-        judged = [set(each) - {*GIVEN, DEFAULT} for each in found.values()]
-        if len(arms) < 3 or (whole and not all(judged)):
+        arms = list(dict.fromkeys(arm for each in found.values() for arm in each if arm != "retrained"))  # 0
+        if not any(map(judged, found.values())) or (whole and not all(map(tuned, found.values()))):
             continue
         lines += [f"**{name.replace('-', ', ')}**, average gap in points:", ""]
         lines += [f"| | {' | '.join(SCENARIOS)} |", f"|---{'|---' * len(SCENARIOS)}|"]
         for arm in arms:
             cells = []
             for each in found.values():
-                contenders = [line["gap"].mean for other, line in each.items() if other not in GIVEN]
+                contenders = [each[other]["gap"].mean for other in judged(each)]
                 shown = each[arm]["gap"].shown() if arm in each else ""
                 best = shown and arm not in GIVEN and each[arm]["gap"].mean == min(contenders) and len(contenders) > 1
                 cells.append(f"**{shown}**" if best else shown)
@@ -76,13 +74,13 @@ def bounds(folder: Path = RESULTS) -> str:
         rows = []
         for scenario in SCENARIOS:
             found = compared(journal, scenario)
-            tuned = [arm for arm in found if arm not in (*GIVEN, DEFAULT)]
-            if DEFAULT not in found or not tuned:
+            if DEFAULT not in found or not tuned(found):
                 continue
-            best, default = found[tuned[0]], found[DEFAULT]
+            first = tuned(found)[0]
+            best, default = found[first], found[DEFAULT]
             asked = allowed(best["gap"].mean)
             held = "held" if default["gap"].mean <= asked else "**missed**"
-            cells = [default["gap"].shown(), f"{tuned[0]}: {best['gap'].shown()}", f"≤ {asked:.2f}", held]
+            cells = [default["gap"].shown(), f"{first}: {best['gap'].shown()}", f"≤ {asked:.2f}", held]
             cells += [each["rte"].shown(1) for each in (default, best, found["retrained"])]
             rows.append(f"| {scenario} | {' | '.join(cells)} |")
         if rows:
@@ -100,6 +98,39 @@ def allowed(best: float) -> float:
 def compared(journal: Journal, scenario: str) -> dict[str, dict[str, Spread]]:
     """The lines of a scenario's table, without the arms of the studies of alignment."""
     return {arm: line for arm, line in table(journal, scenario).items() if not arm.startswith(("align-", "weighed-"))}
+
+
+def judged(lines: dict[str, dict[str, Spread]]) -> list[str]:
+    """The contenders of a scenario's table, the smallest gap first."""
+    return [arm for arm in lines if arm not in GIVEN]
+
+
+def tuned(lines: dict[str, dict[str, Spread]]) -> list[str]:
+    """Those that were searched for, not the call with three arguments."""
+    return [arm for arm in judged(lines) if arm != DEFAULT]
+
+
+def lead(folder: Path = RESULTS) -> str:
+    """LUR beside the nearest of the others, and how far a network is from another that was retrained likewise."""
+    lines: list[str] = []
+    for name, journal in journals(folder).items():
+        rows = []
+        for scenario in SCENARIOS:
+            found = compared(journal, scenario)
+            others = [arm for arm in tuned(found) if arm != "lur"]
+            if "lur" not in found or not others:
+                continue
+            mine, other = found["lur"], found[others[0]]
+            apart = difference(gaps(journal, scenario, "lur"), gaps(journal, scenario, others[0]))
+            again = found["retrained again"]["gap"].shown() if "retrained again" in found else ""
+            cells = [mine["gap"].shown(), f"{others[0]}: {other['gap'].shown()}", _signed(apart), again]
+            cells += [each["rte"].shown(1) for each in (mine, other)]
+            rows.append(f"| {scenario} | {' | '.join(cells)} |")
+        if rows:
+            lines += [f"**{name.replace('-', ', ')}**, average gap in points, and seconds:", ""]
+            lines += ["| | lur | nearest other | difference | retrained again | lur, s | other, s |", "|---" * 7 + "|"]
+            lines += [*rows, ""]
+    return "\n".join(lines).rstrip() or NOTHING
 
 
 def alignment(folder: Path = RESULTS) -> str:
@@ -176,6 +207,7 @@ def sections(folder: Path = RESULTS) -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {
         "overview": partial(overview, folder),
         "bounds": partial(bounds, folder),
+        "lead": partial(lead, folder),
         "alignment": partial(alignment, folder),
         "weighed": partial(weighed, folder),
         "targets": partial(targets, folder),
@@ -194,12 +226,12 @@ def draw(docs: Path = DOCS, folder: Path = RESULTS) -> list[Path]:
     made = []
     for scenario in SCENARIOS:
         found = {name: compared(journal, scenario) for name, journal in journals(folder).items()}
-        found = {name: lines for name, lines in found.items() if len(lines) > 2}
+        found = {name: lines for name, lines in found.items() if judged(lines)}
         if not found:
             continue
         figure, grid = pyplot.subplots(len(found), 2, figsize=(12, 4.6 * len(found)), squeeze=False)
         for (left, right), (name, lines) in zip(grid, found.items(), strict=True):
-            arms = [arm for arm in lines if arm not in GIVEN]
+            arms = judged(lines)
             colours = ["#1a73e8" if arm == "lur" else "#9aa0a6" for arm in arms]
             middle = [lines[arm]["gap"].mean for arm in arms]
             error = [lines[arm]["gap"].deviation for arm in arms]
@@ -207,6 +239,9 @@ def draw(docs: Path = DOCS, folder: Path = RESULTS) -> list[Path]:
             left.axvline(lines["before"]["gap"].mean, color="#d93025", linestyle=":", label="before")
             left.set(xscale="symlog", xlabel="average gap to the retrained model, points", title=name)
             left.invert_yaxis()
+            if "retrained again" in lines:
+                again = lines["retrained again"]["gap"].mean
+                left.axvline(again, color="#188038", linestyle=":", label="retrained again")
             left.legend(fontsize=8)
             spent = [lines[arm]["rte"].mean for arm in arms]
             right.scatter(spent, middle, c=colours)

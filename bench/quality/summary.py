@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from .plan import gap, origin, truth
 from .splits import FINAL, TUNING
 from .trial import FIGURES
 
+GIVEN = ("before", "retrained", "retrained again")  # lines of a table that are no contenders
 COLUMNS = (*FIGURES, "loss_auc", "attack", "gap", "rte")
 
 
@@ -59,16 +61,20 @@ def finals(journal: Journal, scenario: str) -> dict[str, list[Row]]:
 
 def table(journal: Journal, scenario: str) -> dict[str, dict[str, Spread]]:
     """Every line of a scenario's table by name, the smallest gap first; before and truth above all."""
-    truths = [truth(scenario, split, journal) for split in FINAL]
-    if not all(truths):
+    truths = _whole([truth(scenario, split, journal) for split in FINAL])
+    if not truths:
         return {}
     lines: dict[str, dict[str, Spread]] = {}
-    before = [journal.rows.get(f"before/{scenario}/{split}") for split in FINAL]
-    if all(before):
-        lines["before"] = _line([row for row in before if row], truths)
-    firsts = [each[0] for each in truths]
-    others = [each[1:] or each for each in truths]
-    lines["retrained"] = _line([row | {"rte": row["seconds"]} for row in firsts], others)
+    given: dict[str, Sequence[Row | None]] = {
+        "before": [journal.rows.get(f"before/{scenario}/{split}") for split in FINAL],
+        "retrained": truths,
+        "retrained again": [truth(scenario, split, journal, 1) for split in FINAL],
+    }
+    for name in GIVEN:
+        rows = _whole(given[name])
+        timed = [row | {"rte": row["seconds"]} if "seconds" in row else row for row in rows]
+        if rows:
+            lines[name] = _line(timed, truths)
     made = {arm: _line(rows, truths) for arm, rows in finals(journal, scenario).items()}
     order = sorted(made, key=lambda arm: (made[arm]["gap"].missing, made[arm]["gap"].mean))
     return lines | {arm: made[arm] for arm in order}
@@ -77,7 +83,8 @@ def table(journal: Journal, scenario: str) -> dict[str, dict[str, Spread]]:
 def gaps(journal: Journal, scenario: str, arm: str) -> list[float]:
     """The gap of each final seed."""
     rows = finals(journal, scenario).get(arm, [])
-    return [gap(row, truth(scenario, split, journal)) for row, split in zip(rows, FINAL, strict=False)]
+    truths = _whole([truth(scenario, split, journal) for split in FINAL])
+    return [gap(row, reference) for row, reference in zip(rows, truths, strict=True)] if rows and truths else []
 
 
 def difference(one: list[float], other: list[float], level: float = 0.95) -> tuple[float, float]:
@@ -91,11 +98,11 @@ def difference(one: list[float], other: list[float], level: float = 0.95) -> tup
 
 def shared(journal: Journal, scenario: str, arm: str, base: str, trials: int) -> tuple[float, float] | None:
     """The same difference over the trials of tuning, point by point, where both runs came through."""
-    truths, pairs = truth(scenario, TUNING[0], journal), []
+    reference, pairs = truth(scenario, TUNING[0], journal), []
     for number in range(trials):
         rows = [journal.rows.get(f"trial/{scenario}/{TUNING[0]}/{name}/{number}") for name in (arm, base)]
-        if truths and all(row is not None and "error" not in row for row in rows):
-            pairs.append(tuple(gap(row, truths) for row in rows if row is not None))
+        if reference and all(row is not None and "error" not in row for row in rows):
+            pairs.append(tuple(gap(row, reference) for row in rows if row is not None))
     if len(pairs) < 2:
         return None
     return difference([x for x, _ in pairs], [y for _, y in pairs])
@@ -107,9 +114,9 @@ def settings(journal: Journal, scenario: str, study: str) -> dict[str, Spread]:
     for key, row in journal.rows.items():
         kind, *rest = key.split("/")
         if kind == "trial" and rest[0] == scenario and rest[2].startswith(study):
-            truths = truth(scenario, rest[1], journal)
-            if truths:
-                found.setdefault(rest[2].removeprefix(study), []).append(gap(row, truths))
+            reference = truth(scenario, rest[1], journal)
+            if reference:
+                found.setdefault(rest[2].removeprefix(study), []).append(gap(row, reference))
     return {name: spread(values) for name, values in found.items()}
 
 
@@ -137,6 +144,12 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _line(rows: list[Row], truths: list[list[Row]]) -> dict[str, Spread]:
+def _whole(rows: Sequence[Row | None]) -> list[Row]:
+    """The rows if all of them are there, or none."""
+    known = [row for row in rows if row is not None]
+    return known if len(known) == len(rows) else []
+
+
+def _line(rows: list[Row], truths: list[Row]) -> dict[str, Spread]:
     found: dict[str, Spread] = {name: spread([row.get(name) for row in rows]) for name in COLUMNS if name != "gap"}
     return found | {"gap": spread([gap(row, each) for row, each in zip(rows, truths, strict=True)])}

@@ -110,7 +110,11 @@ def forgotten(
             options["forget_loss"] = Imitation(taught, sharpness, temperature=temperature)
             spent += seconds
         retain = job.retain_at(number)
-        looking = Cosines(forget, retain, options.get("forget_loss")) if task.arm.startswith("align") else None
+        looking = None
+        if task.arm.startswith("align"):
+            own = options["method"].default_forget_loss("classification")
+            looking = Cosines(forget, retain, options.get("forget_loss", own))
+            options["forget_loss"] = looking.forget_loss
         began = time.process_time()
         fastlur.unlearn(
             model, forget, retain, progress=False, callbacks=[looking] if looking else [], **steps, **options

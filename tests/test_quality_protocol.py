@@ -11,7 +11,7 @@ from quality.journal import Journal
 from quality.networks import NETWORKS
 from quality.plan import GRIDS
 from quality.points import DIMENSIONS, cube
-from quality.scenarios import CLASS, SCENARIOS, TARGET, scenario
+from quality.scenarios import CLASS, POISONED, SCENARIOS, scenario
 from quality.splits import DATASETS, FINAL, SPLITS, TUNING, indices, split
 from quality.training import Bench, train
 from quality.trial import assembled
@@ -79,8 +79,8 @@ class TestScenarios:
         corner = (..., slice(-3, -1), slice(-3, -1))
         for images, labels in (job.forget, job.triggered):
             assert bool((images[corner] == 1).all())
-            assert set(labels.tolist()) == {TARGET}
-        assert len(job.triggered[1]) == int((job.test[1] != TARGET).sum())
+            assert set(labels.tolist()) == {POISONED}
+        assert len(job.triggered[1]) == int((job.test[1] != POISONED).sum())
         assert not (job.retain[0][corner] == 1).all(-1).all(-1).any()
 
     def test_requests_come_one_after_another(self, jobs):

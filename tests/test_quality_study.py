@@ -82,6 +82,28 @@ class TestChoice:
         assert [task.key for task in finals()] == [f"final/class/{where}/lur" for where in FINAL]
         assert all(plan.stale(task, copied) and task.config == ARMS["lur"].config(3) for task in finals())
 
+    def test_what_runs_with_the_defaults_of_lur_can_be_judged_anew_once_they_are_others(self, study, tmp_path):
+        grid = replace(SMALL, scenarios=("class",), anew="another")
+        journal = Journal(tmp_path / "j.jsonl")
+        for row in study.rows.values():
+            journal.add(row)
+        best = study.rows["truth/class/tune/0"]
+        for key in ("trial/class/tune/lur/0", *(f"final/class/{where}/lur" for where in FINAL)):
+            config = ARMS["lur"].config(0)
+            journal.add(best | {"key": key, "config": config, "commit": "one"}, anew=True)
+        counts = counted(grid, journal)
+        left = [task.key for task in tasks(grid, journal)]
+        assert not [key for key in left if key.startswith("final")]  # what is chosen may become another
+        assert {"trial/class/tune/lur/0", "trial/class/tune/joint/lent"} <= set(left)
+        assert not [key for key in left if key.startswith(("truth", "before", "original")) or "salun" in key]
+        assert counts == {"trial": len(left), "final": 3}
+        while ready := list(tasks(grid, journal)):
+            for task in ready:
+                assert plan.stale(task, journal, grid.anew)
+                journal.add(journal.rows[task.key] | {"commit": "another"}, anew=True)
+        assert all(journal.rows[f"final/class/{where}/lur"]["commit"] == "another" for where in FINAL)
+        assert not list(tasks(SMALL, Journal(journal.path)))
+
     def test_a_trial_that_fails_is_a_trial_and_is_not_chosen(self, tmp_path):
         config = ARMS["joint"].config(0) | {"lr": 1e30}
         failed = perform(TINY, Task("trial", "class", "tune", "joint", 0, config, "neggrad_plus"))

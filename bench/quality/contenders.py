@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from .points import Arm, Knob
 
-WEIGHT = Knob("forget_weight", 0.03, 3.0)
+FORGET_WEIGHT = Knob("forget_weight", 0.03, 3.0)
 INNER = Knob("inner_lr", 0.02, 1.0)
 RELATIVE = ("relative_inner_lr", True)
 
-SHARE = Knob("retain_weight", 0.5, 0.98, linear=True)
+RETAIN_SHARE = Knob("retain_weight", 0.5, 0.98, linear=True)
 
 ARMS: dict[str, Arm] = {
-    "lur": Arm("lur", (WEIGHT, INNER), (RELATIVE,), open=True),
-    "joint": Arm("neggrad_plus", (SHARE,), open=True),
-    "pcgrad": Arm("pcgrad", (WEIGHT,), open=True),
-    "gru": Arm("gru", (WEIGHT, Knob("decay", 0.1, 0.95, linear=True)), open=True),
+    "lur": Arm("lur", (FORGET_WEIGHT, INNER), (RELATIVE,), open=True),
+    "joint": Arm("neggrad_plus", (RETAIN_SHARE,), open=True),
+    "pcgrad": Arm("pcgrad", (FORGET_WEIGHT,), open=True),
+    "gru": Arm("gru", (FORGET_WEIGHT, Knob("decay", 0.1, 0.95, linear=True)), open=True),
     "eupmu": Arm("eupmu", (Knob("weight_lr", 0.005, 0.5), Knob("decay", 0.001, 0.1)), open=True),
     "scissorhands": Arm(
         "scissorhands", (Knob("forget_weight", 0.01, 1.0), Knob("trim", 0.9, 1.0, linear=True)), open=True, trim="own"
@@ -25,12 +25,12 @@ ARMS: dict[str, Arm] = {
     "gradient_ascent": Arm(
         "gradient_ascent", (Knob("max_norm", 0.01, 1), Knob("max_rise", 0.01, 0.5)), lr=(0.001, 0.1), open=True
     ),
-    "salun": Arm("salun", (WEIGHT, Knob("mask", 0.1, 0.9, linear=True)), mask="own"),
-    "random_label": Arm("random_label", (WEIGHT,)),
+    "salun": Arm("salun", (FORGET_WEIGHT, Knob("mask", 0.1, 0.9, linear=True)), mask="own"),
+    "random_label": Arm("random_label", (FORGET_WEIGHT,)),
     "scrub": Arm("scrub", (Knob("max_part", 0.2, 0.9, linear=True), Knob("max_every", 2, 8, whole=True))),
     "bad_teacher": Arm("bad_teacher", (Knob("forget_weight", 0.1, 10), Knob("temperature", 0.5, 4))),
-    "boundary_shrink": Arm("boundary_shrink", (WEIGHT, Knob("epsilon", 0.05, 1))),
-    "boundary_expand": Arm("boundary_expand", (WEIGHT, Knob("row_lr", 0.001, 0.1))),
+    "boundary_shrink": Arm("boundary_shrink", (FORGET_WEIGHT, Knob("epsilon", 0.05, 1))),
+    "boundary_expand": Arm("boundary_expand", (FORGET_WEIGHT, Knob("row_lr", 0.001, 0.1))),
     "ltu": Arm("ltu", (Knob("forget_weight", 0.3, 10),), lr=(0.0003, 0.03)),
     "mox": Arm("mox", (Knob("retain_limit", 0.005, 0.5),), lr=(0.001, 0.1)),
     "l1_sparse": Arm("l1_sparse", (Knob("gamma", 1e-5, 1e-2),)),
@@ -55,10 +55,10 @@ ESSENTIAL = (
 
 # Does alignment help? One space, the same points, the same losses: only the direction differs.
 ALIGNMENT: dict[str, Arm] = {
-    "align-joint": Arm("lur", (WEIGHT,), (RELATIVE, ("inner_lr", 0.0), ("gradient", "first_order")), open=True),
-    "align-pcgrad": Arm("pcgrad", (WEIGHT,), open=True, like_lur=True),
+    "align-joint": Arm("lur", (FORGET_WEIGHT,), (RELATIVE, ("inner_lr", 0.0), ("gradient", "first_order")), open=True),
+    "align-pcgrad": Arm("pcgrad", (FORGET_WEIGHT,), open=True, like_lur=True),
     **{
-        f"align-{mode}": Arm("lur", (WEIGHT, INNER), (RELATIVE, ("gradient", mode)), open=True)
+        f"align-{mode}": Arm("lur", (FORGET_WEIGHT, INNER), (RELATIVE, ("gradient", mode)), open=True)
         for mode in ("first_order", "optimistic", "secant", "exact")
     },
 }
@@ -67,7 +67,7 @@ ALIGNMENT: dict[str, Arm] = {
 # same rate and target. The joint loss's direction is shorter by retaining's share, which clipping may or may not undo.
 WEIGHED: dict[str, Arm] = {
     "joint": ARMS["joint"],
-    "weighed-optimistic": Arm("lur", (SHARE, INNER), (RELATIVE,), open=True, weighed=True),
+    "weighed-optimistic": Arm("lur", (RETAIN_SHARE, INNER), (RELATIVE,), open=True, weighed=True),
 }
 
 # One setting for everything: which forget target may be the default, and with which settings? Nothing is tuned here.

@@ -18,7 +18,7 @@ LINEAR = 0.75  # the share of the linear schedule
 NORMS = ("own", "retain")  # whose statistics batch norm takes in forget passes
 CLIPS = (None, 1.0)  # norms that directions are clipped to
 LENT = "lent"  # the trial with LUR's defaults, for those that can take them
-SPARSITY, SHARE = 0.97, 0.5  # of a trim and a mask where these are offered beside a method's own
+SPARSITY, KEPT = 0.97, 0.5  # of a trim and a mask where these are offered beside a method's own
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Arm:
         if part == "trim" and self.trim == "offered":
             found["trim"] = SPARSITY
         if part == "mask" and self.mask == "offered":
-            found["mask"] = SHARE
+            found["mask"] = KEPT
         lr = None if self.lr is None else Knob("lr", *self.lr).at(u[0])
         if lr is not None:
             found["max_grad_norm"] = CLIPS[int(u[7] * len(CLIPS))]

@@ -22,8 +22,8 @@ TITLES = {
     "continual": "three requests one after another: a random 5 %, a class, another 5 %",
 }
 CLASS = 3
-SHARE = 0.05  # of the training images mislabelled, poisoned, or asked to be forgotten by one request
-TARGET = 0  # what poisoned images are labelled
+FEW = 0.05  # of the training images mislabelled, poisoned, or asked to be forgotten by one request
+POISONED = 0  # what poisoned images are labelled
 PATCH = 3  # pixels of a trigger's side at 28 × 28; 2 at 8 × 8
 
 
@@ -65,7 +65,7 @@ def scenario(name: str, split: Split, seed: str) -> Scenario:
     generator = torch.Generator().manual_seed(derive("quality", name, seed))
     count = len(labels)
     order = torch.randperm(count, generator=generator)
-    few = int(SHARE * count)
+    few = int(FEW * count)
     of_class = order[labels[order] == CLASS]
     requests = {
         "random10": [order[: count // 10]],
@@ -73,7 +73,7 @@ def scenario(name: str, split: Split, seed: str) -> Scenario:
         "class": [of_class],
         "half_class": [of_class[: len(of_class) // 2]],
         "mislabelled": [order[:few]],
-        "backdoor": [order[labels[order] != TARGET][:few]],
+        "backdoor": [order[labels[order] != POISONED][:few]],
     }
     if name == "continual":
         others = order[labels[order] != CLASS]
@@ -88,9 +88,9 @@ def scenario(name: str, split: Split, seed: str) -> Scenario:
         if name == "mislabelled":
             labels[gone] = (labels[gone] + torch.randint(1, 10, gone.shape, generator=generator)) % 10
         else:
-            images[gone], labels[gone] = stamped(images[gone]), TARGET
-            victims = test[1] != TARGET
-            triggered = stamped(test[0][victims]), torch.full_like(test[1][victims], TARGET)
+            images[gone], labels[gone] = stamped(images[gone]), POISONED
+            victims = test[1] != POISONED
+            triggered = stamped(test[0][victims]), torch.full_like(test[1][victims], POISONED)
     if name in ("class", "continual"):
         left = test[1] != CLASS
         test = test[0][left], test[1][left]

@@ -136,7 +136,7 @@ def checked() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "demo": demo,
-    "overview": partial(quality.overview, whole=True),
+    "overview": partial(quality.overview, network="cnn-mnist"),
     "languages": language.short,
     "operations": operations,
     "steps": steps,

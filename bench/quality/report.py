@@ -45,13 +45,15 @@ def scenario_table(scenario: str, folder: Path = RESULTS) -> str:
     return "\n".join(lines).rstrip() or NOTHING
 
 
-def overview(folder: Path = RESULTS, whole: bool = False) -> str:
-    """The gap of every contender in every scenario; `whole`: of networks alone that were judged in all of them."""
+def overview(folder: Path = RESULTS, network: str | None = None) -> str:
+    """The gap of every contender in every scenario; of one network and data set, or of all."""
     lines: list[str] = []
     for name, journal in journals(folder).items():
+        if network not in (None, name):
+            continue
         found = {scenario: compared(journal, scenario) for scenario in SCENARIOS}
         arms = list(dict.fromkeys(arm for each in found.values() for arm in each if arm != "retrained"))  # 0
-        if not any(map(judged, found.values())) or (whole and not all(map(tuned, found.values()))):
+        if not any(map(judged, found.values())):
             continue
         lines += [f"**{name.replace('-', ', ')}**, average gap in points:", ""]
         lines += [f"| | {' | '.join(SCENARIOS)} |", f"|---{'|---' * len(SCENARIOS)}|"]

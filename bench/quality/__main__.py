@@ -12,7 +12,7 @@ HERE = Path(__file__).resolve().parent
 if str(HERE.parent) not in sys.path:  # for `machine`, which lies beside
     sys.path.insert(0, str(HERE.parent))
 
-from machine import commit, machine  # noqa: E402
+from machine import machine  # noqa: E402
 
 from .journal import Journal  # noqa: E402
 from .networks import NETWORKS  # noqa: E402
@@ -41,9 +41,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, help="of training")
     parser.add_argument("--steps", type=int, default=150, help="of unlearning")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument(
-        "--anew", action="store_true", help="judge again what runs with LUR's defaults, unless by the present commit"
-    )
     parser.add_argument("--plan", action="store_true", help="only say what is missing, and what it will cost")
     given = parser.parse_args(arguments)
     grid = GRIDS[given.grid]
@@ -62,8 +59,6 @@ def main(arguments: list[str] | None = None) -> int:
         grid = replace(grid, trials=given.trials)
     if given.truths:
         grid = replace(grid, truths=given.truths)
-    if given.anew:
-        grid = replace(grid, anew=commit())
     bench = Bench(given.network, given.dataset, given.size, given.epochs, given.steps)
     journal = Journal(given.results / f"{bench.name}.jsonl")
     if given.plan:

@@ -28,8 +28,6 @@ class Grid:
         truths: how many retrained models a final split has. Everything is compared with the first; a second one says
             how far truth is from itself.
         settings: configurations of LUR that are compared as they are on the tuning splits, by name.
-        anew: a commit; what runs with LUR's defaults is made anew where it is not of this one, since a row tells the
-            settings but not what was the default when it was made.
     """
 
     scenarios: tuple[str, ...] = SCENARIOS
@@ -38,7 +36,6 @@ class Grid:
     finals: tuple[str, ...] = FINAL
     truths: int = 2
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    anew: str | None = None
 
     def numbers(self, name: str) -> list[int | str]:
         """The trials of an arm."""
@@ -59,26 +56,15 @@ GRIDS = {
 def tasks(grid: Grid, journal: Journal) -> Iterator[Task]:
     """Everything that is missing and whose needs are met, in the order in which it is wanted."""
     for task in _all(grid, journal):
-        wanted = task.key not in journal or stale(task, journal, grid.anew)
+        wanted = task.key not in journal or stale(task, journal)
         if wanted and all(need.key in journal for need in needs(task)):
             yield task
 
 
-def stale(task: Task, journal: Journal, anew: str | None = None) -> bool:
-    """Whether the row that there is was made with other settings: since it was made, others were chosen.
-
-    Or, for a commit, whether it was made with defaults of LUR that may have been others.
-    """
+def stale(task: Task, journal: Journal) -> bool:
+    """Whether the row that there is was made with other settings: others were chosen, or LUR's defaults were others."""
     row = journal.rows.get(task.key)
-    if row is None:
-        return False
-    return row.get("config") != task.config or (anew is not None and defaults(task) and row.get("commit") != anew)
-
-
-def defaults(task: Task) -> bool:
-    """Whether it runs with LUR's defaults, its target above all: as LUR, or lent."""
-    target = task.config["target"] if task.config is not None else None
-    return target == "default" or (target == "own" and task.method == "lur")
+    return row is not None and (row.get("config"), row.get("defaults")) != (task.config, task.defaults)
 
 
 def needs(task: Task) -> list[Task]:
@@ -135,7 +121,7 @@ def _all(grid: Grid, journal: Journal) -> Iterator[Task]:
                 yield Task("trial", scenario, split, name, 0, config, "lur")
         yield from _ground(grid, scenario, list(grid.finals if grid.arms else ()), grid.arms, journal)
         for name, arm in grid.arms.items():
-            if any(stale(task, journal, grid.anew) for task in trials[name]):
+            if any(stale(task, journal) for task in trials[name]):
                 continue
             best = chosen(name, scenario, journal, grid.numbers(name))
             for split in grid.finals if best is not None else ():

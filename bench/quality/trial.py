@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from machine import commit
 from torch import nn
 
 import fastlur
+from fastlur import targets
 from fastlur.losses import BoundedForgetting
-from fastlur.methods import METHODS, SaliencyMask, Trim
+from fastlur.methods import LUR, METHODS, SaliencyMask, Trim
 from fastlur.scores import scores
 from fastlur.targets import Imitation, NoviceOrAscent, SecondChoice
 
@@ -57,17 +59,35 @@ class Task:
         number = "" if self.kind in ("final", "original", "before") else str(self.number)
         return "/".join(part for part in (self.kind, self.scenario, self.split, self.arm, number) if part)
 
+    @property
+    def defaults(self) -> str | None:
+        """A digest of LUR's defaults where it runs with them, as LUR or lent; with others it would be another run."""
+        target = self.config["target"] if self.config is not None else None
+        if target == "default" or (target == "own" and self.method == "lur"):
+            return defaults()
+        return None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What its row says of it."""
+        said = {"key": self.key, "config": self.config, "defaults": self.defaults}
+        return {name: value for name, value in said.items() if value is not None}
+
+
+def defaults() -> str:
+    """Eight digits that are others where the package's defaults for LUR and its target are."""
+    told = LUR(), LUR.rates["sgd"], LUR.max_grad_norm, NoviceOrAscent(), targets.FEWEST, targets.MOST
+    return blake2b(repr(told).encode(), digest_size=4).hexdigest()
+
 
 def perform(bench: Bench, task: Task) -> dict[str, Any]:
     """Do it; returns the journal's row."""
     began = time.perf_counter(), time.process_time()
-    row: dict[str, Any] = {"key": task.key, "commit": commit()}
+    row: dict[str, Any] = {**task.told, "commit": commit()}
     try:
         row |= _done(bench, task)
     except fastlur.FastlurError as error:  # a setting that ruins the model is a trial like any other
         row |= {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-    if task.config is not None:
-        row["config"] = task.config
     row["wall"] = round(time.perf_counter() - began[0], 2)
     row["cpu"] = round(time.process_time() - began[1], 2)
     return row

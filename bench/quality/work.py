@@ -49,7 +49,7 @@ def work(
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 task = running.pop(future)
-                journal.add(future.result(), anew=stale(task, journal, grid.anew))
+                journal.add(future.result(), anew=stale(task, journal))
                 said(f"{task.key}: {journal.rows[task.key]['cpu']:.1f} s")
 
 
@@ -78,7 +78,7 @@ def counted(grid: Grid, journal: Journal) -> dict[str, int]:
         for task in ready:
             everything[task.kind] = everything.get(task.kind, 0) + 1
             figures = dict.fromkeys(("ua", "ra", "ta", "mia"), 0.0)
-            pretend.rows[task.key] = {"key": task.key, "config": task.config, "commit": grid.anew, **figures}
+            pretend.rows[task.key] = {**task.told, **figures}
 
 
 class _Pretending(Journal):

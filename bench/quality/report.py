@@ -219,7 +219,7 @@ def sections(folder: Path = RESULTS) -> dict[str, Callable[[], str]]:
 
 
 def draw(docs: Path = DOCS, folder: Path = RESULTS) -> list[Path]:
-    """One picture a scenario that has been judged: gaps with their deviations, and what they took."""
+    """One picture a scenario in which methods were compared: gaps with their deviations, and what they took."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -228,10 +228,11 @@ def draw(docs: Path = DOCS, folder: Path = RESULTS) -> list[Path]:
     made = []
     for scenario in SCENARIOS:
         found = {name: compared(journal, scenario) for name, journal in journals(folder).items()}
-        found = {name: lines for name, lines in found.items() if judged(lines)}
+        found = {name: lines for name, lines in found.items() if tuned(lines)}
         if not found:
             continue
-        figure, grid = pyplot.subplots(len(found), 2, figsize=(12, 4.6 * len(found)), squeeze=False)
+        heights = [2.0 + 0.24 * len(judged(lines)) for lines in found.values()]  # inches: as many bars as fit
+        figure, grid = pyplot.subplots(len(found), 2, figsize=(12, sum(heights)), squeeze=False, height_ratios=heights)
         for (left, right), (name, lines) in zip(grid, found.items(), strict=True):
             arms = judged(lines)
             colours = ["#1a73e8" if arm == "lur" else "#9aa0a6" for arm in arms]

@@ -1,8 +1,8 @@
 """The three-argument call: no setting of its own, a small form of the study in bench/quality, on digits.
 
 Requests are judged against a network retrained without the forget set, on a tuning split (docs/quality.md has the final
-ones). Bounds are real ones: what the model as given is off by is beyond them wherever there is much to forget at all. Half
-of one class is 53 items, of which the gap is a coarse measure: what they are answered is guarded beside it.
+ones). Bounds are real ones: what the model as given is off by is beyond them wherever there is much to forget at all.
+Half of one class is 53 items, of which the gap is a coarse measure: what they are answered is guarded beside it.
 """
 
 from __future__ import annotations

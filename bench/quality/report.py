@@ -71,24 +71,31 @@ def overview(folder: Path = RESULTS, network: str | None = None) -> str:
 
 def bounds(folder: Path = RESULTS) -> str:
     """The call with three arguments beside the best tuned method, and what was asked of it."""
+
+    def cells(journal: Journal, scenario: str) -> list[str]:
+        found = compared(journal, scenario)
+        if DEFAULT not in found or not tuned(found):
+            return []
+        first = tuned(found)[0]
+        best, default = found[first], found[DEFAULT]
+        asked = allowed(best["gap"].mean)
+        held = "held" if default["gap"].mean <= asked else "**missed**"
+        shown = [default["gap"].shown(), f"{first}: {best['gap'].shown()}", f"≤ {asked:.2f}", held]
+        return shown + [each["rte"].shown(1) for each in (default, best, found["retrained"])]
+
+    heads = ["default", "best tuned", "asked", "", "default, s", "best, s", "retraining, s"]
+    return _tables(folder, "average gap in points, and seconds", heads, cells)
+
+
+def _tables(folder: Path, said: str, heads: list[str], cells: Callable[[Journal, str], list[str]]) -> str:
+    """A table for each network, with a line for each scenario of which there is something to show."""
     lines: list[str] = []
     for name, journal in journals(folder).items():
-        rows = []
-        for scenario in SCENARIOS:
-            found = compared(journal, scenario)
-            if DEFAULT not in found or not tuned(found):
-                continue
-            first = tuned(found)[0]
-            best, default = found[first], found[DEFAULT]
-            asked = allowed(best["gap"].mean)
-            held = "held" if default["gap"].mean <= asked else "**missed**"
-            cells = [default["gap"].shown(), f"{first}: {best['gap'].shown()}", f"≤ {asked:.2f}", held]
-            cells += [each["rte"].shown(1) for each in (default, best, found["retrained"])]
-            rows.append(f"| {scenario} | {' | '.join(cells)} |")
-        if rows:
-            lines += [f"**{name.replace('-', ', ')}**, average gap in points, and seconds:", ""]
-            lines += ["| | default | best tuned | asked | | default, s | best, s | retraining, s |", "|---" * 8 + "|"]
-            lines += [*rows, ""]
+        rows = {scenario: cells(journal, scenario) for scenario in SCENARIOS}
+        shown = [f"| {scenario} | {' | '.join(row)} |" for scenario, row in rows.items() if row]
+        if shown:
+            head = "".join(f"| {one} " if one else "| " for one in ("", *heads)) + "|"
+            lines += [f"**{name.replace('-', ', ')}**, {said}:", "", head, f"|---{'|---' * len(heads)}|", *shown, ""]
     return "\n".join(lines).rstrip() or NOTHING
 
 
@@ -114,25 +121,20 @@ def tuned(lines: dict[str, dict[str, Spread]]) -> list[str]:
 
 def lead(folder: Path = RESULTS) -> str:
     """LUR beside the nearest of the others, and how far a network is from another that was retrained likewise."""
-    lines: list[str] = []
-    for name, journal in journals(folder).items():
-        rows = []
-        for scenario in SCENARIOS:
-            found = compared(journal, scenario)
-            others = [arm for arm in tuned(found) if arm != "lur"]
-            if "lur" not in found or not others:
-                continue
-            mine, other = found["lur"], found[others[0]]
-            apart = difference(gaps(journal, scenario, "lur"), gaps(journal, scenario, others[0]))
-            again = found["retrained again"]["gap"].shown() if "retrained again" in found else ""
-            cells = [mine["gap"].shown(), f"{others[0]}: {other['gap'].shown()}", _signed(apart), again]
-            cells += [each["rte"].shown(1) for each in (mine, other)]
-            rows.append(f"| {scenario} | {' | '.join(cells)} |")
-        if rows:
-            lines += [f"**{name.replace('-', ', ')}**, average gap in points, and seconds:", ""]
-            lines += ["| | lur | nearest other | difference | retrained again | lur, s | other, s |", "|---" * 7 + "|"]
-            lines += [*rows, ""]
-    return "\n".join(lines).rstrip() or NOTHING
+
+    def cells(journal: Journal, scenario: str) -> list[str]:
+        found = compared(journal, scenario)
+        others = [arm for arm in tuned(found) if arm != "lur"]
+        if "lur" not in found or not others:
+            return []
+        mine, other = found["lur"], found[others[0]]
+        apart = difference(gaps(journal, scenario, "lur"), gaps(journal, scenario, others[0]))
+        again = found["retrained again"]["gap"].shown() if "retrained again" in found else ""
+        shown = [mine["gap"].shown(), f"{others[0]}: {other['gap'].shown()}", _signed(apart), again]
+        return shown + [each["rte"].shown(1) for each in (mine, other)]
+
+    heads = ["lur", "nearest other", "difference", "retrained again", "lur, s", "other, s"]
+    return _tables(folder, "average gap in points, and seconds", heads, cells)
 
 
 def alignment(folder: Path = RESULTS) -> str:
@@ -146,26 +148,21 @@ def weighed(folder: Path = RESULTS) -> str:
 
 
 def _beside(base_arm: str, arms: list[str], trials: int, folder: Path) -> str:
-    lines: list[str] = []
-    for name, journal in journals(folder).items():
-        rows = []
-        for scenario in SCENARIOS:
-            base = gaps(journal, scenario, base_arm)
-            if not base or not any(gaps(journal, scenario, arm) for arm in arms):
-                continue
-            cells = []
-            for arm in arms:
-                mine = gaps(journal, scenario, arm)
-                cell = _signed(difference(mine, base)) if mine else ""
-                over = shared(journal, scenario, arm, base_arm, trials)
-                cells.append(cell + (f" ({_signed(over)})" if over else ""))
-            rows.append(f"| {scenario} | {sum(base) / len(base):.2f} | {' | '.join(cells)} |")
-        if rows:
-            heads = [arm.removeprefix("align-").removeprefix("weighed-") for arm in arms]
-            lines += [f"**{name.replace('-', ', ')}**, gap of the joint loss, and difference to it ± half the 95 % "]
-            lines[-1] += "interval over the final seeds (over the points of the search):"
-            lines += ["", f"| | joint | {' | '.join(heads)} |", f"|---|---{'|---' * len(heads)}|", *rows, ""]
-    return "\n".join(lines).rstrip() or NOTHING
+    def cells(journal: Journal, scenario: str) -> list[str]:
+        base = gaps(journal, scenario, base_arm)
+        if not base or not any(gaps(journal, scenario, arm) for arm in arms):
+            return []
+        shown = [f"{sum(base) / len(base):.2f}"]
+        for arm in arms:
+            mine = gaps(journal, scenario, arm)
+            cell = _signed(difference(mine, base)) if mine else ""
+            over = shared(journal, scenario, arm, base_arm, trials)
+            shown.append(cell + (f" ({_signed(over)})" if over else ""))
+        return shown
+
+    said = "gap of the joint loss, and difference to it ± half the 95 % interval over the final seeds "
+    heads = ["joint", *(arm.removeprefix("align-").removeprefix("weighed-") for arm in arms)]
+    return _tables(folder, said + "(over the points of the search)", heads, cells)
 
 
 def targets(folder: Path = RESULTS) -> str:

@@ -10,6 +10,7 @@ import pytest
 import quality.work as working
 import torch
 from machine import commit
+from matplotlib.axes import Axes
 from quality import plan, summary, training, trial
 from quality.contenders import ALIGNMENT, ARMS, DIRECTIONS, WEIGHTS, candidates, weights
 from quality.journal import Journal
@@ -275,7 +276,7 @@ class TestReport:
         assert summary.spread([1.0, None, 3.0]).shown() == "2.00 ± 1.41 (1 failed)"
         assert summary.spread([None]).shown() == "failed"
 
-    def test_tables_and_pictures_come_from_the_journal(self, study, tmp_path):
+    def test_tables_and_pictures_come_from_the_journal(self, study, tmp_path, monkeypatch):
         made = {name: make() for name, make in sections(study.path.parent).items()}
         assert set(SCENARIOS) < set(made)
         assert "| retrained |" in made["class"]
@@ -285,7 +286,10 @@ class TestReport:
         assert f"| **{lines[judged(lines)[0]]['gap'].shown()}** |" in made["overview"]
         assert overview(study.path.parent, "mlp-digits") == made["overview"]
         assert overview(study.path.parent, "cnn-digits") == "Not measured yet."
+        drawn, axvline = [], Axes.axvline
+        monkeypatch.setattr(Axes, "axvline", lambda axes, x, **how: drawn.append(x) or axvline(axes, x, **how))
         pictures = draw(tmp_path, study.path.parent)
+        assert {lines["before"]["gap"].mean, lines["retrained again"]["gap"].mean} < set(drawn)
         assert [path.name for path in pictures] == ["quality-class.png", "quality-backdoor.png"]
         assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 
